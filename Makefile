@@ -1,0 +1,23 @@
+# make demo    trains a small model on this machine's Python sources, in minutes, on a CPU
+# make test    the test suite
+# make lint    style
+.PHONY: demo test lint clean
+
+demo: .venv/installed
+	launch/demo.sh .venv/bin/python
+
+test: .venv/installed
+	.venv/bin/python -m pytest -n 2 --dist worksteal -q
+
+lint: .venv/installed
+	.venv/bin/ruff check .
+
+# The environment is made anew when the pinned set changes; a half-made one is finished by the next call.
+.venv/installed: requirements.txt pyproject.toml
+	@python=$$(launch/find_python.sh) && echo "using $$python" && "$$python" -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+clean:
+	rm -rf .venv runs build *.egg-info

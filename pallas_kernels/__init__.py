@@ -1,0 +1,1 @@
+"""Kernels of transxssm_jax. Imports jax and numpy only, never transxssm_jax."""

@@ -1,0 +1,190 @@
+"""Causal self-attention: one function, several implementations.
+
+Shapes: B batch, L length, H heads, G key/value heads, K head width.
+"""
+
+# ruff: noqa: F722  (shape strings of jaxtyping)
+import functools
+import logging
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.attention import cudnn, reference, splash, xla
+
+IMPLEMENTATIONS = ('reference', 'xla', 'cudnn', 'splash')
+_FUSED = {'gpu': 'cudnn', 'tpu': 'splash'}
+
+_log = logging.getLogger(__name__)
+
+
+def causal_attention(
+    q_BLHK: Float[Array, 'B L H K'],
+    k_BLGK: Float[Array, 'B L G K'],
+    v_BLGK: Float[Array, 'B L G K'],
+    *,
+    segment_ids: Int32[Array, 'B L'] | None = None,
+    scale: float | None = None,
+    chunk_size: int | None = None,
+    implementation: str | None = None,
+) -> Float[Array, 'B L H K']:
+    """softmax(scale q k^T) v over the keys at or before each query in the same document.
+
+    Memory grows linearly with L in every implementation but 'reference'. Reverse-mode
+    differentiable in q, k and v (not forward-mode, not twice).
+
+    Args:
+      q_BLHK: [B, L, H, K] bfloat16 or float32, L >= 1.
+      k_BLGK: [B, L, G, K], q's dtype; H % G == 0, head h reads key/value head h // (H / G).
+      v_BLGK: [B, L, G, K], q's dtype.
+      segment_ids: [B, L] int32, non-decreasing along a row; a query attends only to keys with
+        its own id. None: one document a row.
+      scale: factor of the scores; None: 1 / sqrt(K).
+      chunk_size: side of a score block of 'xla'; None: 256. The others choose their own blocks.
+      implementation: a word of the table, or None: the fused one of `jax.default_backend()`
+        where it can serve, otherwise 'xla', with the reason logged once. When lowering for a
+        platform other than the process's (a TPU topology on a CPU host), name it.
+
+        | name        | runs on           | dtypes     | partitioned by GSPMD / Shardy |
+        | 'reference' | all               | all        | yes                           |
+        | 'xla'       | all               | bf16, f32  | yes, over B, H and G          |
+        | 'cudnn'     | NVIDIA sm_80+     | bf16, f16  | yes, over B, H and G          |
+        | ... with segment_ids | sm_90+   | bf16, f16  | no: wrap in jax.shard_map     |
+        | 'splash'    | TPU               | bf16       | no: wrap in jax.shard_map     |
+
+        "wrap" means shard_map over batch and heads, with L and K whole on every device and G
+        split as H is. 'xla' and 'reference' work there too, so a model can always wrap. The
+        kernels of 'splash' declare no varying axes: their shard_map needs check_vma=False.
+
+    Returns:
+      [B, L, H, K] in q's dtype; scores, softmax and accumulation are float32.
+
+    Raises:
+      ValueError: a shape, dtype, scale, chunk_size or name breaks a rule above.
+      NotImplementedError: the named implementation cannot serve these arguments.
+
+    Bitwise repeatable, except the gradients of 'cudnn' without
+    `XLA_FLAGS=--xla_gpu_deterministic_ops=true`.
+
+    Source: Vaswani et al. 2017 (arXiv:1706.03762); FlashAttention-2 (arXiv:2307.08691).
+    """
+    _check(q_BLHK, k_BLGK, v_BLGK, segment_ids, scale, chunk_size, implementation)
+    if scale is None:
+        scale = 1 / math.sqrt(q_BLHK.shape[-1])
+    if implementation is None:
+        implementation = _choose(q_BLHK, k_BLGK, segment_ids)
+    else:
+        reason = _unsupported(implementation, q_BLHK, k_BLGK, segment_ids)
+        if reason:
+            raise NotImplementedError(
+                f"implementation={implementation!r} cannot serve this call: {reason}; use implementation='xla' or None"
+            )
+    q_BLHK, k_BLGK, v_BLGK, segment_ids = _vary_alike(q_BLHK, k_BLGK, v_BLGK, segment_ids)
+    match implementation:
+        case 'reference':
+            return reference.attention(q_BLHK, k_BLGK, v_BLGK, segment_ids, scale)
+        case 'xla':
+            chunk = chunk_size or xla.DEFAULT_CHUNK
+            return xla.attention(q_BLHK, k_BLGK, v_BLGK, segment_ids, scale, chunk)
+        case 'cudnn':
+            return cudnn.attention(q_BLHK, k_BLGK, v_BLGK, segment_ids, scale)
+        case 'splash':
+            return splash.attention(q_BLHK, k_BLGK, v_BLGK, segment_ids, scale)
+
+
+def save_residuals(primitive, *_, **params) -> bool:
+    """`jax.checkpoint` policy that keeps what attention's backward needs besides q, k and v.
+
+    With it, rematerialising a layer does not run attention's forward a second time. It costs the
+    output and one float32 a query and head ('cudnn' with segment_ids: up to 32). Combine it with
+    others by `jax.checkpoint_policies.save_from_both_policies`.
+    """
+    if primitive.name == 'name':
+        return params['name'] == xla.RESIDUAL_NAME
+    return primitive.name == 'dot_product_attention_fwd_wrapper'  # cuDNN without segment ids
+
+
+def _unsupported(implementation, q_BLHK, k_BLGK, segment_ids):
+    match implementation:
+        case 'cudnn':
+            return cudnn.unsupported(q_BLHK, k_BLGK, segment_ids)
+        case 'splash':
+            return splash.unsupported(q_BLHK)
+        case 'xla' if q_BLHK.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+            return f'blockwise attention takes bfloat16, float16 or float32, got {q_BLHK.dtype}'
+    return None
+
+
+def _choose(q_BLHK, k_BLGK, segment_ids):
+    backend = jax.default_backend()
+    fused = _FUSED.get(backend)
+    if fused is None:
+        _log_once(f"causal_attention: 'xla' on {backend}, which has no fused implementation")
+        return 'xla'
+    reason = _unsupported(fused, q_BLHK, k_BLGK, segment_ids)
+    if reason:
+        _log_once(f"causal_attention: 'xla' on {backend}, not {fused!r}: {reason}")
+        return 'xla'
+    _log_once(f'causal_attention: {fused!r} on {backend}')
+    return fused
+
+
+@functools.cache
+def _log_once(message):
+    _log.info(message)
+
+
+def _vary_alike(*arrays):
+    """Inside shard_map, let every array vary over the mesh axes that any of them varies over.
+
+    Keys and values may be replicated over an axis that splits the queries. The cast makes the
+    sum of their gradients over that axis part of differentiation.
+    """
+    axes = frozenset().union(*(jax.typeof(x).mat.varying for x in arrays if x is not None))
+
+    def cast(x):
+        missing = () if x is None else tuple(sorted(axes - jax.typeof(x).mat.varying))
+        return lax.pcast(x, missing, to='varying') if missing else x
+
+    return tuple(cast(x) for x in arrays)
+
+
+def _check(q, k, v, segment_ids, scale, chunk_size, implementation):
+    for name, x in (('q', q), ('k', k), ('v', v)):
+        if x.ndim != 4:
+            raise ValueError(f'{name} has shape {x.shape}; it must have 4 axes (batch, length, heads, width)')
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f'{name} has dtype {x.dtype}; it must be a floating dtype')
+        if 0 in x.shape:
+            raise ValueError(f'{name} has shape {x.shape}; every axis must be at least 1')
+    B, L, H, K = q.shape
+    for name, x in (('k', k), ('v', v)):
+        if (x.shape[0], x.shape[1], x.shape[3]) != (B, L, K):
+            raise ValueError(
+                f'{name} has shape {x.shape}; its batch, length and width must be those of q'
+                f' {q.shape}, that is ({B}, {L}, G, {K})'
+            )
+        if x.dtype != q.dtype:
+            raise ValueError(f'{name} has dtype {x.dtype}; it must be the dtype of q, {q.dtype}')
+    if k.shape != v.shape:
+        raise ValueError(f'v has shape {v.shape}; it must be the shape of k, {k.shape}')
+    if H % k.shape[2]:
+        raise ValueError(f'k has shape {k.shape}: its {k.shape[2]} heads must divide the {H} heads of q {q.shape}')
+    if segment_ids is not None:
+        if segment_ids.shape != (B, L):
+            raise ValueError(f'segment_ids has shape {segment_ids.shape}; it must be (batch, length) = ({B}, {L})')
+        if segment_ids.dtype != jnp.int32:
+            raise ValueError(
+                f'segment_ids has dtype {segment_ids.dtype}; it must be int32: cast it with .astype(jnp.int32)'
+            )
+    if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
+        raise ValueError(f'scale={scale!r}; it must be a finite Python number (it is static) or None')
+    if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size >= 1):
+        raise ValueError(f'chunk_size={chunk_size!r}; it must be a positive int or None')
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f'implementation={implementation!r}; it must be None or one of {", ".join(map(repr, IMPLEMENTATIONS))}'
+        )

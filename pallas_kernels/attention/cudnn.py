@@ -1,0 +1,299 @@
+"""Causal attention by cuDNN's fused kernels, for NVIDIA GPUs.
+
+Without segment ids this is the public `jax.nn.dot_product_attention`. With them it is cuDNN's
+packed (THD) layout: the kernel gets the start and the length of every document instead of a
+mask, so memory stays linear in L and blocks between documents are skipped. JAX has the packed
+layout only below its public API, so the two primitives are used directly; `_private` refuses
+with a clear message if a release of JAX moves them.
+
+The packed layout sees the whole batch as one stream of B L tokens: a document is any slice of
+at most T tokens of it, and one call takes at most N documents, both static. cuDNN's statistics
+and workspace grow with N T (not with the documents that are there), so one (N, T) that fits
+every batch would be wasteful. `PACKED_SHAPES` lists a few, cheapest first; `lax.switch` takes
+the first that fits this batch's documents, and the blockwise form of `xla.py` if none does, so
+the result is right for any segment ids. T < L works because documents may straddle the rows of
+the [B f, L / f] view of the stream.
+
+Shapes: B batch, L length, H heads, G key/value heads, K head width, N documents a call,
+f rows that one row of length L is split into, m documents per split row (N = B f m, T = L / f).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.custom_batching import custom_vmap
+
+from pallas_kernels.attention import xla
+
+# (f, m): up to B f m documents of up to L / f tokens. Statistics take m float32 a query head.
+PACKED_SHAPES = ((1, 8), (4, 16), (1, 32))
+
+
+def _private():
+    try:
+        from jax._src.cudnn import fused_attention_stablehlo as fused
+
+        return (
+            fused._dot_product_attention_fwd_p,
+            fused._dot_product_attention_bwd_p,
+            fused.MaskType.PADDING_CAUSAL,
+            fused.AttentionLayout.BTNH.value,
+        )
+    except (ImportError, AttributeError) as error:
+        raise NotImplementedError(
+            f"implementation='cudnn' with segment_ids uses JAX internals that jax {jax.__version__}"
+            f" does not have ({error}); use implementation='xla' or jax 0.11.2"
+        ) from error
+
+
+def _library_problem():
+    try:
+        from jax._src.cudnn.fused_attention_stablehlo import check_cudnn_version
+    except ImportError:
+        return None  # JAX moved it; its own message comes with the call
+    try:
+        version = check_cudnn_version()
+    except RuntimeError as error:
+        return str(error)
+    # 9.6 is the first with the packed layout; JAX wheels of CUDA 12 and 13 bring newer ones.
+    return None if version >= 90600 else f'cuDNN 9.6 or newer is needed, got {version}'
+
+
+def unsupported(q_BLHK, k_BLGK, segment_ids_BL):
+    """Why cuDNN cannot serve these arguments, or None.
+
+    The GPU is looked at only where this process has one: lowering for CUDA on a host without
+    a GPU trusts the caller.
+    """
+    B, L, H, K = q_BLHK.shape
+    if q_BLHK.dtype not in (jnp.bfloat16, jnp.float16):
+        return f'cuDNN attention takes bfloat16 or float16, got {q_BLHK.dtype}'
+    if K % 8 or K > 128:
+        return f'cuDNN attention takes head widths that are multiples of 8 up to 128, got K={K}'
+    capability = None
+    if jax.default_backend() == 'gpu':
+        device = jax.local_devices()[0]
+        if 'nvidia' not in device.device_kind.lower():
+            return f'cuDNN needs an NVIDIA GPU, got {device.device_kind}'
+        capability = float(device.compute_capability)
+        if capability < 8.0:
+            return f'cuDNN attention needs compute capability 8.0 or newer, got {capability}'
+        reason = _library_problem()
+        if reason:
+            return reason
+    if segment_ids_BL is None:
+        return None
+    if capability is not None and capability < 9.0:
+        return f'packed cuDNN attention needs compute capability 9.0 or newer, got {capability}'
+    if B * L * H * K >= 2**31:
+        # Offsets are int32 and count elements.
+        return f'packed cuDNN attention takes fewer than 2**31 elements of q, got {q_BLHK.shape}'
+    try:
+        _private()
+    except NotImplementedError as error:
+        return str(error)
+    return None
+
+
+def attention(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, scale):
+    """Fused causal attention.
+
+    Args:
+      q_BLHK: [B, L, H, K] bfloat16 or float16, K % 8 == 0, K <= 128.
+      k_BLGK, v_BLGK: [B, L, G, K], same dtype, H % G == 0.
+      segment_ids_BL: [B, L] int32 or None; every run of equal ids in a row is a document.
+      scale: float, factor of the scores.
+
+    Returns:
+      [B, L, H, K] in q's dtype.
+
+    Bitwise repeatable forward. The backward adds into dq atomically unless XLA runs with
+    `--xla_gpu_deterministic_ops=true` (or `--xla_gpu_exclude_nondeterministic_ops=true`).
+    """
+    if segment_ids_BL is None:
+        try:
+            return jax.nn.dot_product_attention(
+                q_BLHK, k_BLGK, v_BLGK, scale=scale, is_causal=True, implementation='cudnn'
+            )
+        except RuntimeError as error:  # JAX asks for the library while tracing
+            raise NotImplementedError(
+                f"implementation='cudnn' without segment_ids: {error} Use implementation='xla' or install jax[cuda13]"
+            ) from error
+    return _packed(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, scale)
+
+
+def _documents(segment_ids_BL, N):
+    """(starts [N], lengths [N]) of the documents in the stream of B L tokens, int32.
+
+    Unused entries start at the end of the stream with length 0. Right only if there are at
+    most N documents.
+    """
+    starts_T = _is_start(segment_ids_BL).reshape(-1)
+    total = starts_T.size
+    starts_N = jnp.nonzero(starts_T, size=N, fill_value=total)[0].astype(jnp.int32)
+    ends_N = jnp.append(starts_N[1:], jnp.int32(total))
+    return starts_N, ends_N - starts_N
+
+
+def _is_start(segment_ids_BL):
+    change = segment_ids_BL[:, 1:] != segment_ids_BL[:, :-1]
+    return jnp.pad(change, [(0, 0), (1, 0)], constant_values=True)
+
+
+def _shapes(B, L):
+    """The usable (f, m) of PACKED_SHAPES with their limits: [(f, m, N, T)]."""
+    return [(f, m, B * f * m, L // f) for f, m in PACKED_SHAPES if L % f == 0]
+
+
+def _choice(segment_ids_BL):
+    """Index into `_shapes` of the first that fits, or their number if none does; int32 scalar."""
+    B, L = segment_ids_BL.shape
+    starts_BL = _is_start(segment_ids_BL)
+    position_L = jnp.arange(L, dtype=jnp.int32)
+    begin_BL = lax.cummax(jnp.where(starts_BL, position_L, 0), axis=1)
+    longest = jnp.max(position_L - begin_BL) + 1
+    documents = jnp.sum(starts_BL, dtype=jnp.int32)
+    fits = [(documents <= N) & (longest <= T) for _, _, N, T in _shapes(B, L)]
+    return jnp.argmax(jnp.stack([*fits, jnp.array(True)])).astype(jnp.int32)
+
+
+def _packed_operands(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, f, m):
+    """Operands of the primitives: q, k, v, (no) bias, lengths, offsets, (no) page tables."""
+    B, L, H, K = q_BLHK.shape
+    G = k_BLGK.shape[2]
+    rows, N = B * f, B * f * m
+    starts_N, lengths_N = _documents(segment_ids_BL, N)
+    # cuDNN reads N + 1 offsets; the primitive learns m from their shape [rows, m + 1].
+    end = jnp.full(rows * (m + 1) - N, B * L, jnp.int32)
+    offsets = jnp.concatenate([starts_N, end]).reshape(rows, m + 1)
+    lengths = lengths_N.reshape(rows, m)
+    none = jnp.zeros(0, q_BLHK.dtype)
+    return (
+        q_BLHK.reshape(rows, L // f, H, K),
+        k_BLGK.reshape(rows, L // f, G, K),
+        v_BLGK.reshape(rows, L // f, G, K),
+        none, lengths, lengths, offsets * (H * K), offsets * (G * K), none, none,
+    )  # fmt: skip
+
+
+def _parameters(scale):
+    _, _, mask_type, layout = _private()
+    return {
+        "scale": scale, "seed": 42, "dropout_rate": 0.0, "variadic_args": (False, False),
+        "mask_type": mask_type, "layout": layout, "sliding_window_length": None,
+    }  # fmt: skip
+
+
+def _statistics_size(B, L, H):
+    return B * H * L * max([1, *(m for _, m, _, _ in _shapes(B, L))])
+
+
+def _pad_to(x, size):
+    return jnp.pad(x.reshape(-1), (0, size - x.size))
+
+
+def _forward(scale, q_BLHK, k_BLGK, v_BLGK, segment_ids_BL):
+    """(out [B, L, H, K], statistics [_statistics_size] float32).
+
+    What the statistics hold and how is the business of the branch that wrote them; the
+    backward takes the same branch, because the branch is a function of the segment ids.
+    """
+    B, L, H, K = q_BLHK.shape
+    size = _statistics_size(B, L, H)
+    fwd_p = _private()[0]
+
+    def packed(f, m):
+        def branch(q, k, v, segment_ids):
+            operands = _packed_operands(q, k, v, segment_ids, f, m)
+            out, statistics = fwd_p.bind(*operands, is_training=True, **_parameters(scale))
+            return out.reshape(B, L, H, K), _pad_to(statistics, size)
+
+        return branch
+
+    def blockwise(q, k, v, segment_ids):
+        out, lse_BHL = xla.forward(q, k, v, segment_ids, scale, xla.DEFAULT_CHUNK)
+        return out, _pad_to(lse_BHL, size)
+
+    branches = [packed(f, m) for f, m, _, _ in _shapes(B, L)] + [blockwise]
+    return lax.switch(_choice(segment_ids_BL), branches, q_BLHK, k_BLGK, v_BLGK, segment_ids_BL)
+
+
+def _backward(scale, q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, out_BLHK, statistics, dout_BLHK):
+    """(dq, dk, dv) in the shapes and dtypes of q, k, v."""
+    B, L, H, K = q_BLHK.shape
+    bwd_p = _private()[1]
+
+    def packed(f, m):
+        def branch(q, k, v, segment_ids, out, statistics, dout):
+            operands = _packed_operands(q, k, v, segment_ids, f, m)
+            view = operands[0].shape
+            mine = statistics[: m * B * H * L].reshape(B * f * m, H, L // f)
+            dq, dk, dv = bwd_p.bind(*operands, mine, out.reshape(view), dout.reshape(view), **_parameters(scale))
+            return dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape)
+
+        return branch
+
+    def blockwise(q, k, v, segment_ids, out, statistics, dout):
+        lse_BHL = statistics[: B * H * L].reshape(B, H, L)
+        return xla.backward(q, k, v, segment_ids, scale, xla.DEFAULT_CHUNK, out, lse_BHL, dout)
+
+    branches = [packed(f, m) for f, m, _, _ in _shapes(B, L)] + [blockwise]
+    return lax.switch(
+        _choice(segment_ids_BL), branches,
+        q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, out_BLHK, statistics, dout_BLHK,
+    )  # fmt: skip
+
+
+def _merging_vmap(function, statistics_argument=None):
+    """`function` with a vmap rule that merges the mapped axis into the batch axis of every array.
+
+    The primitives have no batching rule for the packed layout, and a batched `lax.switch` would
+    run every branch. Statistics have no batch axis, they belong to the batch as a whole; merged
+    ones fit the merged call that wrote them. Where only cotangents are mapped, the statistics
+    are those of an unmerged call, and the calls run one after the other.
+    """
+    mapped = custom_vmap(function)
+
+    @mapped.def_vmap
+    def rule(axis_size, in_batched, *args):
+        if statistics_argument is not None and not in_batched[statistics_argument]:
+            mine = [x for x, batched in zip(args, in_batched, strict=True) if batched]
+
+            def one(slices):
+                slices = iter(slices)
+                return mapped(*(next(slices) if b else x for x, b in zip(args, in_batched, strict=True)))
+
+            outs = lax.map(one, mine)
+            return outs, tuple(True for _ in outs)
+        args = [
+            x if batched else jnp.broadcast_to(x, (axis_size, *x.shape))
+            for x, batched in zip(args, in_batched, strict=True)
+        ]
+        outs = mapped(*(x.reshape(-1, *x.shape[2:]) for x in args))
+        split = tuple(x.reshape(axis_size, -1, *x.shape[1:]) for x in outs)
+        return split, tuple(True for _ in split)
+
+    return mapped
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _packed(q, k, v, segment_ids, scale):
+    return _merging_vmap(functools.partial(_forward, scale))(q, k, v, segment_ids)[0]
+
+
+def _packed_fwd(q, k, v, segment_ids, scale):
+    out, statistics = _merging_vmap(functools.partial(_forward, scale))(q, k, v, segment_ids)
+    out = checkpoint_name(out, xla.RESIDUAL_NAME)
+    statistics = checkpoint_name(statistics, xla.RESIDUAL_NAME)
+    return out, (q, k, v, segment_ids, out, statistics)
+
+
+def _packed_bwd(scale, residuals, dout):
+    backward = _merging_vmap(functools.partial(_backward, scale), statistics_argument=5)
+    return *backward(*residuals, dout), None
+
+
+_packed.defvjp(_packed_fwd, _packed_bwd)

@@ -1,0 +1,298 @@
+"""Times the kernels: one row for each implementation, shape and direction.
+
+  python -m pallas_kernels.bench --target=gpu [--shapes=1p3b_g8,1p3b_g1] [--variants] [--out=bench.json]
+
+Columns: compile seconds; median and spread of the time in ms; the least bytes and FLOPs of the
+contract over that time, in GB/s and TFLOP/s; the bound's share (least possible time on the
+roofline over the time); temporary memory; the worst relative error of the outputs or gradients
+against float32 of the highest precision, with its name.
+
+Times are medians of blocked calls over rotating inputs, so that no input lies in cache from
+the call before; a call does its kernel REPEATS times where a launch would show.
+
+Legend: B batch, L length, H heads, G groups, P head width, N state width.
+"""
+
+import argparse
+import functools
+import json
+import statistics
+import sys
+import time
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.ssd import IMPLEMENTATIONS, rotary_ssd, rotary_ssd_step, xla
+
+
+class Shape(typing.NamedTuple):
+    B: int
+    L: int
+    H: int
+    P: int
+    N: int
+    G: int
+    dtype: str = 'bfloat16'
+
+
+# The four of design.md section 3 first.
+SHAPES = {
+    '1p3b_g32': Shape(8, 4096, 32, 64, 128, 32),
+    '1p3b_g8': Shape(8, 4096, 32, 64, 128, 8),
+    '1p3b_g1': Shape(8, 4096, 32, 64, 128, 1),
+    '1p3b_16k': Shape(2, 16384, 32, 64, 128, 8),
+    '1p3b_128k': Shape(1, 131072, 32, 64, 128, 8),
+    '320m': Shape(16, 4096, 12, 64, 128, 4),
+    'decode': Shape(128, 1, 32, 64, 128, 8),
+    'small': Shape(2, 1024, 4, 64, 128, 2),
+}
+DEFAULT_SHAPES = {
+    'cpu': ('small',),
+    'gpu': ('1p3b_g32', '1p3b_g8', '1p3b_g1', '1p3b_16k', 'decode'),
+}
+BOUNDARY = 128  # tokens a boundary state, in the contract's least work
+# Measured ceilings of one H200 (design.md section 3): bytes/s, FLOP/s. None known for CPU.
+ROOFLINE = {'gpu': (4.3e12, 790e12)}
+RESULTS = ('y', 'final_state')
+GRADIENTS = ('dx', 'ddt', 'da', 'db', 'dc')
+
+
+def least_work(s: Shape, direction: str) -> tuple[float, float]:
+    """Least bytes and FLOPs of one call, `direction` 'forward' or 'forward+backward'.
+
+    Bytes: every input once, every output once, and one boundary state in x's dtype for each
+    BOUNDARY tokens (written forward, read backward). FLOPs: causal half of the chunk's squares.
+    The decode step reads and writes the state.
+    """
+    size = jnp.dtype(s.dtype).itemsize
+    tokens = s.B * s.L
+    x, dt, bc = tokens * s.H * s.P * size, tokens * s.H * 4, 2 * tokens * s.G * s.N * size
+    state = s.B * s.H * s.P * s.N
+    if s.L == 1:
+        return 2 * state * 4 + 2 * x + dt + bc, 5 * state
+    boundaries = state * size * -(-s.L // BOUNDARY)
+    half, wide = BOUNDARY, s.H * s.P  # 2 FLOPs a multiply-add, times Q / 2 sources
+    forward = (2 * x + dt + bc + boundaries, tokens * (half * (s.G * s.N + wide) + 4 * wide * s.N))
+    if direction == 'forward':
+        return forward
+    # reads x, dy, dt, b, c, boundaries; writes dx, ddt, db, dc
+    backward_bytes = 3 * x + 2 * dt + 2 * bc + boundaries
+    # scores, db, dc once a group; dy x^T, M^T dy once a head; four products with states
+    backward_flops = tokens * (half * (3 * s.G * s.N + 2 * wide) + 4 * 2 * wide * s.N)
+    return forward[0] + backward_bytes, forward[1] + backward_flops
+
+
+def draw(s: Shape, seed: int):
+    """(x, dt, a, b, c), rope, dy on the device, with Mamba-2's ranges of dt and a."""
+
+    @jax.jit
+    def make(key):
+        k = jax.random.split(key, 6)
+        normal = functools.partial(jax.random.normal, dtype=s.dtype)
+        x, dy = normal(k[0], (s.B, s.L, s.H, s.P)), normal(k[1], (s.B, s.L, s.H, s.P))
+        b, c = (normal(key, (s.B, s.L, s.G, s.N)) * s.N**-0.5 for key in k[2:4])
+        dt = jnp.exp(jax.random.uniform(k[4], (s.B, s.L, s.H), minval=np.log(1e-3), maxval=np.log(1e-1)))
+        a = -jax.random.uniform(k[5], (s.H,), minval=1.0, maxval=16.0)
+        return (x, dt, a, b.astype(s.dtype), c.astype(s.dtype)), dy
+
+    angles = np.arange(s.L)[:, None] * 10000.0 ** (-np.arange(s.N // 2) / (s.N // 2))
+    rope = tuple(jnp.asarray(t, jnp.float32) for t in (np.cos(angles), np.sin(angles)))
+    inputs, dy = make(jax.random.key(seed))
+    return inputs, rope, dy
+
+
+def candidates(names, variants: bool):
+    """name -> f(inputs, rope) returning (y, final_state)."""
+
+    def public(inputs, rope, **keywords):
+        return rotary_ssd(*inputs, rope, **keywords)
+
+    def planned(inputs, rope, plan):
+        (x, *_, b, _) = inputs
+        state = jnp.zeros((x.shape[0], *x.shape[2:], b.shape[-1]))
+        return xla.scan_chunks(plan, *inputs, tuple(t[None] for t in rope), None, state)
+
+    result = {name: functools.partial(public, implementation=name) for name in names}
+    if variants:
+        for chunk in (64, 128, 256):
+            for passing, unroll in VARIANTS:
+                name = f'xla {chunk} {passing}' + (f' unroll {unroll}' if unroll > 1 else '')
+                plan = xla.Plan(chunk=chunk, passing=passing, unroll=unroll)
+                result[name] = functools.partial(planned, plan=plan)
+        for block_length in (1024, 4096):
+            plan = xla.Plan(chunk=128, block_length=block_length)
+            result[f'xla 128 scan block {block_length}'] = functools.partial(planned, plan=plan)
+    return result
+
+
+VARIANTS = (('scan', 1), ('scan', 8), ('associative', 1), ('matrix', 1))
+
+
+def directed(f, direction):
+    """f as a function of (inputs, rope, dy) returning a dict of named arrays."""
+
+    def run(inputs, rope, dy):
+        if direction == 'forward':
+            return dict(zip(RESULTS, f(inputs, rope)))
+        y, pull = jax.vjp(lambda v: f(v, rope)[0], inputs)
+        (gradients,) = pull(dy)
+        return {'y': y, **dict(zip(GRADIENTS, gradients))}
+
+    return run
+
+
+def reference_values(s: Shape, direction, inputs, rope, dy):
+    """Values in float32 of the highest precision, from the inputs cast to float32.
+
+    By 'reference', whose backward pass keeps a state a token: where that is too much, by the
+    xla form. Fit to measure bfloat16's error (1e-3); the conformance suite judges both forms
+    against an independent float64 oracle.
+    """
+    wide = tuple(v.astype(jnp.float32) for v in inputs)
+    small = direction == 'forward' or s.B * s.L * s.H * s.P * s.N <= 2**27
+    f = functools.partial(rotary_ssd, implementation='reference' if small else 'xla')
+    return jax.jit(directed(lambda v, r: f(*v, r), direction))(wide, rope, dy.astype(jnp.float32))
+
+
+def time_calls(call, sets, seconds):
+    """Milliseconds of single calls over rotating input sets, after warm-up."""
+    for inputs in sets:
+        jax.block_until_ready(call(*inputs))
+    times, end = [], time.perf_counter() + seconds
+    while len(times) < 5 or (time.perf_counter() < end and len(times) < 200):
+        inputs = sets[len(times) % len(sets)]
+        start = time.perf_counter()
+        jax.block_until_ready(call(*inputs))
+        times.append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+@jax.jit
+def _relative_errors(out, ref):
+    def error(o, r):
+        r = r.astype(jnp.float32)
+        return jnp.linalg.norm((o.astype(jnp.float32) - r).ravel()) / jnp.linalg.norm(r.ravel())
+
+    return {name: error(out[name], ref[name]) for name in out}
+
+
+def measure(shape_name, name, f, direction, target, seconds, sets, ref):
+    s = SHAPES[shape_name]
+    row = {'shape': shape_name, 'implementation': name, 'direction': direction}
+    try:
+        start = time.perf_counter()
+        call = jax.jit(directed(f, direction)).lower(*sets[0]).compile()
+        row['compile_s'] = time.perf_counter() - start
+        row['temp_mb'] = call.memory_analysis().temp_size_in_bytes / 1e6
+        times = time_calls(call, sets, seconds)
+        errors = {k: float(v) for k, v in _relative_errors(call(*sets[0]), ref).items()}
+    except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
+        return {**row, 'failed': str(error).splitlines()[0][:80]}
+    row['ms'] = statistics.median(times)
+    row['spread_ms'] = float(np.subtract(*np.percentile(times, (90, 10))))
+    row['worst'] = max(errors, key=errors.get)
+    row['error'] = errors[row['worst']]
+    return finish(row, s, direction, target)
+
+
+def finish(row, s, direction, target):
+    """Adds rates against the least work."""
+    least_bytes, flops = least_work(s, direction)
+    row['gb_s'] = least_bytes / row['ms'] / 1e6
+    row['tflop_s'] = flops / row['ms'] / 1e9
+    if target in ROOFLINE:
+        bandwidth, peak = ROOFLINE[target]
+        row['bound'] = 1e3 * max(least_bytes / bandwidth, flops / peak) / row['ms']
+    return row
+
+
+def measure_decode(shape_name, target, seconds):
+    s = SHAPES[shape_name]
+
+    def prepare(seed):
+        (x, dt, a, b, c), (cos, sin), _ = draw(s, seed)
+        state = jax.random.normal(jax.random.key(seed), (s.B, s.H, s.P, s.N))
+        return state, (x[:, 0], dt[:, 0], a, b[:, 0], c[:, 0], (cos[0], sin[0]))
+
+    call = jax.jit(lambda state, token: rotary_ssd_step(state, *token), donate_argnums=0)
+    states, tokens = map(list, zip(*(prepare(seed) for seed in range(3))))
+    state, y = call(jnp.copy(states[0]), tokens[0])
+    wide = [jax.tree.map(lambda v: v.astype(jnp.float32), v) for v in (states[0], tokens[0])]
+    out, ref = dict(zip(RESULTS, (y, state))), dict(zip(RESULTS, call(*wide)[::-1]))
+    errors = {k: float(v) for k, v in _relative_errors(out, ref).items()}
+    states = [jax.random.normal(jax.random.key(i), state.shape) for i in range(3)]
+    steps = 30  # a chain of dependent steps, so that dispatch overlaps
+
+    def round_of_steps():
+        for i in range(steps):
+            states[i % 3], _ = call(states[i % 3], tokens[i % 3])
+        return states
+
+    times = [t / steps for t in time_calls(round_of_steps, [()], seconds)]
+    row = {'shape': shape_name, 'implementation': 'step', 'direction': 'forward', 'ms': statistics.median(times)}
+    row['spread_ms'] = float(np.subtract(*np.percentile(times, (90, 10))))
+    row['worst'] = max(errors, key=errors.get)
+    return finish({**row, 'error': errors[row['worst']]}, s, 'forward', target)
+
+
+def show(row):
+    head = f'{row["shape"]:10} {row["implementation"]:26} {row["direction"]:16}'
+    if 'failed' in row:
+        return f'{head} failed: {row["failed"]}'
+    bound = f'{100 * row["bound"]:5.1f}%' if 'bound' in row else '     -'
+    return (
+        f'{head} {row["ms"]:9.3f} {row["spread_ms"]:8.3f} {row["gb_s"]:8.1f} {row["tflop_s"]:8.3f} {bound} '
+        f'{row.get("temp_mb", 0):8.0f} {row.get("compile_s", 0):8.1f}  {row["error"]:.1e} {row["worst"]}'
+    )
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--target', choices=sorted(DEFAULT_SHAPES), required=True)
+    parser.add_argument('--shapes', default='', help=f'comma-separated, of {", ".join(SHAPES)}')
+    parser.add_argument('--implementations', default='xla', help=f'comma-separated, of {", ".join(IMPLEMENTATIONS)}')
+    parser.add_argument('--directions', default='forward,forward+backward')
+    parser.add_argument('--variants', action='store_true', help='sweep the xla form: chunk size, state passing, blocks')
+    parser.add_argument('--seconds', type=float, default=1.0, help='measuring time of a row')
+    parser.add_argument('--out', default='', help='also write the rows to this JSON file, after every row')
+    flags = parser.parse_args(argv)
+
+    names = [n for n in flags.shapes.split(',') if n] or DEFAULT_SHAPES[flags.target]
+    implementations = [n for n in flags.implementations.split(',') if n]
+    for given, known in ((names, SHAPES), (implementations, IMPLEMENTATIONS)):
+        for name in given:
+            if name not in known:
+                parser.error(f'{name!r} is unknown; use one of {", ".join(known)}')
+    if jax.default_backend() != flags.target:
+        parser.error(f'--target={flags.target}, but JAX runs on {jax.default_backend()}; set JAX_PLATFORMS or the target')
+
+    print(f'{jax.devices()[0].device_kind}, jax {jax.__version__}')
+    print(
+        f'{"shape":10} {"implementation":26} {"direction":16} {"ms":>9} {"p90-p10":>8} {"GB/s":>8} {"TFLOP/s":>8} '
+        f'{"bound":>6} {"temp MB":>8} {"compile":>8}  error'
+    )
+    rows = []
+
+    def add(row):
+        rows.append(row)
+        print(show(row), flush=True)
+        if flags.out:
+            with open(flags.out, 'w') as file:
+                json.dump({'device': jax.devices()[0].device_kind, 'jax': jax.__version__, 'rows': rows}, file, indent=1)
+
+    for shape_name in names:
+        if SHAPES[shape_name].L == 1:
+            add(measure_decode(shape_name, flags.target, flags.seconds))
+            continue
+        sets = [draw(SHAPES[shape_name], seed) for seed in range(3)]
+        for direction in flags.directions.split(','):
+            ref = reference_values(SHAPES[shape_name], direction, *sets[0])
+            for name, f in candidates(implementations, flags.variants).items():
+                add(measure(shape_name, name, f, direction, flags.target, flags.seconds, sets, ref))
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,263 @@
+"""Public functions of the rotary scan: checks, defaults and the choice of implementation.
+
+Legend: B batch, L length, H heads, G groups (H % G == 0), P head width, N state width.
+"""
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
+
+from pallas_kernels.ssd import decode, reference, xla
+
+IMPLEMENTATIONS = ('reference', 'xla')
+
+Table = Float32[Array, '*table L half']
+Rope = tuple[Table, Table] | None
+
+_log = logging.getLogger(__name__)
+
+
+def rotary_ssd(
+    x: Float[Array, 'B L H P'],
+    dt: Float[Array, 'B L H'],
+    a: Float[Array, 'H'],
+    b: Float[Array, 'B L G N'],
+    c: Float[Array, 'B L G N'],
+    rope: Rope = None,
+    *,
+    segment_ids: Int[Array, 'B L'] | None = None,
+    initial_state: Float[Array, 'B H P N'] | None = None,
+    chunk_size: int | None = None,
+    implementation: str | None = None,
+    interpret: bool = False,
+) -> tuple[Float[Array, 'B L H P'], Float[Array, 'B H P N']]:
+    """h_t = exp(dt_t a) h_{t-1} + dt_t x_t (R_t b_t)^T;  y_t = h_t R_t c_t.
+
+    Source: the TransXSSM paper's state-space layer with unified RoPE, as a recurrence.
+    Differentiable (reverse mode) in x, dt, a, b, c and initial_state, through y and final_state.
+
+    Args:
+      x: [B, L, H, P] bfloat16 or float32, any L >= 1, P a multiple of 16.
+      dt: [B, L, H] float32, >= 0 (after softplus).
+      a: [H] float32, < 0; the log-decay of a step is dt * a.
+      b, c: [B, L, G, N] in x's dtype, not rotated; N a multiple of 16, H % G == 0. Head h
+        uses group h // (H / G).
+      rope: (cos, sin), each [L, N/2] or [B, L, N/2] float32, half-split rotation; None: none.
+      segment_ids: [B, L] int32. The state restarts at t where segment_ids[t] != segment_ids[t-1].
+      initial_state: [B, H, P, N] float32, rotated frame, belongs to the first segment of the
+        row. None: zeros.
+      chunk_size: tokens worked on at once, a multiple of 16 in [16, 256]; changes speed and
+        rounding only. None: from the implementation's table. No effect on 'reference'.
+      implementation: one of IMPLEMENTATIONS; None: the fastest for device and shape, logged.
+      interpret: interpret Pallas kernels on CPU; no effect on 'reference' and 'xla'.
+
+    Returns:
+      y [B, L, H, P] in x's dtype; final_state [B, H, P, N] float32, rotated frame: what
+      `initial_state` of the next piece and `rotary_ssd_step` take.
+
+    Raises:
+      ValueError: an argument's shape, dtype or value breaks a rule above, or the
+        implementation is unknown.
+      NotImplementedError: the named implementation cannot serve this call.
+    """
+    _check_sequence(x, dt, a, b, rope, segment_ids, chunk_size)
+    _check_like('c', c, 'b', b)
+    B, _, H, P = x.shape
+    if initial_state is None:
+        initial_state = jnp.zeros((B, H, P, b.shape[-1]), dt.dtype)
+    _check_shape('initial_state', initial_state, (B, H, P, b.shape[-1]), '[B, H, P, N]')
+    _check_dtype('initial_state', initial_state, dt.dtype)
+    return _scan(x, dt, a, b, c, rope, segment_ids, initial_state, chunk_size, implementation)
+
+
+def rotary_ssd_state(
+    x: Float[Array, 'B L H P'],
+    dt: Float[Array, 'B L H'],
+    a: Float[Array, 'H'],
+    b: Float[Array, 'B L G N'],
+    rope: Rope = None,
+    *,
+    segment_ids: Int[Array, 'B L'] | None = None,
+    chunk_size: int | None = None,
+    implementation: str | None = None,
+    interpret: bool = False,
+) -> tuple[Float[Array, 'B H'], Float[Array, 'B H P N']]:
+    """What one shard of a sequence passes on: final_state(initial h) = decay * h + state.
+
+    Arguments, dtypes and errors as `rotary_ssd`, without c. A boundary between this shard and
+    the one before is not seen here: the caller drops the incoming state where the shards'
+    segment_ids differ. Differentiable in x, dt, a and b, through both results.
+
+    Returns:
+      decay [B, H] float32: what is left at the end of an incoming state that belongs to the
+        shard's first segment; 0 if a segment boundary lies within the shard.
+      state [B, H, P, N] float32: the shard's own contribution.
+    """
+    _check_sequence(x, dt, a, b, rope, segment_ids, chunk_size)
+    B, _, H, P = x.shape
+    zeros = jnp.zeros((B, H, P, b.shape[-1]), dt.dtype)
+    _, state = _scan(x, dt, a, b, None, rope, segment_ids, zeros, chunk_size, implementation)
+    decay = jnp.exp(jnp.sum(dt, axis=1) * a)
+    if segment_ids is not None:
+        whole = jnp.all(segment_ids == segment_ids[:, :1], axis=1)
+        decay = jnp.where(whole[:, None], decay, 0.0)
+    return decay, state
+
+
+def rotary_ssd_step(
+    state: Float[Array, 'B H P N'],
+    x_t: Float[Array, 'B H P'],
+    dt_t: Float[Array, 'B H'],
+    a: Float[Array, 'H'],
+    b_t: Float[Array, 'B G N'],
+    c_t: Float[Array, 'B G N'],
+    rope_t=None,
+) -> tuple[Float[Array, 'B H P N'], Float[Array, 'B H P']]:
+    """One token of `rotary_ssd`: takes the state before it, returns the state after it and y.
+
+    Args:
+      state: [B, H, P, N] float32, rotated frame.
+      x_t: [B, H, P]; dt_t: [B, H] float32; a: [H] float32; b_t, c_t: [B, G, N] in x_t's dtype.
+      rope_t: (cos, sin) of the token's position, each [N/2] or [B, N/2] float32; None: none.
+
+    Returns:
+      state [B, H, P, N] float32, and y_t [B, H, P] in x_t's dtype.
+
+    Raises:
+      ValueError: an argument's shape or dtype breaks a rule above.
+    """
+    _check_rank('x_t', x_t, 3, '[B, H, P]')
+    _check_rank('b_t', b_t, 3, '[B, G, N]')
+    # The same rules as a sequence of one token, checked on shapes; nothing is computed.
+    token = lambda v: jax.ShapeDtypeStruct((v.shape[0], 1, *v.shape[1:]), v.dtype)
+    _check_rank('dt_t', dt_t, 2, '[B, H]')
+    _check_sequence(token(x_t), token(dt_t), a, token(b_t), None, None, None, suffix='_t')
+    _check_like('c_t', c_t, 'b_t', b_t)
+    (B, H, P), N = x_t.shape, b_t.shape[-1]
+    _check_shape('state', state, (B, H, P, N), '[B, H, P, N]')
+    _check_dtype('state', state, jnp.float32)
+    if rope_t is not None:
+        rope_t = _check_rope('rope_t', rope_t, ((N // 2,), (B, N // 2)), '[N/2] or [B, N/2]')
+    return decode.step_token(state, x_t, dt_t, a, b_t, c_t, rope_t)
+
+
+def _scan(x, dt, a, b, c, rope, segment_ids, state, chunk_size, implementation):
+    """Dispatch, after the checks. c None: no y. Returns (y or None, final state)."""
+    if implementation is None:
+        implementation = _choose(jax.devices()[0].device_kind, (*x.shape, *b.shape[2:]))
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f'implementation={implementation!r} is unknown; use None or one of {IMPLEMENTATIONS}')
+    if rope is not None:
+        rope = tuple(jnp.asarray(table if table.ndim == 3 else table[None]) for table in rope)
+    run_BL = None
+    if segment_ids is not None:
+        # Numbers of runs, because an id may come back after another one.
+        starts_BL = segment_ids[:, 1:] != segment_ids[:, :-1]
+        run_BL = jnp.pad(jnp.cumsum(starts_BL, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+    x, dt, a, b, c, rope, run_BL, state = _vary_alike((x, dt, a, b, c, rope, run_BL, state))
+    if implementation == 'reference':
+        return reference.scan_tokens(x, dt, a, b, c, rope, run_BL, state)
+    if x.dtype == jnp.float64:
+        raise NotImplementedError("implementation='xla' computes in float32: x is float64; use 'reference'")
+    plan = xla.default_plan(jax.default_backend(), chunk_size)
+    return xla.scan_chunks(plan, x, dt, a, b, c, rope, run_BL, state)
+
+
+def _vary_alike(tree):
+    """Casts arrays that vary over fewer axes of a shard_map than others to vary over all.
+
+    Such are c of one group on every head shard, or a state of zeros. Carries then keep one
+    type, and the transpose of the cast is the psum that the gradients of such arrays need.
+    """
+
+    def varying(v):
+        return jax.typeof(v).manual_axis_type.varying
+
+    axes = frozenset().union(*(varying(v) for v in jax.tree.leaves(tree)))
+
+    def cast(v):
+        missing = tuple(sorted(axes - varying(v)))
+        return jax.lax.pcast(v, missing, to='varying') if missing else v
+
+    return jax.tree.map(cast, tree)
+
+
+@functools.lru_cache(maxsize=None)
+def _choose(device_kind: str, shape: tuple[int, ...]) -> str:
+    """Cached, so that each (device kind, shape) is logged once."""
+    B, L, H, P, G, N = shape
+    _log.info('rotary_ssd on %s, B=%d L=%d H=%d P=%d G=%d N=%d: xla', device_kind, B, L, H, P, G, N)
+    return 'xla'
+
+
+# --- checks: shapes and dtypes only, so that they run before lowering ------------------------
+
+
+def _check_sequence(x, dt, a, b, rope, segment_ids, chunk_size, suffix=''):
+    _check_rank('x' + suffix, x, 4, '[B, L, H, P]')
+    _check_rank('b' + suffix, b, 4, '[B, L, G, N]')
+    (B, L, H, P), (G, N) = x.shape, b.shape[2:]
+    if x.dtype not in (jnp.bfloat16, jnp.float32, jnp.float64):
+        raise ValueError(f'x{suffix}: dtype {x.dtype} must be bfloat16 or float32; cast it with astype')
+    if L < 1:
+        raise ValueError(f'x{suffix}: shape {x.shape} has length 0; L must be at least 1')
+    if P < 16 or P % 16:
+        raise ValueError(f'x{suffix}: head width P={P} must be a multiple of 16; try {-(-max(P, 1) // 16) * 16}')
+    if N < 16 or N % 16:
+        raise ValueError(f'b{suffix}: state width N={N} must be a multiple of 16; try {-(-max(N, 1) // 16) * 16}')
+    if G < 1 or H % G:
+        divisors = [g for g in range(1, H + 1) if H % g == 0]
+        raise ValueError(f'b{suffix}: G={G} groups must divide H={H} heads of x{suffix}; try one of {divisors}')
+    _check_shape('b' + suffix, b, (B, L, G, N), '[B, L, G, N] with B and L of x')
+    _check_dtype('b' + suffix, b, x.dtype)
+    _check_shape('dt' + suffix, dt, (B, L, H), '[B, L, H] of x')
+    _check_shape('a', a, (H,), '[H] of x')
+    wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+    _check_dtype('dt' + suffix, dt, wide)
+    _check_dtype('a', a, wide)
+    if rope is not None:
+        _check_rope('rope', rope, ((L, N // 2), (B, L, N // 2)), '[L, N/2] or [B, L, N/2]', wide)
+    if segment_ids is not None:
+        _check_shape('segment_ids', segment_ids, (B, L), '[B, L] of x')
+        if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+            raise ValueError(f'segment_ids: dtype {segment_ids.dtype} must be an integer type; use int32')
+    if chunk_size is not None and not (16 <= chunk_size <= xla.MAX_CHUNK and chunk_size % 16 == 0):
+        raise ValueError(f'chunk_size={chunk_size} must be a multiple of 16 from 16 to {xla.MAX_CHUNK}; try 128')
+
+
+def _check_rank(name, v, rank, meaning):
+    if len(v.shape) != rank:
+        raise ValueError(f'{name}: shape {tuple(v.shape)} must have the {rank} dimensions {meaning}')
+
+
+def _check_shape(name, v, shape, meaning):
+    if tuple(v.shape) != tuple(shape):
+        raise ValueError(f'{name}: shape {tuple(v.shape)} must be {tuple(shape)}, {meaning}')
+
+
+def _check_dtype(name, v, dtype):
+    if v.dtype != dtype:
+        raise ValueError(f'{name}: dtype {v.dtype} must be {jnp.dtype(dtype)}; cast it with astype')
+
+
+def _check_like(name, v, other_name, other):
+    if v.shape != other.shape or v.dtype != other.dtype:
+        raise ValueError(
+            f'{name}: {v.dtype}{list(v.shape)} must have shape and dtype of '
+            f'{other_name}, {other.dtype}{list(other.shape)}'
+        )
+
+
+def _check_rope(name, rope, shapes, meaning, dtype=jnp.float32):
+    if not isinstance(rope, (tuple, list)) or len(rope) != 2:
+        raise ValueError(f'{name}: must be None or a pair (cos, sin), got {type(rope).__name__}')
+    for part, table in zip(('cos', 'sin'), rope):
+        if tuple(table.shape) not in shapes:
+            raise ValueError(f'{name} {part}: shape {tuple(table.shape)} must be {meaning}: one of {shapes}')
+        _check_dtype(f'{name} {part}', table, dtype)
+    if rope[0].shape != rope[1].shape:
+        raise ValueError(f'{name}: cos {rope[0].shape} and sin {rope[1].shape} must have one shape')
+    return tuple(rope)

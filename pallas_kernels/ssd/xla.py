@@ -1,0 +1,413 @@
+"""The rotary scan as chunked einsums, with a backward pass written by hand.
+
+Legend: B batch, L length, H heads, G groups, R heads a group (H = G R, R-major within a
+group), P head width, N state width, C chunks, Q position in a chunk (query side), S position
+in the same chunk (source side), Z chunk (source side).
+
+Within a chunk, with l the log-decay dt a and cum its running sum from the chunk's start,
+
+  scores_qs  = (R_q c_q) . (R_s b_s)                      once a group
+  weights_qs = scores_qs exp(cum_q - cum_s) dt_s, s <= q  once a head
+  y_q        = sum_s weights_qs x_s + exp(cum_q) h_in R_q c_q
+  h_out      = exp(cum_last) h_in + sum_s exp(cum_last - cum_s) dt_s x_s (R_s b_s)^T
+
+and `pass_states` walks h_in from chunk to chunk (Mamba-2, "state-space duality", section 6).
+
+Why the backward pass is not left to autodiff:
+- Autodiff of a bfloat16 dot that accumulates in float32 yields float32 cotangents, hence
+  float32 matmuls; here every matmul has operands in x's dtype and accumulates in float32.
+- It saves only the inputs and one state a chunk, in x's dtype; weights are rebuilt.
+- The gradient of l_k is a sum over all pairs s < k <= q. Autodiff of the running sum takes it
+  as a running difference of row and column sums, and where decay is strong nothing but their
+  rounding is left, to be multiplied by a large dt in da; `_sum_across` never subtracts.
+So there is no forward-mode derivative and no second derivative.
+
+Memory: [B, C, H, Q, Q] is the largest array, Q times L and not L times L. A sequence longer
+than `Plan.block_length` is walked in blocks, so that it never exceeds one block's.
+"""
+
+import functools
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from pallas_kernels.ssd.rotation import rotate_heads, unrotate_heads
+
+# exp of it is 0 in float32. Log-decays are clipped to it, one step each, which bounds
+# |cum| by 104 Q and keeps the exact part of `_Decays` exact.
+MIN_LOG_DECAY = -104.0
+MAX_CHUNK = 256
+# Name of the boundary states among the residuals, for `jax.checkpoint` policies: a policy
+# that saves it (and the inputs) spares the backward pass a second forward pass.
+STATES_NAME = 'ssd_states'
+
+
+class Plan(typing.NamedTuple):
+    """How to cut the work. Static under jit."""
+
+    chunk: int  # Q
+    block_length: int = 16384  # positions worked on at once
+    passing: str = 'scan'  # form of `pass_states`
+    unroll: int = 1  # of the scan form
+
+
+def default_plan(platform: str, chunk_size: int | None) -> Plan:
+    """The tuning table. Work and traffic within chunks grow with Q, state traffic with 1/Q."""
+    chunk = {'cpu': 64, 'gpu': 128, 'tpu': 128}.get(platform, 128)
+    return Plan(chunk=chunk_size or chunk)
+
+
+def scan_chunks(plan, x_BLHP, dt_BLH, a_H, b_BLGN, c_BLGN, rope, run_BL, state_BHPN):
+    """y and final state; arguments and results as `reference.scan_tokens`, x float32 or bfloat16."""
+    B, L, H, P = x_BLHP.shape
+    G, N = b_BLGN.shape[2:]
+    log_BLH = jnp.maximum(dt_BLH * a_H, MIN_LOG_DECAY)
+
+    Q = min(plan.chunk, -(-L // 16) * 16)
+    chunks = -(-L // Q)
+    W = -(-chunks * Q // max(plan.block_length, Q))  # blocks
+    C = -(-chunks // W)
+    pad = W * C * Q - L
+
+    def split(v, *tail, mode='constant'):
+        """[B, L, ...] -> [W, B, C, Q, ...]; padding has x, b, c, dt and log-decay 0."""
+        if v is None:
+            return None
+        if pad:
+            v = jnp.pad(v, ((0, 0), (0, pad)) + ((0, 0),) * (v.ndim - 2), mode=mode)
+        return jnp.moveaxis(v.reshape(v.shape[0], W, C, Q, *tail), 1, 0)
+
+    segments = None
+    if run_BL is not None:
+        run = split(run_BL, mode='edge')
+        last_BC = jnp.moveaxis(run[..., -1], 0, 1).reshape(B, W * C)
+        before_BC = jnp.concatenate([run_BL[:, :1], last_BC[:, :-1]], axis=1)
+        segments = (run, jnp.moveaxis(before_BC.reshape(B, W, C), 1, 0))
+    R = H // G
+    y, final = _scan_blocks(
+        plan,
+        split(x_BLHP, G, R, P),
+        split(dt_BLH, G, R),
+        split(log_BLH, G, R),
+        split(b_BLGN, G, N),
+        split(c_BLGN, G, N),
+        None if rope is None else tuple(split(t, N // 2) for t in rope),
+        segments,
+        state_BHPN.reshape(B, G, R, P, N),
+    )
+    if y is not None:
+        y = jnp.moveaxis(y, 0, 1).reshape(B, W * C * Q, H, P)[:, :L]
+    return y, final.reshape(B, H, P, N)
+
+
+# --- blocks -------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan_blocks(plan, x, dt, log, b, c, rope, segments, state):
+    """Arrays [W, B, C, Q, ...], state [B, G, R, P, N] -> (y [W, B, C, Q, G, R, P] or None, state)."""
+    (y, _), final = _walk_forward(plan, x, dt, log, b, c, rope, segments, state)
+    return y, final
+
+
+def _walk_forward(plan, x, dt, log, b, c, rope, segments, state):
+    def block(state, inputs):
+        y, incoming, state = _forward_block(plan, *inputs, state)
+        return state, (y, incoming)
+
+    final, outputs = _walk(block, state, (x, dt, log, b, c, rope, segments))
+    return outputs, final
+
+
+def _walk(block, carry, inputs, reverse=False):
+    """lax.scan over blocks, without the loop where there is one."""
+    if jax.tree.leaves(inputs)[0].shape[0] > 1:
+        return jax.lax.scan(block, carry, inputs, reverse=reverse)
+    carry, outputs = block(carry, jax.tree.map(lambda v: v[0], inputs))
+    return carry, jax.tree.map(lambda v: v[None], outputs)
+
+
+def _scan_blocks_fwd(plan, x, dt, log, b, c, rope, segments, state):
+    (y, incoming), final = _walk_forward(plan, x, dt, log, b, c, rope, segments, state)
+    incoming = checkpoint_name(incoming, STATES_NAME)
+    return (y, final), (x, dt, log, b, c, rope, segments, incoming)
+
+
+def _scan_blocks_bwd(plan, residuals, cotangents):
+    x, dt, log, b, c, rope, segments, incoming = residuals
+    dy, dfinal = cotangents
+
+    def block(dstate, inputs):
+        *gradients, dstate = _backward_block(plan, *inputs, dstate)
+        return dstate, gradients
+
+    inputs = (x, dt, log, b, c, rope, segments, incoming, dy)
+    dstate, (dx, ddt, dlog, db, dc) = _walk(block, dfinal, inputs, reverse=True)
+    return dx, ddt, dlog, db, dc, None, None, dstate
+
+
+_scan_blocks.defvjp(_scan_blocks_fwd, _scan_blocks_bwd)
+
+
+# --- one block, its chunks side by side -----------------------------------------------------
+
+
+def _forward_block(plan, x, dt, log, b, c, rope, segments, state):
+    """x [B,C,Q,G,R,P], dt and log [B,C,Q,G,R], b and c [B,C,Q,G,N], state [B,G,R,P,N].
+
+    Returns y (None without c), the state before each chunk in x's dtype, the last state.
+    """
+    decays = _decays(log, segments)
+    b_BCSGN = rotate_heads(b, rope).astype(x.dtype)
+    xscaled_BCSGRP = (x * (dt * decays.leave_BCSGR)[..., None]).astype(x.dtype)
+    local_BCGRPN = _dot('BCSGRP,BCSGN->BCGRPN', xscaled_BCSGRP, b_BCSGN)
+    incoming_BCGRPN, final = pass_states(plan, local_BCGRPN, decays.chunk_BCGR, state, x.dtype)
+    if c is None:
+        return None, incoming_BCGRPN, final
+
+    c_BCQGN = rotate_heads(c, rope).astype(x.dtype)
+    scores_BCGQS = _dot('BCQGN,BCSGN->BCGQS', c_BCQGN, b_BCSGN)
+    weights_BCGRQS = scores_BCGQS[:, :, :, None] * _intra_decay(decays) * _per_source(dt)
+    y = _dot('BCGRQS,BCSGRP->BCQGRP', weights_BCGRQS.astype(x.dtype), x)
+    y += decays.enter_BCQGR[..., None] * _dot('BCQGN,BCGRPN->BCQGRP', c_BCQGN, incoming_BCGRPN)
+    return y.astype(x.dtype), incoming_BCGRPN, final
+
+
+def _backward_block(plan, x, dt, log, b, c, rope, segments, incoming, dy, dfinal):
+    """Gradients of `_forward_block`: dx, ddt, dlog, db, dc (None without c), dstate."""
+    dtype = x.dtype
+    decays = _decays(log, segments)
+    b_BCSGN = rotate_heads(b, rope).astype(dtype)
+    Q = x.shape[2]
+    at_or_after = np.tri(Q, dtype=np.float32)  # [Q, S]: q >= s
+    after = np.tri(Q, k=-1, dtype=np.float32)
+
+    # y_q = exp(cum_q) h_in c_q
+    if c is None:
+        dincoming_BCGRPN = jnp.zeros_like(incoming, dtype=jnp.float32)
+    else:
+        c_BCQGN = rotate_heads(c, rope).astype(dtype)
+        dyscaled_BCQGRP = (dy * decays.enter_BCQGR[..., None]).astype(dtype)
+        dincoming_BCGRPN = _dot('BCQGRP,BCQGN->BCGRPN', dyscaled_BCQGRP, c_BCQGN)
+        dc = _dot('BCQGRP,BCGRPN->BCQGN', dyscaled_BCQGRP, incoming)
+        yin_BCQGRP = _dot('BCQGN,BCGRPN->BCQGRP', c_BCQGN, incoming)
+        dcum_BCQGR = decays.enter_BCQGR * jnp.sum(dy * yin_BCQGRP, axis=-1)
+
+    # h_out = exp(cum_last) h_in + sum_s exp(cum_last - cum_s) dt_s x_s b_s^T
+    dout_BCGRPN, dstate = pass_states(plan, dincoming_BCGRPN, decays.chunk_BCGR, dfinal, jnp.float32, reverse=True)
+    dchunk_BCGR = jnp.exp(decays.chunk_BCGR) * jnp.sum(dout_BCGRPN * incoming, axis=(-2, -1))
+    dout_BCGRPN = dout_BCGRPN.astype(dtype)
+    scale_BCSGR = dt * decays.leave_BCSGR
+    xscaled_BCSGRP = (x * scale_BCSGR[..., None]).astype(dtype)
+    db = _dot('BCSGRP,BCGRPN->BCSGN', xscaled_BCSGRP, dout_BCGRPN)
+    dxscaled_BCSGRP = _dot('BCSGN,BCGRPN->BCSGRP', b_BCSGN, dout_BCGRPN)
+    dx = scale_BCSGR[..., None] * dxscaled_BCSGRP
+    dscale_BCSGR = jnp.sum(x * dxscaled_BCSGRP, axis=-1)
+    ddt = dscale_BCSGR * decays.leave_BCSGR
+    # Every l_k multiplies what entered before it: sums over s < k, and over the whole chunk.
+    dlog = dchunk_BCGR[:, :, None] + _dot('QS,BCSGR->BCQGR', after, dscale_BCSGR * scale_BCSGR)
+    if c is None:
+        return dx.astype(dtype), ddt, dlog, unrotate_heads(db, rope).astype(dtype), None, dstate
+
+    # y_q = sum_s scores_qs exp(cum_q - cum_s) dt_s x_s
+    scores_BCGQS = _dot('BCQGN,BCSGN->BCGQS', c_BCQGN, b_BCSGN)
+    intra_BCGRQS = _intra_decay(decays)
+    weights_BCGRQS = (scores_BCGQS[:, :, :, None] * intra_BCGRQS * _per_source(dt)).astype(dtype)
+    dx += _dot('BCGRQS,BCQGRP->BCSGRP', weights_BCGRQS, dy)
+    dweights_BCGRQS = _dot('BCQGRP,BCSGRP->BCGRQS', dy, x) * intra_BCGRQS
+    dscores_BCGQS = jnp.sum(dweights_BCGRQS * _per_source(dt), axis=3).astype(dtype)
+    dc += _dot('BCGQS,BCSGN->BCQGN', dscores_BCGQS, b_BCSGN)
+    db += _dot('BCGQS,BCQGN->BCSGN', dscores_BCGQS, c_BCQGN)
+    dpairs_BCGRQS = dweights_BCGRQS * scores_BCGQS[:, :, :, None]
+    across_BCGRQ, columns_BCGRS = _sum_across(dpairs_BCGRQS, _by_head(dt))
+    ddt += _by_position(columns_BCGRS)
+    dlog += _by_position(across_BCGRQ)
+    dlog += _dot('QS,BCQGR->BCSGR', at_or_after, dcum_BCQGR)
+    db, dc = (unrotate_heads(v, rope).astype(dtype) for v in (db, dc))
+    return dx.astype(dtype), ddt, dlog, db, dc, dstate
+
+
+def _dot(spec, *operands):
+    """Accumulates in float32. Float32 operands stay so: by default TPUs and GPUs would round them."""
+    exact = any(v.dtype == jnp.float32 for v in operands)
+    precision = jax.lax.Precision.HIGHEST if exact else None
+    return jnp.einsum(spec, *operands, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _matmul(v, mask):
+    return jnp.matmul(v, mask.astype(np.float32), precision=jax.lax.Precision.HIGHEST)
+
+
+def _by_head(v_BCQGR):
+    return jnp.moveaxis(v_BCQGR, 2, -1)
+
+
+def _by_position(v_BCGRQ):
+    return jnp.moveaxis(v_BCGRQ, -1, 2)
+
+
+def _per_source(dt_BCSGR):
+    return _by_head(dt_BCSGR)[..., None, :]
+
+
+# --- decay ----------------------------------------------------------------------------------
+
+
+class _Decays(typing.NamedTuple):
+    """Decay factors of a block's chunks, float32. Masked where a segment boundary lies between."""
+
+    coarse_BCQGR: jax.Array  # cum = coarse + fine
+    fine_BCQGR: jax.Array
+    visible: jax.Array  # bool, [Q, S], or [B, C, 1, 1, Q, S] with segments
+    enter_BCQGR: jax.Array  # chunk's start -> q
+    leave_BCSGR: jax.Array  # s -> chunk's end
+    chunk_BCGR: jax.Array  # chunk's start -> end, as a logarithm
+
+
+def _decays(log_BCQGR, segments) -> _Decays:
+    """Running sums of the log-decay from each chunk's start.
+
+    One float32 sum would do where all steps decay alike. Where a strong step (-50) stands
+    before weak ones, cum is large and cum_q - cum_s has lost the weak ones' digits. So the
+    multiples of 2^-9 are summed apart: below 2^15 = 128 * MAX_CHUNK such sums and their
+    differences are exact in float32, and what is left over is small.
+    """
+    Q = log_BCQGR.shape[2]
+    lower = np.tri(Q, dtype=np.float32)
+    steps = jnp.round(log_BCQGR * 512.0) / 512.0
+    coarse = _dot('QS,BCSGR->BCQGR', lower, steps)
+    fine = _dot('QS,BCSGR->BCQGR', lower, log_BCQGR - steps)
+    enter = jnp.exp(coarse + fine)
+    leave = jnp.exp((coarse[:, :, -1:] - coarse) + (fine[:, :, -1:] - fine))
+    chunk = coarse[:, :, -1] + fine[:, :, -1]
+    visible = lower > 0
+    if segments is not None:
+        run_BCQ, before_BC = segments
+        last_BC = run_BCQ[..., -1]
+        enter = jnp.where((run_BCQ == before_BC[..., None])[..., None, None], enter, 0.0)
+        leave = jnp.where((run_BCQ == last_BC[..., None])[..., None, None], leave, 0.0)
+        # Finite, because sums of it are masked by multiplication in `_passing_logs`.
+        chunk = jnp.where((last_BC == before_BC)[..., None, None], chunk, -1e4)
+        visible = visible & (run_BCQ[..., :, None] == run_BCQ[..., None, :])[:, :, None, None]
+    return _Decays(coarse, fine, visible, enter, leave, chunk)
+
+
+def _intra_decay(decays):
+    """exp(cum_q - cum_s) where s <= q in one segment, else 0. The exponent is masked: above the
+    diagonal it is positive and its exp would overflow."""
+    coarse, fine = _by_head(decays.coarse_BCQGR), _by_head(decays.fine_BCQGR)
+    exponent_BCGRQS = (coarse[..., :, None] - coarse[..., None, :]) + (fine[..., :, None] - fine[..., None, :])
+    return jnp.exp(jnp.where(decays.visible, exponent_BCGRQS, -jnp.inf))
+
+
+def _sum_across(v_BCGRQS, dt_BCGRS):
+    """sum over s < k <= q of v_qs dt_s for every k, and sum over q of v_qs for every s.
+
+    v is 0 above the diagonal. Positions are taken as J blocks of T: pairs with both ends in
+    k's own block one by one, pairs with one end in it from sums over the other end, pairs
+    around it from sums over whole blocks. K and U are J and T of the source side.
+    """
+    *batch, Q, _ = v_BCGRQS.shape
+    T = 16
+    J = Q // T
+    v = v_BCGRQS.reshape(*batch, J, T, J, T)
+    dt_KU = dt_BCGRS.reshape(*batch, J, T)
+    weighted = v * dt_KU[..., None, None, :, :]
+    j, i = np.arange(J), np.arange(T)
+    near_JTU = jnp.sum(jnp.where((j[:, None] == j)[:, None, :, None], weighted, 0.0), axis=-2)
+    rows_JT = jnp.sum(jnp.where((j[:, None] > j)[:, None, :, None], weighted, 0.0), axis=(-2, -1))
+    columns_JKU = jnp.sum(v, axis=-3)
+
+    # Sums over two axes at once as plain matrix products: XLA compiles them far faster.
+    k, q, s = np.ogrid[:T, :T, :T]
+    around_k = ((s < k) & (k <= q)).transpose(1, 2, 0).reshape(T * T, T)
+    across = _matmul(near_JTU.reshape(*batch, J, T * T), around_k)
+    across += _matmul(rows_JT, i[:, None] >= i)
+    ending_later_KU = dt_KU * jnp.sum(jnp.where((j[:, None] > j)[..., None], columns_JKU, 0.0), axis=-3)
+    across += _matmul(ending_later_KU, i[:, None] < i)
+    k, q, s = np.ogrid[:J, :J, :J]
+    around_block = ((s < k) & (k < q)).transpose(1, 2, 0).reshape(J * J, J)
+    blocks_JK = jnp.sum(columns_JKU * dt_KU[..., None, :, :], axis=-1)
+    across += _matmul(blocks_JK.reshape(*batch, J * J), around_block)[..., None]
+    return across.reshape(*batch, Q), jnp.sum(columns_JKU, axis=-3).reshape(*batch, Q)
+
+
+# --- from chunk to chunk --------------------------------------------------------------------
+
+
+def pass_states(plan, local_BCGRPN, chunk_BCGR, initial_BGRPN, dtype, reverse=False):
+    """h_c = exp(chunk_c) h_{c-1} + local_c, in float32, from the first chunk or from the last.
+
+    Returns the state that each chunk receives, [B, C, G, R, P, N] rounded to dtype, and the
+    last state, float32. The gradient of it is itself in the other direction.
+    """
+    if plan.passing == 'scan':
+
+        def step(h, c):
+            local = jax.lax.dynamic_index_in_dim(local_BCGRPN, c, axis=1, keepdims=False)
+            log = jax.lax.dynamic_index_in_dim(chunk_BCGR, c, axis=1, keepdims=False)
+            return jnp.exp(log)[..., None, None] * h + local, h.astype(dtype)
+
+        order = jnp.arange(local_BCGRPN.shape[1])
+        final, incoming = jax.lax.scan(step, initial_BGRPN, order, reverse=reverse, unroll=plan.unroll)
+        return jnp.moveaxis(incoming, 0, 1), final
+
+    if plan.passing == 'associative':
+
+        def combine(first, second):
+            return first[0] + second[0], jnp.exp(second[0])[..., None, None] * first[1] + second[1]
+
+        logs, sums = jax.lax.associative_scan(combine, (chunk_BCGR, local_BCGRPN), reverse=reverse, axis=1)
+        states = sums + jnp.exp(logs)[..., None, None] * initial_BGRPN[:, None]
+        if reverse:
+            incoming, final = jnp.concatenate([states[:, 1:], initial_BGRPN[:, None]], axis=1), states[:, 0]
+        else:
+            incoming, final = jnp.concatenate([initial_BGRPN[:, None], states[:, :-1]], axis=1), states[:, -1]
+        return incoming.astype(dtype), final
+
+    incoming, final = _pass_by_matrix(local_BCGRPN, chunk_BCGR, initial_BGRPN, reverse)
+    return incoming.astype(dtype), final
+
+
+def _pass_by_matrix(local_BCGRPN, chunk_BCGR, initial_BGRPN, reverse, width=16):
+    """One matmul over chunks for each run of `width` chunks, and the runs' totals by itself."""
+    B, C, *head = local_BCGRPN.shape
+    if C > width:
+        V = -(-C // width)
+        pad = V * width - C
+        pads = ((pad, 0) if reverse else (0, pad),)
+        local = jnp.pad(local_BCGRPN, ((0, 0), *pads) + ((0, 0),) * 4).reshape(B * V, width, *head)
+        chunk = jnp.pad(chunk_BCGR, ((0, 0), *pads) + ((0, 0),) * 2).reshape(B * V, width, *head[:2])
+        zero = jnp.zeros((B * V, *head), jnp.float32)
+        inner, total = _pass_by_matrix(local, chunk, zero, reverse)
+        outer, final = _pass_by_matrix(
+            total.reshape(B, V, *head), chunk.sum(1).reshape(B, V, *head[:2]), initial_BGRPN, reverse, width
+        )
+        prefix, _ = _passing_logs(chunk, reverse)
+        incoming = inner + jnp.exp(prefix)[..., None, None] * outer.reshape(B * V, 1, *head)
+        incoming = incoming.reshape(B, V * width, *head)
+        return (incoming[:, pad:] if reverse else incoming[:, :C]), final
+    prefix_BCGR, between_BCZGR = _passing_logs(chunk_BCGR, reverse)
+    matrix_BCZGR = jnp.exp(between_BCZGR)
+    incoming = _dot('BCZGR,BZGRPN->BCGRPN', matrix_BCZGR, local_BCGRPN)
+    incoming += jnp.exp(prefix_BCGR)[..., None, None] * initial_BGRPN[:, None]
+    last = 0 if reverse else -1
+    final = jnp.exp(chunk_BCGR[:, last])[..., None, None] * incoming[:, last] + local_BCGRPN[:, last]
+    return incoming, final
+
+
+def _passing_logs(chunk_BCGR, reverse):
+    """Log-decay from the start to before chunk C, and from after chunk Z to before chunk C."""
+    C = chunk_BCGR.shape[1]
+    c, z, k = np.ogrid[:C, :C, :C]
+    if reverse:
+        c, z, k = -c, -z, -k
+    prefix = (k < c)[:, 0].astype(np.float32)
+    between = ((z < k) & (k < c)).astype(np.float32)
+    reach = (z < c)[None, :, :, 0, None, None]
+    prefix_BCGR = _dot('CK,BKGR->BCGR', prefix, chunk_BCGR)
+    between_BCZGR = jnp.where(reach, _dot('CZK,BKGR->BCZGR', between, chunk_BCGR), -jnp.inf)
+    return prefix_BCGR, between_BCZGR

@@ -1,0 +1,11 @@
+"""Eight virtual CPU devices for every test; must be set before jax starts.
+
+Most of the suite's time is LLVM's: the expensive passes are left out, which
+halves compilation and changes no result beyond rounding.
+"""
+
+import os
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + (
+    ' --xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0')

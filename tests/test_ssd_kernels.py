@@ -1,0 +1,458 @@
+"""Conformance of the rotary scan's implementations to a float64 oracle.
+
+A new implementation joins by its name in IMPLEMENTATIONS (and in KEYWORDS, if it must be told
+to interpret). Legend: B batch, L length, H heads, G groups, P head width, N state width.
+"""
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+from jax.sharding import NamedSharding, PartitionSpec
+from ssd_oracle import GRADIENTS, recurrence, relative_error, with_gradients
+
+from pallas_kernels.ssd import api, rotary_ssd, rotary_ssd_state, rotary_ssd_step, xla
+
+IMPLEMENTATIONS = ['reference', 'xla']
+KEYWORDS = {}  # implementation -> further keywords of rotary_ssd here, such as interpret=True
+TOLERANCE = {'float32': 1e-5, 'bfloat16': 5e-3}
+CHUNK = 64
+
+# name: (B, L, H, P, G, N, dimensions of the table (None: no rotation), has segments)
+SHAPES = {
+    'ragged': (2, 203, 4, 16, 2, 32, 2, True),
+    'whole chunks, one group': (1, 128, 3, 48, 1, 80, None, False),
+    'a group a head': (2, 150, 2, 32, 2, 16, 3, True),
+    'one token': (2, 1, 4, 16, 2, 16, 2, False),
+    'below one chunk': (1, 23, 2, 16, 1, 16, 2, True),
+}
+# name: bounds of dt, drawn log-uniformly; a is in [-1, -0.5]
+DECAYS = {'usual': (1e-3, 1e-1), 'weak': (1e-5, 1e-3), 'strong': (20.0, 50.0), 'mixed': (1e-2, 50.0), 'zero': (0, 0)}
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request):
+    return request.param
+
+
+def keywords(implementation):
+    return {'implementation': implementation, 'chunk_size': CHUNK, **KEYWORDS.get(implementation, {})}
+
+
+def table(positions, N):
+    angles = np.asarray(positions)[..., None] * 10000.0 ** (-np.arange(N // 2) / (N // 2))
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def draw(shape, dtype='float32', decay='usual', seed=0):
+    """(arguments by name, rope, segment_ids, dy, dfinal) of a row of SHAPES."""
+    B, L, H, P, G, N, rope_rank, segmented = shape
+    rng = np.random.default_rng(seed)
+    low, high = DECAYS[decay]
+    dt = np.zeros((B, L, H)) if not high else np.exp(rng.uniform(np.log(low), np.log(high), (B, L, H)))
+    if not (decay == 'strong' and dtype == 'bfloat16'):
+        # There the few steps without decay would be nearly all of ddt: a handful of sums, each
+        # with bfloat16's error in full and nothing to average it.
+        dt[:, L // 2 : L // 2 + 2] = 0.0
+    values = {
+        'x': rng.standard_normal((B, L, H, P)),
+        'dt': dt,
+        'a': -rng.uniform(0.5, 1.0, H),
+        'b': rng.standard_normal((B, L, G, N)) / N**0.5,
+        'c': rng.standard_normal((B, L, G, N)),
+        'initial_state': rng.standard_normal((B, H, P, N)),
+    }
+    arguments = {k: jnp.asarray(v, dtype if k in 'xbc' else 'float32') for k, v in values.items()}
+    rope = None
+    if rope_rank is not None:
+        positions = np.arange(L) if rope_rank == 2 else np.arange(L) + 7 * np.arange(B)[:, None]
+        rope = tuple(map(jnp.asarray, table(positions, N)))
+    segments = None
+    if segmented:
+        # Row 0: several in one chunk, an id that comes back, at a chunk's border, its last
+        # and its second token. Row 1: random.
+        starts = np.zeros((B, L), bool)
+        starts[0, [t for t in (3, 4, 9, 20, 64, 127, 129) if t < L]] = True
+        starts[1:] = rng.uniform(size=(B - 1, L)) < 0.02
+        segments = jnp.asarray(np.cumsum(starts, axis=1) % 2 + 5, 'int32')
+    dy = jnp.asarray(rng.standard_normal((B, L, H, P)), dtype)
+    dfinal = jnp.asarray(rng.standard_normal((B, H, P, N)), 'float32')
+    return arguments, rope, segments, dy, dfinal
+
+
+@functools.partial(jax.jit, static_argnames=('implementation', 'plan'))
+def outputs_and_gradients(arguments, rope, segments, dy, dfinal, *, implementation, plan=None):
+    """By name, like `with_gradients` of the oracle. plan: cut the xla form's work like this."""
+
+    def f(x, dt, a, b, c, state):
+        if plan is not None:
+            run = None if segments is None else jnp.cumsum(jnp.diff(segments, prepend=segments[:, :1]) != 0, 1)
+            tables = None if rope is None else tuple(t if t.ndim == 3 else t[None] for t in rope)
+            return xla.scan_chunks(plan, x, dt, a, b, c, tables, run, state)
+        more = keywords(implementation)
+        return rotary_ssd(x, dt, a, b, c, rope, segment_ids=segments, initial_state=state, **more)
+
+    (y, final), pull = jax.vjp(f, *(arguments[name] for name in GRADIENTS))
+    result = {'y': y, 'final_state': final}
+    result.update({'d' + name: g for name, g in zip(GRADIENTS, pull((dy, dfinal)))})
+    return result
+
+
+def assert_close(out, ref, tolerance, what=''):
+    assert out.keys() == ref.keys()
+    for name in ref:
+        value = np.asarray(jnp.asarray(out[name]).astype(jnp.float32))
+        assert np.all(np.isfinite(value)), f'{what}: {name} is not finite'
+        error = relative_error(value, ref[name])
+        assert error <= tolerance, f'{what}: {name} is off by {error:.2e}, more than {tolerance:.0e}'
+
+
+@functools.lru_cache
+def oracle(shape, dtype, decay):
+    return with_gradients(*draw(SHAPES[shape], dtype, decay))
+
+
+def as_float64(arguments):
+    return [np.asarray(arguments[name].astype(jnp.float32), np.float64) for name in GRADIENTS]
+
+
+@pytest.mark.parametrize('decay', DECAYS)
+def test_oracles_agree(decay):
+    arguments, rope, segments, _, _ = draw(SHAPES['ragged'], decay=decay)
+    x, dt, a, b, c, state = as_float64(arguments)
+    y, final = recurrence(x, dt, a, b, c, rope, segments, state)
+    ref = oracle('ragged', 'float32', decay)
+    assert relative_error(ref['y'], y) < 1e-12
+    assert relative_error(ref['final_state'], final) < 1e-12
+
+
+def test_reference_runs_in_float64():
+    arguments, rope, segments, _, _ = draw(SHAPES['ragged'])
+    x, dt, a, b, c, state = as_float64(arguments)
+    with jax.enable_x64(True):
+        wide = tuple(np.asarray(t, np.float64) for t in rope)
+        y, final = rotary_ssd(
+            *(jnp.asarray(v) for v in (x, dt, a, b, c)), wide, segment_ids=segments,
+            initial_state=jnp.asarray(state), implementation='reference',
+        )  # fmt: skip
+        with pytest.raises(NotImplementedError, match='float64'):
+            rotary_ssd(*(jnp.asarray(v) for v in (x, dt, a, b, c)), implementation='xla')
+    ref = recurrence(x, dt, a, b, c, rope, segments, state)
+    assert relative_error(y, ref[0]) < 1e-12 and relative_error(final, ref[1]) < 1e-12
+
+
+@pytest.mark.parametrize(
+    'shape, dtype',
+    [(shape, 'float32') for shape in SHAPES]
+    + [(shape, 'bfloat16') for shape in ('ragged', 'whole chunks, one group', 'a group a head')],
+)
+def test_conforms(implementation, shape, dtype):
+    """Outputs and every gradient, all decays through one compiled function; runs repeat bit for bit."""
+    for decay in DECAYS:
+        inputs = draw(SHAPES[shape], dtype, decay)
+        out = outputs_and_gradients(*inputs, implementation=implementation)
+        assert_close(out, oracle(shape, dtype, decay), TOLERANCE[dtype], f'{implementation}, {shape}, {decay}')
+        again = outputs_and_gradients(*inputs, implementation=implementation)
+        for name in out:
+            assert np.array_equal(out[name], again[name]), f'{name} changed between two runs'
+
+
+@pytest.mark.parametrize(
+    'plan',
+    [
+        xla.Plan(chunk=128),
+        xla.Plan(chunk=16, block_length=64),
+    ],
+    ids=str,
+)
+def test_xla_plans_conform(plan):
+    """However the xla form cuts its work: other chunks, several blocks with a ragged last one."""
+    for decay in ('usual', 'mixed'):
+        out = outputs_and_gradients(*draw(SHAPES['ragged'], decay=decay), implementation='xla', plan=plan)
+        assert_close(out, oracle('ragged', 'float32', decay), 1e-5, f'{plan}, {decay}')
+
+
+def test_defaults(implementation):
+    """No table, no segments, no state, no chunk size; and a largest chunk with mixed decay."""
+    shape = (1, 300, 2, 16, 1, 16, None, False)
+    arguments, _, _, dy, dfinal = draw(shape, decay='mixed')
+    arguments['initial_state'] *= 0
+    ref = with_gradients(arguments, None, None, dy, dfinal)
+    names = GRADIENTS[:5]
+    for chunk_size in (None, 256):
+
+        @jax.jit
+        def run(values):
+            more = {**keywords(implementation), 'chunk_size': chunk_size}
+            outputs, pull = jax.vjp(lambda *v: rotary_ssd(*v, **more), *values)
+            return outputs, pull((dy, dfinal))
+
+        (y, final), gradients = run([arguments[name] for name in names])
+        out = {'y': y, 'final_state': final, **{'d' + n: g for n, g in zip(names, gradients)}}
+        assert_close(out, {name: ref[name] for name in out}, 1e-5, implementation)
+
+
+def test_steps_equal_scan(implementation):
+    """Decoding from a state continues the sequence, in the same frame."""
+    arguments, rope, _, _, _ = draw((2, 40, 4, 16, 2, 32, 2, False), 'float32')
+    x, dt, a, b, c, state = (arguments[name] for name in GRADIENTS)
+    y, final = rotary_ssd(x, dt, a, b, c, rope, initial_state=state, **keywords(implementation))
+
+    def step(h, token):
+        x_t, dt_t, b_t, c_t, cos_t, sin_t = token
+        return rotary_ssd_step(h, x_t, dt_t, a, b_t, c_t, (cos_t, sin_t))
+
+    tokens = (*(jnp.moveaxis(v, 1, 0) for v in (x, dt, b, c)), *rope)
+    last, y_steps = jax.jit(lambda h, t: jax.lax.scan(step, h, t))(state, tokens)
+    assert relative_error(jnp.moveaxis(y_steps, 0, 1), y) < 1e-5
+    assert relative_error(last, final) < 1e-5
+    # A table of each row's own position, and no table.
+    first = tuple(jnp.broadcast_to(t[:1], (2, 16)) for t in rope)
+    for rope_t in (first, None):
+        _, y_0 = rotary_ssd_step(state, x[:, 0], dt[:, 0], a, b[:, 0], c[:, 0], rope_t)
+        assert relative_error(y_0, y[:, 0]) < 1e-5  # position 0 turns nothing
+
+
+def test_packed_equals_separate(implementation):
+    """Two documents in one row, and in two rows of their own: values and gradients."""
+    arguments, _, _, dy, _ = draw((2, 50, 4, 16, 2, 32, None, False))
+    arguments['initial_state'] = arguments['initial_state'].at[1].set(0.0)
+    rope = tuple(map(jnp.asarray, table(np.tile(np.arange(50), (2, 1)), 32)))
+    no_final = jnp.zeros((2, 4, 16, 32))
+    separate = outputs_and_gradients(arguments, rope, None, dy, no_final, implementation=implementation)
+
+    def pack(v):
+        return v.reshape(1, 100, *v.shape[2:])
+
+    packed_arguments = {k: pack(v) if k in ('x', 'dt', 'b', 'c') else v for k, v in arguments.items()}
+    packed_arguments['initial_state'] = arguments['initial_state'][:1]
+    segments = jnp.repeat(jnp.array([[3, 8]], 'int32'), 50, axis=1)
+    packed = outputs_and_gradients(
+        packed_arguments, tuple(map(pack, rope)), segments, pack(dy), no_final[:1], implementation=implementation
+    )
+    expected = {k: pack(v) if k in ('y', 'dx', 'ddt', 'db', 'dc') else v for k, v in separate.items()}
+    expected['final_state'] = separate['final_state'][1:]
+    expected['dinitial_state'] = separate['dinitial_state'][:1]
+    assert_close(packed, expected, 1e-5, implementation)
+
+
+def test_shards_of_a_sequence_equal_the_whole(implementation):
+    """rotary_ssd_state of each shard, combined, gives each shard its initial state; gradients too."""
+    shards, shape = 3, (2, 96, 4, 16, 2, 32, 2, True)
+    arguments, rope, segments, dy, dfinal = draw(shape)
+    segments = segments.at[1].set(1).at[1, 64:].set(2)  # row 1: a boundary between shards only
+    more = keywords(implementation)
+    whole = outputs_and_gradients(arguments, rope, segments, dy, dfinal, implementation=implementation)
+
+    def sharded(x, dt, a, b, c, h):
+        ys = []
+        for i in range(shards):
+            s = slice(i * 32, (i + 1) * 32)
+            part = tuple(t[s] for t in rope)
+            if i:
+                goes_on = segments[:, s.start] == segments[:, s.start - 1]
+                h = jnp.where(goes_on[:, None, None, None], h, 0.0)
+            y, _ = rotary_ssd(
+                x[:, s], dt[:, s], a, b[:, s], c[:, s], part, segment_ids=segments[:, s], initial_state=h, **more
+            )
+            decay, state = rotary_ssd_state(
+                x[:, s], dt[:, s], a, b[:, s], part, segment_ids=segments[:, s], **more
+            )
+            h = decay[..., None, None] * h + state
+            ys.append(y)
+        return jnp.concatenate(ys, axis=1), h
+
+    @jax.jit
+    def run(values):
+        outputs, pull = jax.vjp(sharded, *values)
+        return outputs, pull((dy, dfinal))
+
+    (y, final), gradients = run([arguments[name] for name in GRADIENTS])
+    out = {'y': y, 'final_state': final, **{'d' + n: g for n, g in zip(GRADIENTS, gradients)}}
+    assert_close(out, whole, 1e-5, implementation)
+
+
+def loss(implementation, values, rope, segments=None):
+    y, final = rotary_ssd(*values, rope, segment_ids=segments, **keywords(implementation))
+    return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.sin(final))
+
+
+def test_vmap_scan_and_checkpoint(implementation):
+    arguments, rope, segments, _, _ = draw((2, 80, 4, 16, 2, 16, 2, True))
+    values = [arguments[name] for name in GRADIENTS[:5]]
+    f = functools.partial(loss, implementation, rope=rope, segments=segments)
+    plain_loss, plain = jax.jit(jax.value_and_grad(f))(values)
+
+    stacked = jax.tree.map(lambda v: jnp.stack([v, 0.5 * v]), values)
+    losses, mapped = jax.jit(jax.vmap(jax.value_and_grad(f)))(stacked)
+    np.testing.assert_allclose(losses[0], plain_loss, rtol=1e-5)
+    for name, g, m in zip(GRADIENTS, plain, mapped):
+        assert relative_error(m[0], g) < 1e-5, f'vmap: {name}'
+
+    def layers(values):  # y of one layer is x of the next, twice, each rematerialised
+        @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(xla.STATES_NAME))
+        def layer(x, _):
+            return rotary_ssd(x, *values[1:], rope, **keywords(implementation))[0], None
+
+        x, _ = jax.lax.scan(layer, values[0], None, length=2)
+        return jnp.sum(jnp.sin(x))
+
+    def unrolled(values):
+        x = values[0]
+        for _ in range(2):
+            x = rotary_ssd(x, *values[1:], rope, implementation='reference')[0]
+        return jnp.sum(jnp.sin(x))
+
+    for name, g, e in zip(GRADIENTS, jax.jit(jax.grad(layers))(values), jax.jit(jax.grad(unrolled))(values)):
+        assert relative_error(g, e) < 1e-5, f'scan of checkpoint: {name}'
+
+
+needs_8_devices = pytest.mark.skipif(
+    jax.device_count() < 8, reason='needs XLA_FLAGS=--xla_force_host_platform_device_count=8'
+)
+
+
+@needs_8_devices
+@pytest.mark.parametrize('groups', [1, 4])
+def test_shard_map_over_batch_and_heads(implementation, groups):
+    """Each device works on its rows and heads; one group goes to all of its heads' devices."""
+    arguments, rope, segments, _, _ = draw((4, 40, 8, 16, groups, 16, 2, True))
+    values = [arguments[name] for name in GRADIENTS[:5]]
+    mesh = jax.make_mesh((2, 4), ('data', 'tensor'), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    p = PartitionSpec
+    heads = p('data', None, 'tensor')
+    of_groups = heads if groups > 1 else p('data')
+
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=([heads, heads, p('tensor'), of_groups, of_groups], p('data')), out_specs=p()
+    )
+    def sharded(values, segments):
+        return jax.lax.psum(loss(implementation, values, rope, segments), ('data', 'tensor'))
+
+    expected = jax.jit(jax.grad(functools.partial(loss, implementation, rope=rope, segments=segments)))(values)
+    for name, g, e in zip(GRADIENTS, jax.jit(jax.grad(sharded))(values, segments), expected):
+        assert relative_error(g, e) < 1e-5, f'shard_map: {name}'
+
+
+@needs_8_devices
+def test_xla_shards_by_itself_without_gathers():
+    arguments, rope, segments, dy, dfinal = draw((4, 40, 8, 16, 4, 16, 2, True))
+    mesh = jax.make_mesh((2, 4), ('data', 'tensor'), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+    def put(v, *spec):
+        return jax.device_put(v, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    placed = {
+        k: put(v, 'tensor') if k == 'a' else put(v, 'data', 'tensor') if k == 'initial_state'
+        else put(v, 'data', None, 'tensor')
+        for k, v in arguments.items()
+    }  # fmt: skip
+    inputs = (placed, put(rope[0]), put(segments, 'data'), put(dy, 'data', None, 'tensor'))
+    inputs = (placed, tuple(map(put, rope)), *inputs[2:], put(dfinal, 'data', 'tensor'))
+    lowered = outputs_and_gradients.lower(*inputs, implementation='xla')
+    text = lowered.compile().as_text()
+    for collective in ('all-gather', 'all-to-all', 'collective-permute'):
+        assert collective not in text, f'{collective} in the partitioned program'
+    out = outputs_and_gradients(*inputs, implementation='xla')
+    assert_close(out, with_gradients(arguments, rope, segments, dy, dfinal), 1e-5, 'sharded')
+
+
+def avals_of(jaxpr):
+    for equation in jaxpr.eqns:
+        yield from (v.aval for v in equation.outvars)
+        for inner in jaxprs_in_params(equation.params):
+            yield from avals_of(inner)
+
+
+def test_xla_holds_no_square_of_the_length():
+    B, L, H, P, G, N = 1, 4096, 2, 16, 1, 16
+    arguments, rope, segments, dy, dfinal = draw((B, L, H, P, G, N, 2, True))
+    traced = outputs_and_gradients.trace(arguments, rope, segments, dy, dfinal, implementation='xla')
+    sizes = [int(np.prod(v.shape)) for v in avals_of(traced.jaxpr.jaxpr)]
+    assert len(sizes) > 100 and max(sizes) <= B * H * L * CHUNK
+    assert traced.lower().compile().memory_analysis().temp_size_in_bytes < L * L * 4
+
+
+def test_choice_is_logged_once(caplog):
+    arguments, _, _, _, _ = draw((1, 3, 1, 16, 1, 112, None, False))
+    values = [arguments[name] for name in GRADIENTS[:5]]
+    with caplog.at_level(logging.INFO, logger='pallas_kernels'):
+        for _ in range(2):
+            jax.eval_shape(rotary_ssd, *values)
+    assert [r.getMessage().endswith('N=112: xla') for r in caplog.records] == [True]
+
+
+def spec(*shape, dtype='float32'):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+GOOD = {
+    'x': spec(2, 8, 4, 16), 'dt': spec(2, 8, 4), 'a': spec(4), 'b': spec(2, 8, 2, 32), 'c': spec(2, 8, 2, 32),
+    'rope': (spec(8, 16), spec(8, 16)),
+}  # fmt: skip
+BAD = [
+    ({'x': spec(2, 8, 4)}, r'x: shape \(2, 8, 4\) must have the 4 dimensions'),
+    ({'x': spec(2, 8, 4, 24)}, 'P=24 must be a multiple of 16; try 32'),
+    ({'x': spec(2, 8, 4, 16, dtype='float16')}, 'x: dtype float16 must be bfloat16 or float32'),
+    ({'x': spec(2, 0, 4, 16)}, 'length 0'),
+    ({'x': spec(3, 8, 4, 16)}, r'b: shape \(2, 8, 2, 32\) must be \(3, 8, 2, 32\)'),
+    ({'dt': spec(2, 8, 2)}, r'dt: shape \(2, 8, 2\) must be \(2, 8, 4\)'),
+    ({'dt': spec(2, 8, 4, dtype='bfloat16')}, 'dt: dtype bfloat16 must be float32; cast'),
+    ({'a': spec(2)}, r'a: shape \(2,\) must be \(4,\)'),
+    ({'b': spec(2, 8, 32)}, 'b: shape .* 4 dimensions'),
+    ({'b': spec(2, 8, 3, 32)}, 'G=3 groups must divide H=4 heads of x; try one of'),
+    ({'b': spec(2, 8, 2, 20)}, 'N=20 must be a multiple of 16; try 32'),
+    ({'b': spec(2, 8, 2, 32, dtype='bfloat16')}, 'b: dtype bfloat16 must be float32'),
+    ({'c': spec(2, 8, 4, 32)}, 'c: .* must have shape and dtype of b'),
+    ({'rope': (spec(8, 16),)}, 'rope: must be None or a pair'),
+    ({'rope': (spec(8, 32), spec(8, 32))}, r'rope cos: shape \(8, 32\) must be \[L, N/2\] or \[B, L, N/2\]'),
+    ({'rope': (spec(8, 16), spec(2, 8, 16))}, 'must have one shape'),
+    ({'rope': (spec(8, 16, dtype='bfloat16'),) * 2}, 'rope cos: dtype bfloat16 must be float32'),
+    ({'segment_ids': spec(2, 9, dtype='int32')}, r'segment_ids: shape \(2, 9\) must be \(2, 8\)'),
+    ({'segment_ids': spec(2, 8)}, 'segment_ids: dtype float32 must be an integer type; use int32'),
+    ({'initial_state': spec(2, 4, 32, 16)}, r'initial_state: shape .* must be \(2, 4, 16, 32\)'),
+    ({'initial_state': spec(2, 4, 16, 32, dtype='bfloat16')}, 'initial_state: dtype bfloat16'),
+    ({'chunk_size': 100}, 'chunk_size=100 must be a multiple of 16 from 16 to 256; try'),
+    ({'implementation': 'cuda'}, r"implementation='cuda' is unknown; use None or one of \('reference', 'xla'"),
+]
+
+
+@pytest.mark.parametrize('change, message', BAD, ids=[message[:32] for _, message in BAD])
+def test_refuses(change, message):
+    call = {**GOOD, **change}
+    static = {k: call.pop(k) for k in ('chunk_size', 'implementation') if k in call}
+    if 'rope' in change and len(change['rope']) == 1:
+        with pytest.raises(ValueError, match=message):
+            rotary_ssd(**call)
+        return
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda v: rotary_ssd(**v, **static), call)
+
+
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        ({'state': spec(2, 4, 32, 16)}, 'state: shape'),
+        ({'state': spec(2, 4, 16, 32, dtype='bfloat16')}, 'state: dtype bfloat16 must be float32'),
+        ({'x_t': spec(2, 1, 4, 16)}, r'x_t: shape .* 3 dimensions \[B, H, P\]'),
+        ({'dt_t': spec(2, 3)}, 'dt_t: shape'),
+        ({'b_t': spec(2, 3, 32)}, 'b_t: G=3'),
+        ({'c_t': spec(2, 4, 32)}, 'c_t: .* b_t'),
+        ({'rope_t': (spec(32), spec(32))}, r'rope_t cos: shape \(32,\) must be \[N/2\] or \[B, N/2\]'),
+    ],
+)
+def test_step_refuses(change, message):
+    call = {
+        'state': spec(2, 4, 16, 32), 'x_t': spec(2, 4, 16), 'dt_t': spec(2, 4), 'a': spec(4),
+        'b_t': spec(2, 2, 32), 'c_t': spec(2, 2, 32), 'rope_t': (spec(16), spec(16)), **change,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda v: rotary_ssd_step(**v), call)
+
+
+def test_every_implementation_is_tested():
+    assert set(api.IMPLEMENTATIONS) <= set(IMPLEMENTATIONS)

@@ -1,0 +1,104 @@
+"""Properties of the train step: the same numbers on every mesh, under accumulation and under every remat policy."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from small import packed_batch, small_config
+
+from transxssm_jax import mesh, step
+from transxssm_jax.config import ConfigError
+
+
+def losses_and_state(config, num_devices=1, steps=3):
+    device_mesh = mesh.build(config, jax.devices()[:num_devices])
+    state = step.create_state(config, device_mesh)
+    shardings = step.state_shardings(config, device_mesh)
+    run = jax.jit(step.train_step(config), donate_argnums=0, in_shardings=(shardings, step.batch_sharding(device_mesh)),
+                  out_shardings=(shardings, None))
+    losses = []
+    with jax.set_mesh(device_mesh):
+        for seed in range(steps):
+            state, metrics = run(state, jax.device_put(packed_batch(config, seed), step.batch_sharding(device_mesh)))
+            losses.append([float(metrics[name]) for name in ('loss', 'grad_norm', 'update_norm')])
+    return np.array(losses), state
+
+
+@functools.cache
+def one_device():
+    return losses_and_state(small_config())
+
+
+def test_loss_falls_on_a_repeated_batch():
+    config = small_config()
+    run = jax.jit(step.train_step(config))
+    state, batch = step.create_state(config, mesh.build(config, jax.devices()[:1])), packed_batch(config)
+    first, last = None, None
+    for _ in range(15):
+        state, metrics = run(state, batch)
+        first, last = first or float(metrics['loss']), float(metrics['loss'])
+    assert abs(first - np.log(config.model.vocab_size)) < 0.3
+    assert last < first - 0.5
+
+
+@pytest.mark.parametrize('axes', [
+    dict(mesh_data=8), dict(mesh_data=1, mesh_fsdp=8), dict(mesh_data=4, mesh_tensor=2),
+    dict(mesh_data=2, mesh_fsdp=2, mesh_tensor=2)], ids=lambda axes: '-'.join(f'{k}{v}' for k, v in axes.items()))
+def test_mesh_equals_one_device(axes):
+    expected, expected_state = one_device()
+    losses, state = losses_and_state(small_config(**axes), num_devices=8)
+    np.testing.assert_allclose(losses, expected, rtol=2e-5)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state['params']):
+        reference = functools.reduce(lambda tree, key: tree[key.key], path, expected_state['params'])
+        np.testing.assert_allclose(leaf, reference, atol=3e-4, err_msg=str(path))
+
+
+def test_state_is_created_in_shards():
+    config = small_config(mesh_data=1, mesh_fsdp=4, mesh_tensor=2)
+    state = step.create_state(config, mesh.build(config))
+    for tree in ('params', 'mu', 'nu'):
+        assert state[tree]['embedding'].addressable_shards[0].data.size == state[tree]['embedding'].size // 8
+        x_proj = state[tree]['layers']['ssd']['mixer']['x_proj']['kernel']
+        assert x_proj.addressable_shards[0].data.size == x_proj.size // 8
+    np.testing.assert_allclose(state['params']['embedding'], step.init_params(config.model, 0)['embedding'], atol=1e-6)
+
+
+def test_accumulation_equals_one_batch():
+    losses, _ = losses_and_state(small_config(train_accumulation_steps=4))
+    np.testing.assert_allclose(losses, one_device()[0], rtol=2e-5)
+    losses, _ = losses_and_state(small_config(train_accumulation_steps=2, mesh_data=2, mesh_fsdp=2), num_devices=4)
+    np.testing.assert_allclose(losses, one_device()[0], rtol=2e-5)
+
+
+@pytest.mark.parametrize('policy', ['full', 'dots', 'hybrid'])
+def test_remat_equals_plain(policy):
+    losses, _ = losses_and_state(small_config(model_remat=policy))
+    np.testing.assert_allclose(losses, one_device()[0], rtol=1e-5)
+
+
+def test_remat_policies_save_what_they_say():
+    saved = {}
+    for policy in ('none', 'full', 'dots', 'hybrid'):
+        config = small_config(model_remat=policy, data_global_batch=8, data_seq_len=512, model_ssd_chunk_size=64)
+        compiled = jax.jit(step.train_step(config)).lower(
+            jax.eval_shape(lambda c=config: step.init_state(c, 0)),
+            jax.eval_shape(lambda c=config: packed_batch_shapes(c))).compile()
+        saved[policy] = compiled.memory_analysis().temp_size_in_bytes
+    assert saved['full'] < saved['hybrid'] < saved['none']
+    assert saved['full'] < saved['dots']
+
+
+def packed_batch_shapes(config):
+    return jax.tree.map(jax.numpy.asarray, packed_batch(config))
+
+
+@pytest.mark.parametrize('overrides, message', [
+    (dict(data_global_batch=30), 'data.global_batch=30 must be divisible by 8 data shards; try 24 or 32'),
+    (dict(mesh_data=3), 'must multiply to the 8 devices'),
+    (dict(mesh_tensor=8), 'model.num_heads=4 must be divisible by mesh.tensor=8; try mesh.tensor=4'),
+    (dict(mesh_tensor=4), 'model.num_kv_heads=2 must be divisible by mesh.tensor=4; try mesh.tensor=2'),
+])
+def test_a_mesh_that_does_not_fit_is_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message.replace('.', r'\.')):
+        mesh.build(small_config(**overrides))

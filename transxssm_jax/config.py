@@ -1,0 +1,344 @@
+"""Every setting of a run: its name, its default and its meaning, in one tree.
+
+A config file is Python with a function `get_config()` that builds a `Config`
+and changes what differs from the defaults. `load(path, overrides)` reads it,
+applies overrides by dotted name, checks everything that can be checked without
+a device, and locks the tree. This module imports no jax.
+"""
+
+import dataclasses
+import difflib
+import functools
+import json
+import math
+import pathlib
+import re
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+
+class ConfigError(ValueError):
+    """A setting is unknown, of the wrong type, or out of its range."""
+
+
+def setting(default, meaning: str, *, choices=(), minimum=None, of_checkpoint=False):
+    """One setting: its default, what it means, and which values are allowed.
+
+    Args:
+      default: the value when a config file says nothing; its type is the type.
+      meaning: one sentence, with the unit.
+      choices: the allowed words, empty for any.
+      minimum: the least allowed number.
+      of_checkpoint: whether a run can only be resumed with the same value.
+    """
+    metadata = dict(meaning=meaning, choices=tuple(choices), minimum=minimum, of_checkpoint=of_checkpoint)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _nearest(name: str, known) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    if near:
+        return f'; did you mean {near[0]}?'
+    return f'; known: {", ".join(sorted(known))}' if len(list(known)) <= 16 else '; transxssm_jax/config.py lists all'
+
+
+class Section:
+    """A group of settings that refuses unknown names, wrong types and, once locked, any change."""
+
+    def __setattr__(self, name, value):
+        fields = {field.name: field for field in dataclasses.fields(self)}
+        prefix = type(self).__name__.lower() + '.' if type(self) is not Config else ''
+        if name not in fields:
+            raise ConfigError(f'unknown setting {prefix}{name}{_nearest(name, fields)}')
+        if self.__dict__.get('_locked'):
+            raise ConfigError(f'{prefix}{name}: the config is locked; make a new one with config.load(path, overrides)')
+        object.__setattr__(self, name, _checked(prefix + name, fields[name], value))
+
+
+def _checked(name: str, field: dataclasses.Field, value):
+    kind = field.type
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not kind:
+        raise ConfigError(f'{name}={value!r} must be {kind.__name__}, not {type(value).__name__}')
+    choices, minimum = field.metadata.get('choices'), field.metadata.get('minimum')
+    if choices and value not in choices:
+        near = _nearest(str(value), choices) if isinstance(value, str) else f'; known: {choices}'
+        raise ConfigError(f'{name}={value!r} is not one of the choices{near}')
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f'{name}={value!r} must be a finite number')
+    if minimum is not None and value < minimum:
+        raise ConfigError(f'{name}={value!r} must be at least {minimum}')
+    return value
+
+
+@dataclasses.dataclass
+class Model(Section):
+    vocab_size: int = setting(50304, 'Rows of the embedding; a multiple of 128 tiles well.', minimum=1, of_checkpoint=True)
+    d_model: int = setting(2048, 'Width D of the residual stream.', minimum=1, of_checkpoint=True)
+    num_layers: int = setting(24, 'Layers; each is a mixer and an MLP.', minimum=1, of_checkpoint=True)
+    num_heads: int = setting(32, 'Heads H of both mixers; the head width is d_model / num_heads.', minimum=1, of_checkpoint=True)
+    num_kv_heads: int = setting(8, 'Groups of K and V in attention; divides num_heads.', minimum=1, of_checkpoint=True)
+    num_ssd_groups: int = setting(8, 'Groups of B and C in the state-space layer; divides num_heads.', minimum=1, of_checkpoint=True)
+    d_state: int = setting(128, 'State size N of the state-space layer; a multiple of 16.', minimum=16, of_checkpoint=True)
+    d_mlp: int = setting(6144, 'Inner width F of the SwiGLU MLP.', minimum=1, of_checkpoint=True)
+    attention_period: int = setting(
+        8, 'Layers in a module, one of them attention; 1: attention everywhere, 0: nowhere.', minimum=0, of_checkpoint=True)
+    attention_offset: int = setting(7, 'Place of the attention layer within its module.', minimum=0, of_checkpoint=True)
+    rope_theta: float = setting(10000.0, 'Base of the rotary frequencies.', of_checkpoint=True)
+    rope_scaling: str = setting('none', 'What to do beyond the training length.', choices=('none', 'linear', 'dynamic', 'length'))
+    rope_factor: float = setting(4.0, 'Stretch of positions under linear and dynamic scaling.')
+    rope_original_length: int = setting(4096, 'Training length in tokens that rope scaling starts from.', minimum=2)
+    tie_embeddings: bool = setting(True, 'Whether the head is the embedding, transposed.', of_checkpoint=True)
+    use_bias: bool = setting(False, 'Whether linear maps have biases.', of_checkpoint=True)
+    use_dt_bias: bool = setting(
+        True, 'Whether dt = softplus(u W + bias) has a bias a head, which alone can start dt in [dt_min, dt_max].', of_checkpoint=True)
+    dt_min: float = setting(0.001, 'Least step size at initialisation (with a dt bias).')
+    dt_max: float = setting(0.1, 'Largest step size at initialisation (with a dt bias).')
+    a_min: float = setting(1.0, 'Least decay rate -a at initialisation.')
+    a_max: float = setting(16.0, 'Largest decay rate -a at initialisation.')
+    norm_epsilon: float = setting(1e-6, 'Added to the mean square in RMSNorm.')
+    init_std: float = setting(0.02, 'Standard deviation of every initial matrix.')
+    dtype: str = setting('bfloat16', 'Type of activations and matmul operands.', choices=('bfloat16', 'float32'))
+    remat: str = setting(
+        'hybrid', 'What the backward pass recomputes: nothing, whole layers, all but matmul outputs, or all but those that are dear.',
+        choices=('none', 'full', 'dots', 'hybrid'))
+    ssd_implementation: str = setting('auto', 'Scan implementation; auto picks the fastest that serves.')
+    ssd_chunk_size: int = setting(0, 'Tokens a chunk of the scan; 0 picks by device.', minimum=0)
+    attention_implementation: str = setting('auto', 'Attention implementation; auto picks the fastest that serves.')
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.num_heads
+
+    @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """Kind of each layer of one module: the pattern that repeats num_layers / len(layer_kinds) times."""
+        if self.attention_period == 0:
+            return ('ssd',)
+        return tuple('attention' if i == self.attention_offset else 'ssd' for i in range(self.attention_period))
+
+
+@dataclasses.dataclass
+class Data(Section):
+    path: str = setting('', 'Prepared data set (python -m transxssm_jax.data.prepare).', of_checkpoint=True)
+    train_split: str = setting('train', 'Split to train on.', of_checkpoint=True)
+    eval_split: str = setting('validation', 'Split to evaluate on; empty: no evaluation.')
+    seq_len: int = setting(4096, 'Tokens a row.', minimum=1, of_checkpoint=True)
+    global_batch: int = setting(512, 'Rows a step, over all hosts and accumulation steps.', minimum=1, of_checkpoint=True)
+    seed: int = setting(0, 'Seed of the order of documents.', minimum=0, of_checkpoint=True)
+    num_workers: int = setting(0, 'Loader processes a host; 0: threads in this process.', minimum=0)
+    prefetch_batches: int = setting(4, 'Batches read ahead.', minimum=1)
+
+
+@dataclasses.dataclass
+class Optimizer(Section):
+    learning_rate: float = setting(2e-4, 'Peak learning rate.', minimum=0.0)
+    schedule: str = setting('cosine', 'Shape after warmup.', choices=('cosine', 'linear', 'wsd', 'constant'))
+    warmup_steps: int = setting(1000, 'Steps of linear warmup from 0.', minimum=0)
+    decay_steps: int = setting(1000, 'Steps of the final decay under wsd.', minimum=0)
+    final_fraction: float = setting(0.1, 'Last learning rate over the peak.', minimum=0.0)
+    b1: float = setting(0.9, 'Decay of the first moment.', minimum=0.0)
+    b2: float = setting(0.999, 'Decay of the second moment.', minimum=0.0)
+    epsilon: float = setting(1e-8, 'Added to the root of the second moment.', minimum=0.0)
+    weight_decay: float = setting(0.01, 'Decoupled decay of matrices, times the learning rate.', minimum=0.0)
+    clip_norm: float = setting(1.0, 'Global gradient norm to clip to; 0: no clipping.', minimum=0.0)
+    z_loss: float = setting(0.0, 'Weight of the squared log-partition in the loss.', minimum=0.0)
+
+
+@dataclasses.dataclass
+class Train(Section):
+    steps: int = setting(10000, 'Steps of the whole run.', minimum=1)
+    accumulation_steps: int = setting(1, 'Microbatches a step, one after another.', minimum=1)
+    loss_chunk_tokens: int = setting(2048, 'Tokens a device whose logits exist at a time.', minimum=1)
+    seed: int = setting(0, 'Seed of the initial parameters.', minimum=0, of_checkpoint=True)
+    log_every_steps: int = setting(10, 'Steps between metrics records.', minimum=1)
+    eval_every_steps: int = setting(1000, 'Steps between evaluations; one more comes at the end. 0: none.', minimum=0)
+    eval_batches: int = setting(0, 'Global batches an evaluation; 0: the whole split.', minimum=0)
+    checkpoint_every_steps: int = setting(1000, 'Steps between checkpoints; one more comes at the end.', minimum=1)
+    keep_last: int = setting(2, 'Newest checkpoints to keep.', minimum=1)
+    keep_best: int = setting(1, 'Checkpoints with the lowest evaluation loss to keep.', minimum=0)
+    tensorboard: bool = setting(True, 'Whether to write TensorBoard files to the workdir.')
+    progress: bool = setting(True, 'Whether to show a progress bar.')
+    profile_start_step: int = setting(0, 'First step of the profiler window.', minimum=0)
+    profile_steps: int = setting(0, 'Steps in the profiler window; 0: no profile.', minimum=0)
+    sample_tokens: int = setting(0, 'Tokens to sample when the run ends; 0: none.', minimum=0)
+
+
+@dataclasses.dataclass
+class Mesh(Section):
+    data: int = setting(-1, 'Devices that hold whole copies of the state; -1: all that are left.', minimum=-1)
+    fsdp: int = setting(1, 'Devices over which parameters and optimizer state are split; they split the batch too.', minimum=-1)
+    tensor: int = setting(1, 'Devices over which heads, MLP width and vocabulary are split.', minimum=-1)
+
+
+@dataclasses.dataclass
+class Config(Section):
+    model: Model = dataclasses.field(default_factory=Model)
+    data: Data = dataclasses.field(default_factory=Data)
+    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+    train: Train = dataclasses.field(default_factory=Train)
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.data.global_batch * self.data.seq_len
+
+
+# ---- reading ---------------------------------------------------------------
+
+
+def load(path, overrides: dict[str, Any] | None = None) -> Config:
+    """Reads a config file by path, applies overrides, checks and locks.
+
+    Args:
+      path: a Python file with `get_config()`; its name may start with a digit.
+      overrides: dotted name -> value, e.g. {'model.d_model': 512}.
+
+    Raises:
+      ConfigError: no such file, unknown name, wrong type, or a combination
+        that cannot work. The message is one line and names the remedy.
+    """
+    overrides = [f'--config.{name}={value}' for name, value in (overrides or {}).items()]
+    return parse_flags(['', f'--config={path}', *overrides], flags.FlagValues())
+
+
+def parse_flags(argv: list[str], flag_values: flags.FlagValues) -> Config:
+    """Parses a command line: --config=PATH, --config.a.b=VALUE, and the flags already in flag_values.
+
+    Raises:
+      ConfigError: see `load`; also for an unknown flag.
+    """
+    types = {name: field.type for name, field in _settings(Config)}
+    for argument in argv[1:]:
+        name = argument.lstrip('-').partition('=')[0]
+        if name.startswith('config.') and name.removeprefix('config.') not in types:
+            name = name.removeprefix('config.')
+            raise ConfigError(f'unknown setting {name}{_nearest_path(name, types)}')
+    holder = config_flags.DEFINE_config_file(
+        'config', None, 'Config file; --config.a.b=value overrides a setting.',
+        flag_values=flag_values, lock_config=False, sys_argv=argv)
+    try:
+        extra = flag_values(argv)[1:]
+    except flags.Error as error:
+        override = re.match(r'flag --config\.([\w.]+)=(.*?): ', str(error))
+        if override:
+            name, value = override.groups()
+            raise ConfigError(f'{name}={value!r} must be {types[name].__name__}') from error
+        raise ConfigError(' '.join(str(error).split())) from error
+    except (SyntaxError, ImportError, AttributeError) as error:
+        raise ConfigError(f'the config file does not load: {error}'.replace('\n', ' ')) from error
+    if extra:
+        raise ConfigError(f'unexpected argument {extra[0]}; settings are given as --config.name=value')
+    if holder.value is None:
+        raise ConfigError('--config=PATH is missing, e.g. --config=configs/tiny.py')
+    if not isinstance(holder.value, Config):
+        path = config_flags.get_config_filename(flag_values['config'])
+        if not pathlib.Path(path).is_file():
+            found = [str(p) for p in pathlib.Path('configs').glob('**/*.py')]
+            raise ConfigError(f'--config={path}: no such file{_nearest(path, found)}')
+        raise ConfigError(f'{path}: get_config() must return a transxssm_jax.config.Config')
+    return resolve(holder.value)
+
+
+def _settings(section, prefix=''):
+    """Yields (dotted name, field) of every setting, in the order of the tree."""
+    for field in dataclasses.fields(section):
+        if dataclasses.is_dataclass(field.type):
+            yield from _settings(field.type, f'{prefix}{field.name}.')
+        else:
+            yield prefix + field.name, field
+
+
+def _nearest_path(name: str, known) -> str:
+    # The last word decides first: data.d_model should find model.d_model.
+    same_leaf = [path for path in known if path.rpartition('.')[2] == name.rpartition('.')[2]]
+    return f'; did you mean {same_leaf[0]}?' if same_leaf else _nearest(name, known)
+
+
+def resolve(config: Config) -> Config:
+    """Checks what no single setting shows, and locks the tree.
+
+    Raises:
+      ConfigError: naming the setting, its value, the rule and a remedy.
+    """
+    model, data, optimizer, train = config.model, config.data, config.optimizer, config.train
+    _divides('model.d_model', model.d_model, 'model.num_heads', model.num_heads)
+    _divides('model.num_heads', model.num_heads, 'model.num_kv_heads', model.num_kv_heads)
+    _divides('model.num_heads', model.num_heads, 'model.num_ssd_groups', model.num_ssd_groups)
+    _divides('model.num_layers', model.num_layers, 'layers a module', len(model.layer_kinds))
+    if model.head_dim % 16:
+        raise ConfigError(f'model.d_model={model.d_model} / model.num_heads={model.num_heads} = {model.head_dim} '
+                          'must be a multiple of 16; change either')
+    if model.d_state % 16:
+        raise ConfigError(f'model.d_state={model.d_state} must be a multiple of 16; try {model.d_state // 16 * 16 + 16}')
+    if 0 < model.attention_period <= model.attention_offset:
+        raise ConfigError(f'model.attention_offset={model.attention_offset} must be below model.attention_period='
+                          f'{model.attention_period}; try {model.attention_period - 1}')
+    if not 0 < model.dt_min <= model.dt_max:
+        raise ConfigError(f'model.dt_min={model.dt_min} must be positive and at most model.dt_max={model.dt_max}')
+    if not 0 < model.a_min <= model.a_max:
+        raise ConfigError(f'model.a_min={model.a_min} must be positive and at most model.a_max={model.a_max}')
+    _divides('data.global_batch', data.global_batch, 'train.accumulation_steps', train.accumulation_steps)
+    decay_steps = optimizer.decay_steps if optimizer.schedule == 'wsd' else 0
+    if optimizer.warmup_steps + decay_steps > train.steps:
+        parts = 'optimizer.warmup_steps' + (' + optimizer.decay_steps' if decay_steps else '')
+        raise ConfigError(f'{parts} = {optimizer.warmup_steps + decay_steps} must be at most '
+                          f'train.steps={train.steps}; lower {parts.split()[0]}')
+    mesh = dataclasses.asdict(config.mesh)
+    if list(mesh.values()).count(-1) > 1 or 0 in mesh.values():
+        raise ConfigError(f'mesh={mesh}: at most one axis may be -1 and none 0')
+    for section in (config, model, data, optimizer, train, config.mesh):
+        object.__setattr__(section, '_locked', True)
+    return config
+
+
+def _divides(name, value, by_name, by):
+    if value % by:
+        lower, upper = value // by * by, (value // by + 1) * by
+        tries = ' or '.join(str(n) for n in (lower, upper) if n > 0)
+        raise ConfigError(f'{name}={value} must be divisible by {by_name}={by}; try {tries}')
+
+
+# ---- writing and comparing -------------------------------------------------
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Every setting by dotted name."""
+    return {name: functools.reduce(getattr, name.split('.'), config) for name, _ in _settings(Config)}
+
+
+def differences(config: Config, other: Config) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ: dotted name -> (value in config, value in other)."""
+    ours, theirs = flatten(config), flatten(other)
+    return {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
+
+
+def to_json(config: Config) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=2) + '\n'
+
+
+def from_json(text: str) -> Config:
+    """The config of a saved run; settings that have since been added take their defaults.
+
+    Raises:
+      ConfigError: not JSON, or it holds a setting that this version lacks.
+    """
+    try:
+        sections = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f'not a saved config: {error}') from error
+    config = Config()
+    for section, values in sections.items():
+        for name, value in values.items():
+            setattr(getattr(config, section), name, value)
+    return resolve(config)
+
+
+def unfit_for_checkpoint(saved: Config, wanted: Config) -> list[str]:
+    """What keeps a checkpoint of `saved` from being resumed with `wanted`, a phrase a setting."""
+    fixed = {name for name, field in _settings(Config) if field.metadata['of_checkpoint']}
+    return [f'{name} is {was!r} in the checkpoint and {now!r} in this config'
+            for name, (was, now) in differences(saved, wanted).items() if name in fixed]

@@ -1,0 +1,150 @@
+"""The state of a run and the pure functions that change it.
+
+A state is a plain nested dict of arrays: {'step': int32, 'params': {...},
+'mu': {...}, 'nu': {...}}; mu and nu (Adam's moments) have the tree of params.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from transxssm_jax import mesh, optim
+from transxssm_jax.config import Config, Model
+from transxssm_jax.loss import next_token_loss
+from transxssm_jax.model import LanguageModel
+
+State = dict
+Batch = dict  # tokens, targets, segment_ids, positions: int32 [B, L]
+
+
+def split_model(model: Model):
+    """(graph definition, State of abstract Params): the one place where the NNX model is split."""
+    return nnx.split(nnx.eval_shape(lambda: LanguageModel(model, rngs=nnx.Rngs(0))))
+
+
+def init_params(model: Model, seed: int | jax.Array) -> dict:
+    """Nested dict of float32 arrays."""
+    return nnx.to_pure_dict(nnx.state(LanguageModel(model, rngs=nnx.Rngs(jax.random.key(seed))), nnx.Param))
+
+
+def param_axes(model: Model) -> dict:
+    """Logical axes of every parameter, a tuple a leaf, in the tree of init_params; stacking axes are None."""
+    def axes(param):
+        stacked = len(param.get_value().shape) - len(param.get_metadata('axes'))
+        return (None,) * stacked + tuple(param.get_metadata('axes'))
+    _, abstract = split_model(model)
+    return nnx.to_pure_dict(jax.tree.map(axes, abstract, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)))
+
+
+def state_shardings(config: Config, device_mesh: jax.sharding.Mesh) -> State:
+    params = jax.tree.map(functools.partial(mesh.sharding, device_mesh), param_axes(config.model),
+                          is_leaf=lambda node: isinstance(node, tuple))
+    return {'step': mesh.sharding(device_mesh, ()), 'params': params, 'mu': params, 'nu': params}
+
+
+def batch_sharding(device_mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
+    return mesh.sharding(device_mesh, ('batch', None))
+
+
+def init_state(config: Config, seed: int | jax.Array) -> State:
+    """A fresh state; jit it with out_shardings=state_shardings(...) so that no device ever holds all of it."""
+    params = init_params(config.model, seed)
+    moments = optim.optimizer(config).init(params)
+    return {'step': jnp.zeros((), jnp.int32), 'params': params,
+            'mu': optax.tree.get(moments, 'mu'), 'nu': optax.tree.get(moments, 'nu')}
+
+
+def create_state(config: Config, device_mesh: jax.sharding.Mesh) -> State:
+    """init_state, created in its shards; the values do not depend on the mesh."""
+    shardings = state_shardings(config, device_mesh)
+    with jax.set_mesh(device_mesh):
+        return jax.jit(functools.partial(init_state, config), out_shardings=shardings)(config.train.seed)
+
+
+def abstract_state(config: Config, device_mesh: jax.sharding.Mesh) -> State:
+    """ShapeDtypeStructs with shardings, to restore or to compile for."""
+    shapes = jax.eval_shape(functools.partial(init_state, config), 0)
+    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+                        shapes, state_shardings(config, device_mesh))
+
+
+def count_params(model: Model) -> int:
+    """Parameters, without making them."""
+    _, abstract = split_model(model)
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.to_pure_dict(abstract)))
+
+
+def _summed_loss(graph, config: Config, params, batch: Batch):
+    model = nnx.merge(graph, params)
+    hidden_BLD = model(batch['tokens'], segment_ids_BL=batch['segment_ids'], positions_BL=batch['positions'])
+    return next_token_loss(hidden_BLD, model.head_VD, batch['targets'], z_loss=config.optimizer.z_loss,
+                           chunk_tokens=config.train.loss_chunk_tokens)
+
+
+def train_step(config: Config):
+    """The function (state, batch) -> (state, metrics), to be jitted with the state donated.
+
+    Gradients are those of the mean loss over every counted token of the global
+    batch, whatever the mesh and accumulation_steps.
+
+    metrics: float32 scalars 'loss' (cross-entropy in nats a token), 'tokens'
+    (counted), 'grad_norm' (before clipping), 'update_norm', 'param_norm',
+    'learning_rate', and 'grad_norms': each parameter's own, [modules, layers]
+    where stacked.
+    """
+    graph, _ = split_model(config.model)
+    tx = optim.optimizer(config)
+    learning_rate = optim.schedule(config)
+    gradient = jax.value_and_grad(functools.partial(_summed_loss, graph, config), has_aux=True)
+
+    def step(state: State, batch: Batch):
+        params = state['params']
+        (_, sums), grads = _accumulated(gradient, params, batch, config.train.accumulation_steps)
+        tokens = jnp.maximum(sums['tokens'], 1.0)
+        grads = jax.tree.map(lambda g: g / tokens, grads)
+        moments = optax.tree.set(tx.init(params), mu=state['mu'], nu=state['nu'], count=state['step'])
+        updates, moments = tx.update(grads, moments, params)
+        metrics = {
+            'loss': sums['nll'] / tokens, 'tokens': sums['tokens'], 'grad_norm': optax.global_norm(grads),
+            'update_norm': optax.global_norm(updates), 'param_norm': optax.global_norm(params),
+            'learning_rate': jnp.asarray(learning_rate(state['step']), jnp.float32),
+            'grad_norms': jax.tree_util.tree_map_with_path(_norm_by_layer, grads)}
+        state = {'step': state['step'] + 1, 'params': optax.apply_updates(params, updates),
+                 'mu': optax.tree.get(moments, 'mu'), 'nu': optax.tree.get(moments, 'nu')}
+        return state, metrics
+
+    return step
+
+
+def _norm_by_layer(path, grad):
+    stacked = 2 if path[0].key == 'layers' else 0
+    return jnp.sqrt(jnp.sum(jnp.square(grad), axis=tuple(range(stacked, grad.ndim))))
+
+
+def _accumulated(gradient, params, batch: Batch, accumulation_steps: int):
+    if accumulation_steps == 1:
+        return gradient(params, batch)
+
+    def microbatches(x_BL):
+        # The rows of a microbatch are taken from every device's rows, so that nothing moves.
+        return x_BL.reshape(-1, accumulation_steps, *x_BL.shape[1:]).swapaxes(0, 1)
+
+    def one(total, microbatch):
+        microbatch = jax.tree.map(lambda x_BL: mesh.constrain(x_BL, 'batch', None), microbatch)
+        return jax.tree.map(jnp.add, total, gradient(params, microbatch)), None
+
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(gradient, params, batch))
+    return jax.lax.scan(one, zeros, jax.tree.map(microbatches, batch))[0]
+
+
+def eval_step(config: Config):
+    """The function (params, batch) -> {'nll', 'tokens'}: sums in nats and counted tokens."""
+    graph, _ = split_model(config.model)
+
+    def step(params, batch: Batch):
+        return _summed_loss(graph, config, params, batch)[1]
+
+    return step

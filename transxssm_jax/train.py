@@ -1,0 +1,293 @@
+"""Trains a model: python -m transxssm_jax.train --config=configs/1p3b.py --workdir=DIR [--config.a.b=value].
+
+Exit codes: 0 finished; 2 wrong input or a failed write, said in one line; 3 the
+loss is not finite; 75 stopped by SIGTERM and 130 by Ctrl-C, both after saving:
+the same command goes on from there.
+"""
+
+import functools
+import logging
+import math
+import pathlib
+import signal
+import sys
+import time
+
+import jax
+from absl import flags
+
+from transxssm_jax import checkpoint, config as config_lib, generate, mesh, metrics, step as step_lib
+from transxssm_jax.config import Config, ConfigError
+from transxssm_jax.data.loader import DataError, check_vocab, make_loader
+from transxssm_jax.data.tokenizer import load_tokenizer
+
+FINISHED, WRONG_INPUT, NOT_FINITE, TERMINATED, INTERRUPTED = 0, 2, 3, 75, 130
+
+log = logging.getLogger(__name__)
+
+
+class NotFiniteError(ArithmeticError):
+    """The loss of a step is NaN or infinite."""
+
+
+class StopRequest:
+    """Remembers SIGTERM or Ctrl-C until the step in hand is done; a second Ctrl-C ends at once."""
+
+    def __init__(self):
+        self.exit_code = None
+
+    def install(self) -> None:
+        signal.signal(signal.SIGTERM, functools.partial(self._on_signal, TERMINATED))
+        signal.signal(signal.SIGINT, functools.partial(self._on_signal, INTERRUPTED))
+
+    def _on_signal(self, exit_code, signum, frame):
+        self.exit_code = exit_code
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class Run:
+    """One run in one workdir: starts from its newest checkpoint, or anew, and trains to train.steps.
+
+    Raises:
+      ConfigError, DataError, checkpoint.CheckpointError: wrong input, said in one line.
+    """
+
+    def __init__(self, config: Config, workdir: pathlib.Path, stop: StopRequest):
+        self.config, self.workdir, self.stop = config, workdir, stop
+        self.mesh = mesh.build(config)
+        check_vocab(config.data.path, config.model.vocab_size)
+        checkpoint.open_workdir(workdir, config)
+        self.checkpoints = checkpoint.Checkpoints(workdir, config)
+        restored = self.checkpoints.restore(step_lib.abstract_state(config, self.mesh))
+        self.step, self.state, position = restored or (0, None, None)
+        self.loader = self._open_split(
+            config.data.train_split, start_step=self.step, num_workers=config.data.num_workers,
+            prefetch=config.data.prefetch_batches)
+        if position is not None and position != self._data_position():
+            raise checkpoint.CheckpointError(
+                f'data.path={config.data.path} is not what the run in {workdir} was trained on; '
+                'point it to the same data or use another --workdir')
+        if config.train.eval_every_steps and config.data.eval_split:
+            self._open_split(config.data.eval_split, shuffle=False, repeat=False).close()  # a missing split is said now
+        if self.state is None:
+            self.state = step_lib.create_state(config, self.mesh)
+
+        shardings = step_lib.state_shardings(config, self.mesh)
+        self._batch_sharding = step_lib.batch_sharding(self.mesh)
+        self._train_step = jax.jit(
+            step_lib.train_step(config), donate_argnums=0,
+            in_shardings=(shardings, self._batch_sharding), out_shardings=(shardings, None))
+        self._eval_step = jax.jit(
+            step_lib.eval_step(config), in_shardings=(shardings['params'], self._batch_sharding))
+        self.writers = metrics.Writers(workdir, config, self.step)
+        self.clock = metrics.Clock()
+        self._unsettled = None  # (step, metrics) of the step that the devices may still be working on
+        self._evaluated_at, self.eval_loss = -1, None
+
+    def _open_split(self, split: str, **kwargs):
+        rows = mesh.rows_of_this_process(self.mesh, self.config.data.global_batch)
+        data = self.config.data
+        return make_loader(data.path, split, seq_len=data.seq_len, global_batch=data.global_batch, seed=data.seed,
+                           rows=rows, **kwargs)
+
+    def _data_position(self) -> dict:
+        return {'next_step': self.step, 'split': self.config.data.train_split, 'fingerprint': self.loader.fingerprint}
+
+    # ---- the loop ----------------------------------------------------------
+
+    def train(self) -> int:
+        """Trains, evaluates and saves until train.steps or a stop request.
+
+        Returns:
+          The process's exit code.
+
+        Raises:
+          NotFiniteError: naming the step and the offending norms.
+        """
+        config, train = self.config, self.config.train
+        if self.step >= train.steps:
+            self.writers.say(f'already finished: step {self.step} of train.steps={train.steps}; raise it to go on')
+        started, first = time.perf_counter(), self.step
+        window_start = self.step
+        with jax.set_mesh(self.mesh):
+            while self.step < train.steps and self.stop.exit_code is None:
+                self._profile()
+                with self.clock.input():
+                    batch = next(self.loader)
+                self.state, step_metrics = self._train_step(self.state, self._on_devices(batch))
+                previous, self._unsettled = self._unsettled, (self.step + 1, step_metrics)
+                self._check_finite(previous)  # while the devices work on the new step
+                self.step += 1
+                self.writers.advance()
+                if self.step == first + 1:
+                    self._settle()
+                    self.writers.say(f'first step after {time.perf_counter() - started:.1f} s')
+                    self.clock.restart()
+                    window_start = self.step
+                elif self.step % train.log_every_steps == 0 or self.step == train.steps:
+                    self._log(self._settle(), self.step - window_start)
+                    self.clock.restart()
+                    window_start = self.step
+                with self.clock.away():
+                    self._evaluate_and_save()
+            self._finish_profile()
+            if self.stop.exit_code is not None:
+                self._settle()
+                self._save()
+                self.checkpoints.wait()
+                self.writers.say(f'stopped at step {self.step} and saved; the same command goes on from there')
+                return self.stop.exit_code
+            self.checkpoints.wait()
+            if config.data.eval_split and train.eval_every_steps and self._evaluated_at != self.step:
+                self._evaluate()
+            self._summarise()
+        return FINISHED
+
+    def _on_devices(self, batch: dict) -> dict:
+        shape = (self.config.data.global_batch, self.config.data.seq_len)
+        return {name: jax.make_array_from_process_local_data(self._batch_sharding, rows_BL, shape)
+                for name, rows_BL in batch.items()}
+
+    def _settle(self) -> dict:
+        """Waits for the last step and returns its metrics."""
+        unsettled, self._unsettled = self._unsettled, None
+        self._check_finite(unsettled)
+        return unsettled[1] if unsettled else {}
+
+    def _check_finite(self, unsettled) -> None:
+        if unsettled is None or math.isfinite(float(unsettled[1]['loss'])):
+            return
+        step, values = unsettled
+        norms = {jax.tree_util.keystr(path, simple=True, separator='/'): jax.device_get(norm)
+                 for path, norm in jax.tree_util.tree_leaves_with_path(values['grad_norms'])}
+        bad = [f'{name}{[list(map(int, i)) for i in zip(*(~jax.numpy.isfinite(norm)).nonzero())] if norm.ndim else ""}'
+               for name, norm in norms.items() if not jax.numpy.isfinite(norm).all()]
+        raise NotFiniteError(
+            f'the loss of step {step} is {float(values["loss"])}; parameter norm {float(values["param_norm"]):.4g}, '
+            f'gradient norm {float(values["grad_norm"]):.4g}; gradients that are not finite (module, layer): '
+            f'{"; ".join(bad) or "none"}')
+
+    def _evaluate_and_save(self) -> None:
+        train = self.config.train
+        last = self.step == train.steps
+        due = train.eval_every_steps and self.config.data.eval_split
+        if due and (last or self.step % train.eval_every_steps == 0) and self.stop.exit_code is None:
+            self._evaluate()
+        if last or self.step % train.checkpoint_every_steps == 0:
+            self._settle()
+            self._save()
+
+    def _evaluate(self) -> None:
+        """Mean cross-entropy of the evaluation split, in nats a token; gives up when told to stop."""
+        total, tokens = 0.0, 0.0
+        loader = self._open_split(self.config.data.eval_split, shuffle=False, repeat=False)
+        try:
+            for count, batch in enumerate(loader, start=1):
+                sums = self._eval_step(self.state['params'], self._on_devices(batch))
+                total, tokens = total + float(sums['nll']), tokens + float(sums['tokens'])
+                if self.stop.exit_code is not None:
+                    return
+                if count == self.config.train.eval_batches:
+                    break
+            self._evaluated_at, self.eval_loss = self.step, total / tokens
+            self._eval_metrics = metrics.of_loss(self.eval_loss, loader.num_tokens / loader.num_bytes, 'eval_')
+            self.writers.write(self.step, self._eval_metrics)
+            if self.step < self.config.train.steps:
+                self.writers.say(f'step {self.step}: evaluation loss {self.eval_loss:.4f}')
+        finally:
+            loader.close()
+
+    def _save(self) -> None:
+        if self.step in self.checkpoints.steps():
+            return
+        eval_loss = self.eval_loss if self._evaluated_at == self.step else None
+        self.checkpoints.save(self.step, self.state, self._data_position(), eval_loss)
+
+    # ---- reporting ---------------------------------------------------------
+
+    def announce(self) -> None:
+        """Prints what this run is, before it starts."""
+        say, config = self.writers.say, self.config
+        changed = config_lib.differences(config, Config())
+        say('settings that differ from the defaults:')
+        for name, (value, default) in changed.items():
+            say(f'  {name} = {value!r} (default {default!r})')
+        devices = jax.devices()
+        axes = ' x '.join(f'{name} {size}' for name, size in self.mesh.shape.items())
+        say(f'{step_lib.count_params(config.model):,} parameters; {config.tokens_per_step:,} tokens a step; '
+            f'{len(devices)} x {devices[0].device_kind} as {axes}')
+        say(f'{self.loader.num_documents:,} documents, {self.loader.num_tokens:,} tokens in '
+            f'{config.data.path} ({config.data.train_split}); workdir {self.workdir}')
+        if self.step:
+            say(f'resuming from step {self.step}')
+
+    def _log(self, step_metrics: dict, steps: int) -> None:
+        scalars = {name: float(value) for name, value in step_metrics.items()
+                   if name not in ('loss', 'tokens', 'grad_norms')}
+        loss = metrics.of_loss(float(step_metrics['loss']), self.loader.num_tokens / self.loader.num_bytes)
+        self.writers.write(self.step, {
+            **loss, **scalars, **metrics.rates(self.config, steps, self.clock), **metrics.memory()})
+
+    def _summarise(self) -> None:
+        config = self.config
+        self.writers.close()
+        if config.train.sample_tokens:
+            tokenizer = load_tokenizer(config.data.path)
+            text = generate.sample(self.state['params'], config, tokenizer, prompt='', seed=config.train.seed,
+                                   num_tokens=config.train.sample_tokens)
+            print(f'--- a sampled continuation ---\n{text}\n---')
+        line = f'finished at step {self.step}'
+        if self.eval_loss is not None:
+            line += (f': evaluation loss {self.eval_loss:.4f} nats a token, '
+                     f'{self._eval_metrics["eval_bits_per_byte"]:.4f} bits a byte')
+        print(line)
+
+    def _profile(self) -> None:
+        train = self.config.train
+        if train.profile_steps and self.step == train.profile_start_step:
+            self._profiling = True
+            jax.profiler.start_trace(str(self.workdir / 'profile'))
+        elif train.profile_steps and self.step == train.profile_start_step + train.profile_steps:
+            self._finish_profile()
+
+    _profiling = False
+
+    def _finish_profile(self) -> None:
+        if self._profiling:
+            self._settle()
+            jax.profiler.stop_trace()
+            self._profiling = False
+            self.writers.say(f'profile written to {self.workdir / "profile"}')
+
+    def close(self) -> None:
+        self.writers.close()
+        self.loader.close()
+        self.checkpoints.close()
+
+
+def main(argv: list[str]) -> int:
+    logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
+    flag_values = flags.FlagValues()
+    workdir = flags.DEFINE_string('workdir', None, 'Directory of the run: config, checkpoints, metrics.',
+                                  flag_values=flag_values)
+    stop = StopRequest()
+    stop.install()
+    try:
+        config = config_lib.parse_flags(argv, flag_values)
+        if not workdir.value:
+            raise ConfigError('--workdir=DIR is missing: the directory of the run')
+        run = Run(config, pathlib.Path(workdir.value), stop)
+        run.announce()
+        exit_code = run.train()
+        run.close()
+        return exit_code
+    except (ConfigError, DataError, checkpoint.CheckpointError, OSError) as error:
+        print(f'error: {error}', file=sys.stderr)
+        return WRONG_INPUT
+    except NotFiniteError as error:
+        print(f'error: {error}', file=sys.stderr)
+        return NOT_FINITE
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv))
