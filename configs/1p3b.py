@@ -1,6 +1,9 @@
 """TransXSSM 1.3B: 24 layers (7 state-space to 1 attention, three times), 4K tokens, 2M tokens a step.
 
 python -m transxssm_jax.train --config=configs/1p3b.py --workdir=DIR --config.data.path=PREPARED
+
+Recipe of the paper's table 4; learning rate 2e-4, warmup over 10% of the steps.
+Measured on one H200, 8 rows a step: 46,300 tokens/s, 38% MFU, first step after 23 s; the whole run: not measured.
 """
 
 from transxssm_jax.config import Config, Data, Model, Optimizer, Train
@@ -9,7 +12,8 @@ from transxssm_jax.config import Config, Data, Model, Optimizer, Train
 def get_config():
     steps = 50_000
     return Config(
-        model=Model(d_model=2048, num_layers=24, num_heads=32, num_kv_heads=8, num_ssd_groups=8, d_state=128, d_mlp=6144),
+        model=Model(
+            d_model=2048, num_layers=24, num_heads=32, num_kv_heads=8, num_ssd_groups=8, d_state=128, d_mlp=6144),
         data=Data(seq_len=4096, global_batch=512),
         optimizer=Optimizer(learning_rate=2e-4, warmup_steps=steps // 10),
         train=Train(steps=steps),

@@ -118,17 +118,9 @@ def candidates(names, variants: bool):
     result = {name: functools.partial(public, implementation=name) for name in names}
     if variants:
         for chunk in (64, 128, 256):
-            for passing, unroll in VARIANTS:
-                name = f'xla {chunk} {passing}' + (f' unroll {unroll}' if unroll > 1 else '')
-                plan = xla.Plan(chunk=chunk, passing=passing, unroll=unroll)
-                result[name] = functools.partial(planned, plan=plan)
-        for block_length in (1024, 4096):
-            plan = xla.Plan(chunk=128, block_length=block_length)
-            result[f'xla 128 scan block {block_length}'] = functools.partial(planned, plan=plan)
+            result[f'xla {chunk}'] = functools.partial(planned, plan=xla.Plan(chunk=chunk))
     return result
 
-
-VARIANTS = (('scan', 1), ('scan', 8), ('associative', 1), ('matrix', 1))
 
 
 def directed(f, direction):
@@ -255,7 +247,7 @@ def main(argv=None):
     parser.add_argument('--shapes', default='', help=f'comma-separated, of {", ".join(SHAPES)}')
     parser.add_argument('--implementations', default='xla', help=f'comma-separated, of {", ".join(IMPLEMENTATIONS)}')
     parser.add_argument('--directions', default='forward,forward+backward')
-    parser.add_argument('--variants', action='store_true', help='sweep the xla form: chunk size, state passing, blocks')
+    parser.add_argument('--variants', action='store_true', help='sweep the chunk size of the xla form')
     parser.add_argument('--seconds', type=float, default=1.0, help='measuring time of a row')
     parser.add_argument('--out', default='', help='also write the rows to this JSON file, after every row')
     flags = parser.parse_args(argv)

@@ -7,13 +7,17 @@ dict it is; nothing of NNX is in it, so it outlives library upgrades.
 
 import json
 import logging
+import math
 import pathlib
+import shutil
 
 import jax
 import orbax.checkpoint as ocp
 
 from transxssm_jax import config as config_lib
 from transxssm_jax.config import Config
+
+UNREADABLE = '.unreadable'  # suffix of a damaged checkpoint's directory once an older one was used
 
 log = logging.getLogger(__name__)
 
@@ -32,14 +36,26 @@ def open_workdir(workdir: pathlib.Path, config: Config) -> None:
     path = workdir / 'config.json'
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            _check_fits(f'--workdir={workdir}', config_lib.from_json(path.read_text()), config)
+        # A run that died before its first checkpoint, of a wrong setting perhaps, binds nobody.
+        if path.exists() and _steps_in(workdir / 'checkpoints'):
+            _check_fits(f'--workdir={workdir}', _read_config(path), config)
         if jax.process_index() == 0:
             partial = path.with_suffix('.tmp')
             partial.write_text(config_lib.to_json(config))
             partial.replace(path)
     except OSError as error:
         raise CheckpointError(f'--workdir={workdir} cannot be written ({error.strerror}); choose another') from error
+
+
+def _steps_in(directory: pathlib.Path) -> list[int]:
+    return [int(path.name) for path in directory.glob('*') if path.name.isdigit()]
+
+
+def _read_config(path: pathlib.Path) -> Config:
+    try:
+        return config_lib.from_json(path.read_text())
+    except config_lib.ConfigError as error:
+        raise CheckpointError(f'{path}: {error}; delete it if its checkpoints are of this config') from error
 
 
 def _check_fits(where: str, saved: Config, wanted: Config) -> None:
@@ -62,21 +78,19 @@ class Checkpoints:
     def __init__(self, workdir: pathlib.Path, config: Config):
         self.config = config
         self.directory = workdir.absolute() / 'checkpoints'
-        managers = ocp.checkpoint_managers
-        keep = managers.AnyPreservationPolicy([
-            managers.LatestN(config.train.keep_last),
-            managers.BestN(get_metric_fn=lambda metrics: metrics['eval_loss'], reverse=True, n=config.train.keep_best,
-                           keep_checkpoints_without_metrics=False)])
         self._warn_of_incomplete()
         self._manager = ocp.CheckpointManager(
             self.directory, item_names=('state', 'data', 'config'),
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True))
+                # Orbax stores metrics only where it is told of a best_fn; what to keep is the policy's to say.
+                best_fn=_eval_loss, best_mode='min', preservation_policy=_Keep(config.train),
+                cleanup_tmp_directories=True, enable_async_checkpointing=True))
 
     def _warn_of_incomplete(self):
         for path in sorted(self.directory.glob('*')):
             if path.is_dir() and not path.name.isdigit():
-                log.warning('skipping incomplete checkpoint %s', path)
+                kind = 'unreadable' if path.suffix == UNREADABLE else 'incomplete'
+                log.warning('skipping %s checkpoint %s', kind, path)
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
@@ -88,7 +102,7 @@ class Checkpoints:
         Raises:
           CheckpointError: this or the write before it failed (a full disk, say).
         """
-        metrics = None if eval_loss is None else {'eval_loss': float(eval_loss)}
+        metrics = {} if eval_loss is None else {'eval_loss': float(eval_loss)}
         with _one_line_errors(self.directory):
             self._manager.save(step, metrics=metrics, force=True, args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_position),
@@ -101,6 +115,9 @@ class Checkpoints:
 
     def restore(self, abstract_state: dict) -> tuple[int, dict, dict] | None:
         """The newest checkpoint that can be read, or None when there is none.
+
+        Newer ones that cannot are renamed to STEP.unreadable, so that they neither
+        count as kept nor stand in the way of the same step when it is reached again.
 
         Args:
           abstract_state: ShapeDtypeStructs with the shardings to restore into;
@@ -122,6 +139,7 @@ class Checkpoints:
                 _check_fits(f'checkpoint {self.directory / str(step)}', saved, self.config)
                 state = self._manager.restore(step, args=ocp.args.Composite(
                     state=ocp.args.StandardRestore(abstract_state)))['state']
+                self._set_aside([newer for newer in steps if newer > step])
                 return step, state, meta['data']
             except CheckpointError:
                 raise
@@ -132,9 +150,37 @@ class Checkpoints:
                                   'restore one from a backup, or use another --workdir to start anew')
         return None
 
+    def _set_aside(self, steps: list[int]) -> None:
+        for step in steps if jax.process_index() == 0 else []:
+            path = self.directory / str(step)
+            aside = path.with_suffix(UNREADABLE)
+            if aside.exists():
+                shutil.rmtree(aside)
+            path.rename(aside)
+        if steps:
+            self._manager.reload()
+
     def close(self) -> None:
         with _one_line_errors(self.directory):
             self._manager.close()
+
+
+def _eval_loss(metrics: dict) -> float:
+    return metrics.get('eval_loss', math.inf)
+
+
+class _Keep:
+    """Orbax preservation policy: the newest train.keep_last, and train.keep_best of those with an evaluation loss."""
+
+    def __init__(self, train: config_lib.Train):
+        self.keep_last, self.keep_best = train.keep_last, train.keep_best
+
+    def should_preserve(self, checkpoints, *, context):
+        newest = sorted(info.step for info in checkpoints)[-self.keep_last:]
+        evaluated = [info for info in checkpoints if info.metrics and 'eval_loss' in info.metrics]
+        best = sorted(evaluated, key=lambda info: _eval_loss(info.metrics))[:self.keep_best]
+        kept = {*newest, *(info.step for info in best)}
+        return [info.step in kept for info in checkpoints]
 
 
 class _one_line_errors:
@@ -153,5 +199,6 @@ class _one_line_errors:
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    # TensorStore puts the place first and the reason last.
+    return text if len(text) <= 300 else f'{text[:100]} ... {text[-200:]}'

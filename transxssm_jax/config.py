@@ -13,10 +13,11 @@ import json
 import math
 import pathlib
 import re
+import runpy
+import traceback
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
 
 
 class ConfigError(ValueError):
@@ -47,14 +48,25 @@ def _nearest(name: str, known) -> str:
 class Section:
     """A group of settings that refuses unknown names, wrong types and, once locked, any change."""
 
-    def __setattr__(self, name, value):
-        fields = {field.name: field for field in dataclasses.fields(self)}
-        prefix = type(self).__name__.lower() + '.' if type(self) is not Config else ''
+    def __new__(cls, *args, **settings):
+        for name in settings:  # before the dataclass's __init__ says it less helpfully
+            cls._known(name)
+        return super().__new__(cls)
+
+    @classmethod
+    def _known(cls, name) -> tuple[str, dataclasses.Field]:
+        """(prefix of the dotted name, field) of a setting."""
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        prefix = cls.__name__.lower() + '.' if cls is not Config else ''
         if name not in fields:
             raise ConfigError(f'unknown setting {prefix}{name}{_nearest(name, fields)}')
+        return prefix, fields[name]
+
+    def __setattr__(self, name, value):
+        prefix, field = self._known(name)
         if self.__dict__.get('_locked'):
             raise ConfigError(f'{prefix}{name}: the config is locked; make a new one with config.load(path, overrides)')
-        object.__setattr__(self, name, _checked(prefix + name, fields[name], value))
+        object.__setattr__(self, name, _checked(prefix + name, field, value))
 
 
 def _checked(name: str, field: dataclasses.Field, value):
@@ -81,29 +93,32 @@ class Model(Section):
     num_layers: int = setting(24, 'Layers; each is a mixer and an MLP.', minimum=1, of_checkpoint=True)
     num_heads: int = setting(32, 'Heads H of both mixers; the head width is d_model / num_heads.', minimum=1, of_checkpoint=True)
     num_kv_heads: int = setting(8, 'Groups of K and V in attention; divides num_heads.', minimum=1, of_checkpoint=True)
-    num_ssd_groups: int = setting(8, 'Groups of B and C in the state-space layer; divides num_heads.', minimum=1, of_checkpoint=True)
+    num_ssd_groups: int = setting(
+        8, 'Groups of B and C in the state-space layer; divides num_heads.', minimum=1, of_checkpoint=True)
     d_state: int = setting(128, 'State size N of the state-space layer; a multiple of 16.', minimum=16, of_checkpoint=True)
     d_mlp: int = setting(6144, 'Inner width F of the SwiGLU MLP.', minimum=1, of_checkpoint=True)
     attention_period: int = setting(
         8, 'Layers in a module, one of them attention; 1: attention everywhere, 0: nowhere.', minimum=0, of_checkpoint=True)
     attention_offset: int = setting(7, 'Place of the attention layer within its module.', minimum=0, of_checkpoint=True)
-    rope_theta: float = setting(10000.0, 'Base of the rotary frequencies.', of_checkpoint=True)
+    rope_theta: float = setting(10000.0, 'Base of the rotary frequencies.', minimum=1.0, of_checkpoint=True)
     rope_scaling: str = setting('none', 'What to do beyond the training length.', choices=('none', 'linear', 'dynamic', 'length'))
-    rope_factor: float = setting(4.0, 'Stretch of positions under linear and dynamic scaling.')
+    rope_factor: float = setting(4.0, 'Stretch of positions under linear and dynamic scaling.', minimum=1.0)
     rope_original_length: int = setting(4096, 'Training length in tokens that rope scaling starts from.', minimum=2)
     tie_embeddings: bool = setting(True, 'Whether the head is the embedding, transposed.', of_checkpoint=True)
     use_bias: bool = setting(False, 'Whether linear maps have biases.', of_checkpoint=True)
     use_dt_bias: bool = setting(
-        True, 'Whether dt = softplus(u W + bias) has a bias a head, which alone can start dt in [dt_min, dt_max].', of_checkpoint=True)
+        True, 'Whether dt = softplus(u W + bias) has a bias a head, which alone can start dt in [dt_min, dt_max].',
+        of_checkpoint=True)
     dt_min: float = setting(0.001, 'Least step size at initialisation (with a dt bias).')
     dt_max: float = setting(0.1, 'Largest step size at initialisation (with a dt bias).')
     a_min: float = setting(1.0, 'Least decay rate -a at initialisation.')
     a_max: float = setting(16.0, 'Largest decay rate -a at initialisation.')
-    norm_epsilon: float = setting(1e-6, 'Added to the mean square in RMSNorm.')
-    init_std: float = setting(0.02, 'Standard deviation of every initial matrix.')
+    norm_epsilon: float = setting(1e-6, 'Added to the mean square in RMSNorm.', minimum=0.0)
+    init_std: float = setting(0.02, 'Standard deviation of every initial matrix.', minimum=0.0)
     dtype: str = setting('bfloat16', 'Type of activations and matmul operands.', choices=('bfloat16', 'float32'))
     remat: str = setting(
-        'hybrid', 'What the backward pass recomputes: nothing, whole layers, all but matmul outputs, or all but those that are dear.',
+        'hybrid',
+        'What the backward pass recomputes: nothing, whole layers, all but matmul outputs, or all but those that are dear.',
         choices=('none', 'full', 'dots', 'hybrid'))
     ssd_implementation: str = setting('auto', 'Scan implementation; auto picks the fastest that serves.')
     ssd_chunk_size: int = setting(0, 'Tokens a chunk of the scan; 0 picks by device.', minimum=0)
@@ -217,9 +232,10 @@ def parse_flags(argv: list[str], flag_values: flags.FlagValues) -> Config:
         if name.startswith('config.') and name.removeprefix('config.') not in types:
             name = name.removeprefix('config.')
             raise ConfigError(f'unknown setting {name}{_nearest_path(name, types)}')
-    holder = config_flags.DEFINE_config_file(
-        'config', None, 'Config file; --config.a.b=value overrides a setting.',
-        flag_values=flag_values, lock_config=False, sys_argv=argv)
+    define = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_boolean, str: flags.DEFINE_string}
+    path = flags.DEFINE_string('config', None, 'Config file.', flag_values=flag_values)
+    for name, field in _settings(Config):
+        define[field.type](f'config.{name}', None, field.metadata['meaning'], flag_values=flag_values)
     try:
         extra = flag_values(argv)[1:]
     except flags.Error as error:
@@ -228,19 +244,37 @@ def parse_flags(argv: list[str], flag_values: flags.FlagValues) -> Config:
             name, value = override.groups()
             raise ConfigError(f'{name}={value!r} must be {types[name].__name__}') from error
         raise ConfigError(' '.join(str(error).split())) from error
-    except (SyntaxError, ImportError, AttributeError) as error:
-        raise ConfigError(f'the config file does not load: {error}'.replace('\n', ' ')) from error
     if extra:
         raise ConfigError(f'unexpected argument {extra[0]}; settings are given as --config.name=value')
-    if holder.value is None:
+    if path.value is None:
         raise ConfigError('--config=PATH is missing, e.g. --config=configs/tiny.py')
-    if not isinstance(holder.value, Config):
-        path = config_flags.get_config_filename(flag_values['config'])
-        if not pathlib.Path(path).is_file():
-            found = [str(p) for p in pathlib.Path('configs').glob('**/*.py')]
-            raise ConfigError(f'--config={path}: no such file{_nearest(path, found)}')
-        raise ConfigError(f'{path}: get_config() must return a transxssm_jax.config.Config')
-    return resolve(holder.value)
+    config = _read_file(path.value)
+    for name in types:
+        if flag_values[f'config.{name}'].present:
+            section, _, leaf = name.partition('.')
+            setattr(getattr(config, section), leaf, flag_values[f'config.{name}'].value)
+    return resolve(config)
+
+
+def _read_file(path: str) -> Config:
+    if not pathlib.Path(path).is_file():
+        near = [str(p) for folder in {pathlib.Path(path).parent, pathlib.Path('configs')} for p in folder.glob('*.py')]
+        raise ConfigError(f'--config={path}: no such file{_nearest(path, near) if near else ""}')
+    try:
+        config = runpy.run_path(path).get('get_config', lambda: None)()
+    except Exception as error:  # whatever a file with a mistake raises
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        kind = '' if isinstance(error, ConfigError | SyntaxError) else f'{type(error).__name__}: '
+        where = f'{path}, line {lines[-1]}' if lines else path
+        raise ConfigError(f'{where}: {kind}{" ".join(str(error).split())}') from error
+    if not isinstance(config, Config):
+        raise ConfigError(f'{path}: must have a function get_config() that returns a transxssm_jax.config.Config')
+    return config
+
+
+def describe() -> str:
+    """Every setting with its default and its meaning, a line each."""
+    return '\n'.join(f'--config.{name}={field.default}  {field.metadata["meaning"]}' for name, field in _settings(Config))
 
 
 def _settings(section, prefix=''):
@@ -281,6 +315,12 @@ def resolve(config: Config) -> Config:
         raise ConfigError(f'model.dt_min={model.dt_min} must be positive and at most model.dt_max={model.dt_max}')
     if not 0 < model.a_min <= model.a_max:
         raise ConfigError(f'model.a_min={model.a_min} must be positive and at most model.a_max={model.a_max}')
+    if model.ssd_chunk_size % 16:
+        raise ConfigError(f'model.ssd_chunk_size={model.ssd_chunk_size} must be a multiple of 16; try '
+                          f'{model.ssd_chunk_size // 16 * 16 + 16}, or 0 to leave it to the device')
+    for name in ('b1', 'b2'):
+        if getattr(optimizer, name) >= 1:
+            raise ConfigError(f'optimizer.{name}={getattr(optimizer, name)} must be below 1; try 0.9 for b1, 0.999 for b2')
     _divides('data.global_batch', data.global_batch, 'train.accumulation_steps', train.accumulation_steps)
     decay_steps = optimizer.decay_steps if optimizer.schedule == 'wsd' else 0
     if optimizer.warmup_steps + decay_steps > train.steps:
@@ -327,13 +367,12 @@ def from_json(text: str) -> Config:
       ConfigError: not JSON, or it holds a setting that this version lacks.
     """
     try:
-        sections = json.loads(text)
-    except json.JSONDecodeError as error:
+        config = Config()
+        for section, values in json.loads(text).items():
+            for name, value in values.items():
+                setattr(getattr(config, section), name, value)
+    except (json.JSONDecodeError, AttributeError) as error:
         raise ConfigError(f'not a saved config: {error}') from error
-    config = Config()
-    for section, values in sections.items():
-        for name, value in values.items():
-            setattr(getattr(config, section), name, value)
     return resolve(config)
 
 

@@ -3,12 +3,14 @@
 Shape legend: L length, D model, V vocabulary.
 """
 
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from transxssm_jax import mesh
 from transxssm_jax.config import Config
 from transxssm_jax.step import split_model
 
@@ -44,6 +46,9 @@ def sample(params: dict, config: Config, tokenizer, *, prompt: str, num_tokens: 
 
 def _continue(config: Config, vocab_size: int):
     graph, _ = split_model(config.model)
+    # Under a mesh every shard of the batch needs a row: all sample the same.
+    axes = dict(jax.sharding.get_abstract_mesh().shape)
+    num_rows = math.prod(axes.get(axis, 1) for axis in mesh.RULES['batch'])
 
     @jax.jit
     def run(params, buffer_L, start, temperature, key):
@@ -51,7 +56,7 @@ def _continue(config: Config, vocab_size: int):
         head_VD = model.head_VD[:vocab_size]  # rows that only pad the vocabulary are never sampled
 
         def one(i, buffer_L):
-            hidden_D = model(buffer_L[None])[0, i - 1]
+            hidden_D = model(jnp.broadcast_to(buffer_L, (num_rows, *buffer_L.shape)))[0, i - 1]
             logits_V = head_VD @ hidden_D.astype(jnp.float32)
             token = jax.random.categorical(jax.random.fold_in(key, i), logits_V / temperature)
             return buffer_L.at[i].set(token.astype(jnp.int32))

@@ -90,8 +90,9 @@ class Writers:
             return
         path = workdir / 'metrics.jsonl'
         kept = _records_up_to(path, first_step)
+        self._evaluated = {record['step'] for record in kept if 'eval_loss' in record}
         partial = path.with_suffix('.tmp')
-        partial.write_text(''.join(kept))
+        partial.write_text(''.join(json.dumps(record) + '\n' for record in kept))
         partial.replace(path)
         self._file = path.open('a')
         if config.train.tensorboard:
@@ -105,8 +106,8 @@ class Writers:
         self._bar.update(steps)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Writes one record of finite numbers for a step."""
-        if self._file is None:
+        """Writes one record of finite numbers for a step; an evaluation repeated on resuming is not written again."""
+        if self._file is None or ('eval_loss' in values and step in self._evaluated):
             return
         self._file.write(json.dumps({'step': step, **values}) + '\n')
         self._file.flush()
@@ -114,7 +115,9 @@ class Writers:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
         if 'loss' in values:
-            shown = {'loss': f'{values["loss"]:.3f}', 'tokens/s': f'{values["tokens_per_second"]:,.0f}'}
+            shown = {'loss': f'{values["loss"]:.3f}'}
+            if 'tokens_per_second' in values:
+                shown['tokens/s'] = f'{values["tokens_per_second"]:,.0f}'
             if 'mfu' in values:
                 shown['MFU'] = f'{values["mfu"]:.1%}'
             self._bar.set_postfix(shown, refresh=False)
@@ -131,12 +134,13 @@ class Writers:
             self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+            self._tensorboard = None  # it refuses to be closed twice
 
 
-def _records_up_to(path: pathlib.Path, step: int) -> list[str]:
+def _records_up_to(path: pathlib.Path, step: int) -> list[dict]:
     kept = []
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+    for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run may be cut
-            if json.loads(line)['step'] <= step:
-                kept.append(line)
+            if (record := json.loads(line))['step'] <= step:
+                kept.append(record)
     return kept

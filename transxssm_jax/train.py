@@ -5,6 +5,7 @@ loss is not finite; 75 stopped by SIGTERM and 130 by Ctrl-C, both after saving:
 the same command goes on from there.
 """
 
+import contextlib
 import functools
 import logging
 import math
@@ -16,7 +17,9 @@ import time
 import jax
 from absl import flags
 
-from transxssm_jax import checkpoint, config as config_lib, generate, mesh, metrics, step as step_lib
+from transxssm_jax import checkpoint, generate, mesh, metrics
+from transxssm_jax import config as config_lib
+from transxssm_jax import step as step_lib
 from transxssm_jax.config import Config, ConfigError
 from transxssm_jax.data.loader import DataError, check_vocab, make_loader
 from transxssm_jax.data.tokenizer import load_tokenizer
@@ -27,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class NotFiniteError(ArithmeticError):
-    """The loss of a step is NaN or infinite."""
+    """The loss, gradient or update of a step is NaN or infinite."""
 
 
 class StopRequest:
@@ -54,6 +57,9 @@ class Run:
 
     def __init__(self, config: Config, workdir: pathlib.Path, stop: StopRequest):
         self.config, self.workdir, self.stop = config, workdir, stop
+        if not config.data.path:
+            raise ConfigError('data.path is empty; prepare data with python -m transxssm_jax.data.prepare and give '
+                              '--config.data.path=DIR')
         self.mesh = mesh.build(config)
         check_vocab(config.data.path, config.model.vocab_size)
         checkpoint.open_workdir(workdir, config)
@@ -119,17 +125,18 @@ class Run:
                 self._check_finite(previous)  # while the devices work on the new step
                 self.step += 1
                 self.writers.advance()
-                if self.step == first + 1:
-                    self._settle()
-                    self.writers.say(f'first step after {time.perf_counter() - started:.1f} s')
+                is_first = self.step == first + 1
+                due = self.step % train.log_every_steps == 0 or self.step == train.steps
+                if is_first or due:
+                    step_metrics = self._settle()
+                    if is_first:
+                        self.writers.say(f'first step after {time.perf_counter() - started:.1f} s')
+                    if due:
+                        # The first step's time is compilation, which says nothing about speed.
+                        self._log(step_metrics, 0 if is_first else self.step - window_start)
                     self.clock.restart()
                     window_start = self.step
-                elif self.step % train.log_every_steps == 0 or self.step == train.steps:
-                    self._log(self._settle(), self.step - window_start)
-                    self.clock.restart()
-                    window_start = self.step
-                with self.clock.away():
-                    self._evaluate_and_save()
+                self._evaluate_and_save()
             self._finish_profile()
             if self.stop.exit_code is not None:
                 self._settle()
@@ -155,27 +162,37 @@ class Run:
         return unsettled[1] if unsettled else {}
 
     def _check_finite(self, unsettled) -> None:
-        if unsettled is None or math.isfinite(float(unsettled[1]['loss'])):
+        if unsettled is None:
             return
         step, values = unsettled
+        # The loss is of the parameters before the step; the update's norm tells whether they are still finite after it.
+        watched = {name: float(values[name]) for name in ('loss', 'grad_norm', 'update_norm', 'param_norm')}
+        if all(map(math.isfinite, watched.values())):
+            return
         norms = {jax.tree_util.keystr(path, simple=True, separator='/'): jax.device_get(norm)
                  for path, norm in jax.tree_util.tree_leaves_with_path(values['grad_norms'])}
         bad = [f'{name}{[list(map(int, i)) for i in zip(*(~jax.numpy.isfinite(norm)).nonzero())] if norm.ndim else ""}'
                for name, norm in norms.items() if not jax.numpy.isfinite(norm).all()]
         raise NotFiniteError(
-            f'the loss of step {step} is {float(values["loss"])}; parameter norm {float(values["param_norm"]):.4g}, '
-            f'gradient norm {float(values["grad_norm"]):.4g}; gradients that are not finite (module, layer): '
-            f'{"; ".join(bad) or "none"}')
+            f'step {step} is not finite: loss {watched["loss"]:.6g}, gradient norm {watched["grad_norm"]:.4g}, update norm '
+            f'{watched["update_norm"]:.4g}, parameter norm before it {watched["param_norm"]:.4g}; gradients that are not '
+            f'finite (module, layer): {"; ".join(bad) or "none"}; it was not saved: lower optimizer.learning_rate, or '
+            'look at the data of this step')
 
     def _evaluate_and_save(self) -> None:
         train = self.config.train
         last = self.step == train.steps
-        due = train.eval_every_steps and self.config.data.eval_split
-        if due and (last or self.step % train.eval_every_steps == 0) and self.stop.exit_code is None:
-            self._evaluate()
-        if last or self.step % train.checkpoint_every_steps == 0:
-            self._settle()
-            self._save()
+        evaluate = train.eval_every_steps and self.config.data.eval_split and (
+            last or self.step % train.eval_every_steps == 0) and self.stop.exit_code is None
+        save = last or self.step % train.checkpoint_every_steps == 0
+        if not (evaluate or save):
+            return
+        self._settle()
+        with self.clock.away():
+            if evaluate:
+                self._evaluate()
+            if save:
+                self._save()
 
     def _evaluate(self) -> None:
         """Mean cross-entropy of the evaluation split, in nats a token; gives up when told to stop."""
@@ -225,8 +242,8 @@ class Run:
         scalars = {name: float(value) for name, value in step_metrics.items()
                    if name not in ('loss', 'tokens', 'grad_norms')}
         loss = metrics.of_loss(float(step_metrics['loss']), self.loader.num_tokens / self.loader.num_bytes)
-        self.writers.write(self.step, {
-            **loss, **scalars, **metrics.rates(self.config, steps, self.clock), **metrics.memory()})
+        rates = metrics.rates(self.config, steps, self.clock) if steps else {}
+        self.writers.write(self.step, {**loss, **scalars, **rates, **metrics.memory()})
 
     def _summarise(self) -> None:
         config = self.config
@@ -260,17 +277,24 @@ class Run:
             self.writers.say(f'profile written to {self.workdir / "profile"}')
 
     def close(self) -> None:
+        """Ends threads and open files. A checkpoint that could not be written was said by wait or save."""
         self.writers.close()
         self.loader.close()
-        self.checkpoints.close()
+        with contextlib.suppress(checkpoint.CheckpointError):
+            self.checkpoints.close()
 
 
 def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
+    # Orbax logs the traceback of whatever it raises, thread by thread; checkpoint.py says it in one line.
+    logging.getLogger('absl').addFilter(_not_of_orbax)
     flag_values = flags.FlagValues()
     workdir = flags.DEFINE_string('workdir', None, 'Directory of the run: config, checkpoints, metrics.',
                                   flag_values=flag_values)
-    stop = StopRequest()
+    if {'--help', '-h'} & set(argv[1:]):
+        print(f'{__doc__}\nSettings, with their defaults:\n{config_lib.describe()}')
+        return FINISHED
+    stop, run = StopRequest(), None
     stop.install()
     try:
         config = config_lib.parse_flags(argv, flag_values)
@@ -278,15 +302,31 @@ def main(argv: list[str]) -> int:
             raise ConfigError('--workdir=DIR is missing: the directory of the run')
         run = Run(config, pathlib.Path(workdir.value), stop)
         run.announce()
-        exit_code = run.train()
-        run.close()
-        return exit_code
+        return run.train()
     except (ConfigError, DataError, checkpoint.CheckpointError, OSError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        return WRONG_INPUT
+        return _say_error(error, WRONG_INPUT)
     except NotFiniteError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return NOT_FINITE
+        return _say_error(error, NOT_FINITE)
+    except (NotImplementedError, ValueError) as error:
+        if not str(error).startswith('implementation='):
+            raise
+        # The kernels know which of their implementations there are and what each can serve.
+        return _say_error(f'model.ssd_implementation or model.attention_implementation: {error}', WRONG_INPUT)
+    except KeyboardInterrupt:
+        return _say_error('interrupted again, nothing more was saved; the same command goes on from the last checkpoint',
+                          INTERRUPTED)
+    finally:
+        if run is not None:
+            run.close()
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    return 'orbax' not in record.pathname
+
+
+def _say_error(error, exit_code: int) -> int:
+    print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
+    return exit_code
 
 
 if __name__ == '__main__':

@@ -73,6 +73,8 @@ def unsupported(q_BLHK, k_BLGK, segment_ids_BL):
         return f'cuDNN attention takes bfloat16 or float16, got {q_BLHK.dtype}'
     if K % 8 or K > 128:
         return f'cuDNN attention takes head widths that are multiples of 8 up to 128, got K={K}'
+    if L == 1:
+        return 'cuDNN attention takes 2 tokens or more, got L=1'
     capability = None
     if jax.default_backend() == 'gpu':
         device = jax.local_devices()[0]

@@ -132,7 +132,9 @@ def rotary_ssd_step(
     _check_rank('x_t', x_t, 3, '[B, H, P]')
     _check_rank('b_t', b_t, 3, '[B, G, N]')
     # The same rules as a sequence of one token, checked on shapes; nothing is computed.
-    token = lambda v: jax.ShapeDtypeStruct((v.shape[0], 1, *v.shape[1:]), v.dtype)
+    def token(v):
+        return jax.ShapeDtypeStruct((v.shape[0], 1, *v.shape[1:]), v.dtype)
+
     _check_rank('dt_t', dt_t, 2, '[B, H]')
     _check_sequence(token(x_t), token(dt_t), a, token(b_t), None, None, None, suffix='_t')
     _check_like('c_t', c_t, 'b_t', b_t)
@@ -185,7 +187,7 @@ def _vary_alike(tree):
     return jax.tree.map(cast, tree)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _choose(device_kind: str, shape: tuple[int, ...]) -> str:
     """Cached, so that each (device kind, shape) is logged once."""
     B, L, H, P, G, N = shape

@@ -1,0 +1,391 @@
+"""The trainer as its user meets it: exit codes, messages, files, and that an interruption changes no number."""
+
+import json
+import math
+import shutil
+import signal
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from train_fixtures import (
+    arguments,
+    before_saving,
+    call,
+    checkpoint_steps,
+    finish,
+    losses,
+    prepare_bytes,
+    records,
+    send,
+    start_process,
+    train,
+    write_config,
+)
+
+from transxssm_jax import config as config_lib
+from transxssm_jax import train as train_lib
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compile_once():
+    """Runs of the same model share their jitted functions; the schedule of the tests' config is constant."""
+    def key(config):
+        return json.dumps([config_lib.flatten(config)[name] for name in config_lib.flatten(config) if name.startswith(
+            ('model.', 'optimizer.')) or name in ('train.accumulation_steps', 'train.loss_chunk_tokens')])
+
+    def shared(make):
+        made = {}
+
+        def get(config):
+            if key(config) not in made:
+                made[key(config)] = make(config)
+            return made[key(config)]
+        return get
+
+    patch = pytest.MonkeyPatch()
+    step = types.SimpleNamespace(**{name: value for name, value in vars(train_lib.step_lib).items() if name[:2] != '__'})
+    step.train_step, step.eval_step = shared(step.train_step), shared(step.eval_step)
+    patch.setattr(train_lib, 'step_lib', step)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope='module')
+def config(tmp_path_factory):
+    directory = tmp_path_factory.mktemp('run')
+    return write_config(directory, prepare_bytes(directory))
+
+
+@pytest.fixture(scope='module')
+def finished(config, tmp_path_factory):
+    """(workdir, Result) of a whole run with everything switched on; tests that change it take a copy."""
+    workdir = tmp_path_factory.mktemp('finished') / 'workdir'
+    result = train(config, workdir, train__tensorboard=True, train__sample_tokens=5, train__profile_start_step=2,
+                   train__profile_steps=2)
+    assert result.code == 0, result
+    return workdir, result
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    return shutil.copytree(finished[0], tmp_path / 'copy')
+
+
+def saved_state(workdir, step):
+    import orbax.checkpoint as ocp
+
+    return ocp.StandardCheckpointer().restore(workdir / 'checkpoints' / str(step) / 'state')
+
+
+def numbers(workdir):
+    """What must not depend on interruptions, of every record."""
+    names = ('loss', 'grad_norm', 'update_norm', 'param_norm', 'learning_rate', 'eval_loss')
+    return [(record['step'], [record.get(name) for name in names]) for record in records(workdir)]
+
+
+# ---- interruptions ---------------------------------------------------------
+
+
+def test_killed_twice_equals_never_killed(config, tmp_path):
+    whole, killed = arguments(config, tmp_path / 'whole'), arguments(config, tmp_path / 'killed')
+    result = finish(start_process(config, ['SIGTERM', 5, killed], ['SIGKILL', 10, killed]))
+    assert result.code == -signal.SIGKILL, result
+    assert 'stopped at step 5 and saved; the same command goes on from there\nexit code 75\n' in result.out
+    assert 'resuming from step 5' in result.out
+    assert losses(tmp_path / 'killed').keys() == set(range(1, 11)), 'steps beyond the newest checkpoint, to be taken again'
+
+    result = finish(start_process(config, killed, whole))
+    assert result.out.count('exit code 0\n') == 2, result
+    # The checkpoint of step 8 may or may not have been whole when the signal struck.
+    assert 'resuming from step 8' in result.out or 'resuming from step 5' in result.out
+    assert numbers(tmp_path / 'killed') == numbers(tmp_path / 'whole')
+    for path, (left, right) in _leaves(saved_state(tmp_path / 'killed', 12), saved_state(tmp_path / 'whole', 12)):
+        np.testing.assert_array_equal(left, right, err_msg=path)
+
+
+def _leaves(left, right, path=''):
+    assert (left.keys() if isinstance(left, dict) else None) == (right.keys() if isinstance(right, dict) else None)
+    if not isinstance(left, dict):
+        yield path, (np.asarray(left), np.asarray(right))
+        return
+    for name in left:
+        yield from _leaves(left[name], right[name], f'{path}/{name}')
+
+
+def test_ctrl_c_saves_and_resuming_changes_nothing(config, finished, tmp_path):
+    with before_saving(7, send('SIGINT')):
+        result = train(config, tmp_path / 'workdir')
+    assert result.code == 130
+    assert checkpoint_steps(tmp_path / 'workdir')[-1] == 7
+    assert train(config, tmp_path / 'workdir').code == 0
+    assert numbers(tmp_path / 'workdir') == numbers(finished[0])
+
+
+def test_a_second_ctrl_c_ends_at_once(config, tmp_path):
+    def twice(run):
+        send('SIGINT')(run)
+        send('SIGINT')(run)
+
+    with before_saving(3, twice):
+        result = train(config, tmp_path / 'workdir')
+    assert result.code == 130
+    assert result.err.startswith('error: interrupted again') and 'Traceback' not in result.err
+    assert checkpoint_steps(tmp_path / 'workdir') == []
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(config, finished, copy, caplog):
+    for path in (copy / 'checkpoints' / '12' / 'state').rglob('*'):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:10])
+    (copy / 'checkpoints' / '14.orbax-checkpoint-tmp-0').mkdir()
+    result = train(config, copy)
+    assert result.code == 0, result
+    warnings = [record.getMessage() for record in caplog.records if record.name.startswith('transxssm_jax')]
+    assert any('skipping incomplete checkpoint' in line and '14.orbax' in line for line in warnings), warnings
+    assert any('skipping unreadable checkpoint' in line and line.split(':')[0].endswith('12') for line in warnings), warnings
+    assert 'resuming from step 8' in result.out
+    assert numbers(copy) == numbers(finished[0])
+    assert checkpoint_steps(copy) == [8, 12]
+    for path, (left, right) in _leaves(saved_state(copy, 12), saved_state(finished[0], 12)):
+        np.testing.assert_array_equal(left, right, err_msg=path)
+
+
+def test_a_finished_run_says_so(config, finished, copy):
+    before = (copy / 'metrics.jsonl').read_text()
+    result = train(config, copy)
+    assert result.code == 0
+    assert 'already finished: step 12 of train.steps=12; raise it to go on' in result.out
+    assert result.out.splitlines()[-1] == finished[1].out.splitlines()[-1]
+    assert (copy / 'metrics.jsonl').read_text() == before
+
+
+def test_a_resumed_run_may_change_its_mesh(config, finished, copy, tmp_path):
+    same = shutil.copytree(copy, tmp_path / 'same')
+    assert train(config, same, train__steps=16).code == 0
+    result = train(config, copy, train__steps=16, mesh__data=1, mesh__fsdp=4, mesh__tensor=2)
+    assert result.code == 0, result
+    assert 'resuming from step 12' in result.out and 'data 1 x fsdp 4 x tensor 2' in result.out
+    assert losses(copy).keys() == set(range(1, 17))
+    for step, loss in losses(same).items():
+        assert losses(copy)[step] == pytest.approx(loss, rel=1e-5), step
+
+
+# ---- what a run leaves -----------------------------------------------------
+
+
+def test_metrics_hold_every_step_once(finished):
+    training = [record for record in records(finished[0]) if 'loss' in record]
+    evaluations = [record for record in records(finished[0]) if 'eval_loss' in record]
+    assert [record['step'] for record in training] == list(range(1, 13))
+    assert [record['step'] for record in evaluations] == [6, 12]
+    for record in training:
+        assert all(math.isfinite(value) for value in record.values())
+        assert record['perplexity'] == pytest.approx(math.exp(record['loss']))
+        assert record['bits_per_byte'] == pytest.approx(record['loss'] / math.log(2) * 3435 / 3375)
+        assert record['host_memory_gib'] > 0.05 and record['grad_norm'] > 0
+    for record in training[1:]:
+        assert record['tokens_per_second'] == pytest.approx(256 / record['step_seconds'])
+        assert 0 <= record['input_fraction'] < 1 and record['model_tflops_per_second'] > 0
+    assert 'tokens_per_second' not in training[0], 'the first step is compilation'
+    assert [record['learning_rate'] for record in training[:4]] == pytest.approx([0, 5e-3, 1e-2, 1e-2])
+    assert training[0]['loss'] == pytest.approx(math.log(264), abs=0.3)
+    assert training[-1]['loss'] < training[0]['loss'] - 2
+    assert abs(evaluations[-1]['eval_loss'] - training[-1]['loss']) < 0.3
+
+
+def test_the_last_line_is_the_evaluation(finished):
+    last = [record for record in records(finished[0]) if 'eval_loss' in record][-1]
+    assert finished[1].out.splitlines()[-1] == (
+        f'finished at step 12: evaluation loss {last["eval_loss"]:.4f} nats a token, '
+        f'{last["eval_bits_per_byte"]:.4f} bits a byte')
+    assert 'step 6: evaluation loss' in finished[1].out
+    assert finished[1].err == ''
+
+
+def test_the_announcement_names_what_differs_from_the_defaults(config, finished):
+    lines = finished[1].out.splitlines()
+    assert '  optimizer.warmup_steps = 2 (default 1000)' in lines
+    assert not any(line.startswith('  model.tie_embeddings') for line in lines)
+    saved = config_lib.from_json((finished[0] / 'config.json').read_text())
+    assert config_lib.differences(saved, config_lib.load(config)).keys() == {
+        'train.tensorboard', 'train.sample_tokens', 'train.profile_start_step', 'train.profile_steps'}
+
+
+def test_tensorboard_holds_the_same_numbers(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished[0] / 'tensorboard'), size_guidance={'tensors': 0})
+    events.Reload()
+    values = {}
+    for name in ('loss', 'eval_loss'):
+        assert name in events.Tags()['tensors'] + events.Tags()['scalars']
+        if name in events.Tags()['scalars']:
+            values[name] = {event.step: event.value for event in events.Scalars(name)}
+        else:
+            values[name] = {event.step: event.tensor_proto.float_val[0] for event in events.Tensors(name)}
+    assert values['loss'] == pytest.approx(losses(finished[0]), rel=1e-6)
+    assert values['eval_loss'].keys() == {6, 12}
+
+
+def test_the_profiler_window_leaves_a_trace(finished):
+    assert [path for path in (finished[0] / 'profile').rglob('*.xplane.pb') if path.stat().st_size]
+    assert 'profile written to' in finished[1].out
+
+
+def test_a_sample_is_printed_at_the_end(finished):
+    lines = finished[1].out.splitlines()
+    start = lines.index('--- a sampled continuation ---')
+    assert '---' in lines[start + 1:]
+
+
+def test_accumulation(config, tmp_path):
+    # That it changes no number is tested in test_step.py.
+    result = train(config, tmp_path / 'workdir', data__global_batch=16, train__accumulation_steps=2, train__steps=8,
+                   train__eval_every_steps=0)
+    assert result.code == 0 and '512 tokens a step' in result.out, result
+    got = losses(tmp_path / 'workdir')
+    assert got[1] == pytest.approx(math.log(264), abs=0.3) and got[8] < got[1] - 1
+    last = records(tmp_path / 'workdir')[-1]
+    assert last['tokens_per_second'] == pytest.approx(512 / last['step_seconds'])
+
+
+# ---- what goes wrong -------------------------------------------------------
+
+
+def test_a_step_that_blows_up_is_not_saved(config, tmp_path):
+    # The schedule starts from 0, so that step 2 is the first to move; its loss is still finite.
+    settings = dict(train__checkpoint_every_steps=1, train__eval_every_steps=0, train__steps=3)
+    result = train(config, tmp_path / 'workdir', **settings, optimizer__learning_rate=1e30)
+    assert result.code == 3, result
+    assert result.err.startswith('error: step 2 is not finite: loss 5.') and result.err.count('\n') == 1
+    assert 'update norm inf' in result.err and 'gradient norm' in result.err and 'parameter norm' in result.err
+    assert checkpoint_steps(tmp_path / 'workdir') == [1]
+    result = train(config, tmp_path / 'workdir', **settings)
+    assert result.code == 0 and 'resuming from step 1' in result.out
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_the_norms(config, tmp_path):
+    def poison(run):
+        weight = run.state['params']['layers']['ssd']['mlp']['up_proj']['kernel']
+        run.state['params']['layers']['ssd']['mlp']['up_proj']['kernel'] = weight.at[0, 0, 3].set(jnp.nan)
+
+    with before_saving(6, poison):
+        result = train(config, tmp_path / 'workdir', train__eval_every_steps=0)
+    assert result.code == 3, result
+    assert result.err.startswith('error: step 7 is not finite: loss nan') and result.err.count('\n') == 1
+    assert 'layers/ssd/mlp/up_proj/kernel[[0, 0]]' in result.err
+    assert checkpoint_steps(tmp_path / 'workdir') == [4]
+
+
+def refused(result, *parts):
+    assert result.code == 2, result
+    assert result.err.startswith('error: ') and result.err.count('\n') == 1, result.err
+    for part in parts:
+        assert str(part) in result.err, result.err
+
+
+def settings_id(settings):
+    return ','.join(f'{name.replace("__", ".")}={value}' for name, value in settings.items())
+
+
+@pytest.mark.parametrize('settings, parts', [
+    (dict(data__path=''), ['data.path is empty', 'transxssm_jax.data.prepare']),
+    (dict(data__path='/nowhere'), ['/nowhere', 'transxssm_jax.data.prepare']),
+    (dict(data__global_batch=12), ['data.global_batch=12 must be divisible by 8 data shards; try 8 or 16']),
+    (dict(data__global_batch=160), ['one batch of 160']),
+    (dict(model__vocab_size=128), ['257', 'vocab_size=128']),
+    (dict(data__train_split='tain'), ["no split 'tain'", 'train']),
+    (dict(data__eval_split='test'), ["no split 'test'", 'validation']),
+    (dict(model__d_modle=4), ['unknown setting model.d_modle; did you mean model.d_model?']),
+    (dict(train__steps='many'), ["train.steps='many' must be int"]),
+    (dict(optimizer__warmup_steps=50), ['optimizer.warmup_steps', 'train.steps=12']),
+    (dict(model__ssd_implementation='fastest'), ['model.ssd_implementation', "implementation='fastest' is unknown", 'xla']),
+    (dict(mesh__data=3), ['must multiply to the 8 devices']),
+], ids=lambda value: settings_id(value) if isinstance(value, dict) else '')
+def test_wrong_settings_are_refused_in_one_line(config, tmp_path, settings, parts):
+    refused(train(config, tmp_path / 'workdir', **settings), *parts)
+
+
+def test_a_setting_that_was_refused_does_not_bind_the_workdir(config, tmp_path):
+    refused(train(config, tmp_path / 'workdir', data__train_split='tain'))
+    assert train(config, tmp_path / 'workdir', train__steps=2, train__eval_every_steps=0).code == 0
+
+
+def test_missing_arguments_are_refused(config, tmp_path):
+    refused(call(['train', f'--workdir={tmp_path}']), '--config=PATH is missing')
+    refused(call(['train', f'--config={config}']), '--workdir=DIR is missing')
+    refused(call(arguments(config.parent / 'smal.py', tmp_path)), 'no such file; did you mean', 'small.py')
+    refused(call([*arguments(config, tmp_path), 'train.steps=3']), 'unexpected argument train.steps=3')
+    refused(call(['train', f'--config={config}', f'--wrkdir={tmp_path}']), "Unknown command line flag 'wrkdir'")
+
+
+def test_help_lists_every_setting():
+    result = call(['train', '--help'])
+    assert result.code == 0
+    for name in config_lib.flatten(config_lib.Config()):
+        assert f'--config.{name}=' in result.out
+
+
+def test_an_empty_data_directory_is_refused(config, tmp_path):
+    (tmp_path / 'empty').mkdir()
+    refused(train(config, tmp_path / 'workdir', data__path=tmp_path / 'empty'), 'holds no prepared data', tmp_path / 'empty')
+
+
+@pytest.mark.parametrize('damage', ['cut', 'overwritten', 'gone'])
+def test_a_corrupt_shard_is_named(config, tmp_path, damage):
+    data = shutil.copytree(config.parent / 'prepared', tmp_path / 'data')
+    shard, = data.glob('documents-train.array_record-*')
+    content = shard.read_bytes()
+    if damage == 'gone':
+        shard.unlink()
+    else:
+        shard.write_bytes(content[:-100] if damage == 'cut' else bytes(len(content)))
+    refused(train(config, tmp_path / 'workdir', data__path=data), shard, 'corrupt')
+
+
+def test_a_workdir_of_another_config_is_refused(config, finished, copy):
+    before = (copy / 'config.json').read_text()
+    refused(train(config, copy, model__d_mlp=64), 'model.d_mlp is 32 in the checkpoint and 64 in this config', copy)
+    refused(train(config, copy, data__seed=5, train__seed=1), 'data.seed is 0', '(and 1 more)')
+    assert (copy / 'config.json').read_text() == before, 'a refused run leaves the workdir as it was'
+
+
+def test_replaced_data_is_refused(config, copy, tmp_path):
+    data = config.parent / 'prepared'
+    shutil.copytree(data, tmp_path / 'kept')
+    index = data / 'train.index.json'
+    try:
+        index.write_text(index.read_text() + ' ')
+        refused(train(config, copy, train__steps=14), f'data.path={data}', 'not what the run')
+    finally:
+        shutil.copy(tmp_path / 'kept' / 'train.index.json', index)
+
+
+def test_a_workdir_that_cannot_be_made_is_refused(config, tmp_path):
+    (tmp_path / 'file').write_text('')
+    refused(train(config, tmp_path / 'file' / 'workdir'), tmp_path / 'file' / 'workdir', 'cannot be written')
+
+
+def test_a_damaged_saved_config_is_named(config, copy):
+    (copy / 'config.json').write_text('{"model": ')
+    refused(train(config, copy), copy / 'config.json')
+
+
+def test_a_process_ends_with_the_exit_code_and_without_a_traceback(config, tmp_path):
+    result = finish(start_process(config, arguments(config, tmp_path / 'workdir', data__path='/nowhere')))
+    refused(result._replace(err=result.err[result.err.index('error: '):]), '/nowhere')
+    assert 'Traceback' not in result.err
+
+
+def test_a_full_disk_while_saving_leaves_the_last_checkpoint(config, copy):
+    command = arguments(config, copy, train__steps=16, train__checkpoint_every_steps=2)
+    result = finish(start_process(config, ['file size', 65536, command]))
+    assert 'exit code 2\n' in result.out and result.code == 0, result
+    errors = [line for line in result.err.splitlines() if line.startswith('error: ')]
+    assert len(errors) == 1 and str(copy / 'checkpoints') in errors[0], result.err
+    assert 'could not be written' in errors[0] and 'stays usable' in errors[0]
+    assert 'Traceback' not in result.err
+    result = train(config, copy, train__steps=14)
+    assert result.code == 0 and 'resuming from step 12' in result.out, result
