@@ -14,6 +14,6 @@ prepare() {
 # Whole packages are held out, so that evaluation is on files the model has not seen.
 prepare train --source="$stdlib/*.py" --source="$stdlib/asyncio" --source="$stdlib/multiprocessing" \
     --source="$stdlib/unittest" --source="$stdlib/concurrent"
-prepare validation --source="$stdlib/email" --source="$stdlib/json" --source="$stdlib/http"
+prepare validation --source="$stdlib/logging" --source="$stdlib/json" --source="$stdlib/xml" --source="$stdlib/importlib"
 exec "$python" -m transxssm_jax.train --config=configs/tiny.py --workdir="$directory/run" \
     --config.data.path="$directory/data"

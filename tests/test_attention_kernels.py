@@ -570,6 +570,15 @@ def test_cudnn_lowers(variant, G, monkeypatch):
         assert 'PADDING_CAUSAL' in text if variant == 'segments' else 'CAUSAL' in text
 
 
+@pytest.mark.parametrize('L', [1, 333])
+def test_cudnn_lowers_at_odd_lengths(L, monkeypatch):
+    allow_cudnn_here(monkeypatch)
+    forward, backward, arguments = loss_and_arguments('cudnn', 'none', 8, L=L)
+    assert jax.eval_shape(forward, *arguments).shape == arguments[0].shape
+    text = jax.jit(backward).trace(*arguments).lower(lowering_platforms=('cuda',)).as_text()
+    assert text.count('custom_call @__cudnn$fmhaSoftmaxBackward(') == 1
+
+
 @pytest.mark.parametrize('variant', VARIANTS)
 @pytest.mark.parametrize('implementation, platform', [('cudnn', 'cuda'), ('splash', 'tpu')])
 def test_fused_lowers_under_shard_map(implementation, platform, variant, monkeypatch):
@@ -662,7 +671,7 @@ def test_cudnn_ragged_length_on_gpu(variant, L):
         pytest.skip('needs an NVIDIA GPU')
     q, k, v, dout = make(L=L, K=64, dtype=jnp.bfloat16)
     ids = segments(2, L, 40) if variant == 'segments' else None
-    # cuDNN refuses a single token: the automatic choice takes the blockwise form there.
+    # The packed form refuses a single token: the automatic choice takes the blockwise form there.
     got = value_and_grads(attend('cudnn' if L > 1 else None, ids), q, k, v, dout)
     check(got, oracle(q, k, v, dout, ids, 0.25), 5e-3)
 

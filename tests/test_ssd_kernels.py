@@ -185,9 +185,10 @@ def test_defaults(implementation):
     names = GRADIENTS[:5]
     for chunk_size in (None, 256):
 
+        more = {**keywords(implementation), 'chunk_size': chunk_size}
+
         @jax.jit
-        def run(values):
-            more = {**keywords(implementation), 'chunk_size': chunk_size}
+        def run(values, more=more):
             outputs, pull = jax.vjp(lambda *v: rotary_ssd(*v, **more), *values)
             return outputs, pull((dy, dfinal))
 

@@ -18,6 +18,7 @@ import traceback
 from typing import Any
 
 from absl import flags
+from ml_collections import config_flags
 
 
 class ConfigError(ValueError):
@@ -232,13 +233,14 @@ def parse_flags(argv: list[str], flag_values: flags.FlagValues) -> Config:
         if name.startswith('config.') and name.removeprefix('config.') not in types:
             name = name.removeprefix('config.')
             raise ConfigError(f'unknown setting {name}{_nearest_path(name, types)}')
-    define = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_boolean, str: flags.DEFINE_string}
-    path = flags.DEFINE_string('config', None, 'Config file.', flag_values=flag_values)
-    for name, field in _settings(Config):
-        define[field.type](f'config.{name}', None, field.metadata['meaning'], flag_values=flag_values)
+    holder = config_flags.DEFINE_config_dataclass(
+        'config', Config(), 'Config file; --config.a.b=value overrides a setting.',
+        flag_values=flag_values, sys_argv=argv, parse_fn=_read_file)
     try:
         extra = flag_values(argv)[1:]
     except flags.Error as error:
+        if isinstance(error.__context__, ConfigError):  # absl wraps what _read_file and the settings say
+            raise error.__context__ from None
         override = re.match(r'flag --config\.([\w.]+)=(.*?): ', str(error))
         if override:
             name, value = override.groups()
@@ -246,14 +248,9 @@ def parse_flags(argv: list[str], flag_values: flags.FlagValues) -> Config:
         raise ConfigError(' '.join(str(error).split())) from error
     if extra:
         raise ConfigError(f'unexpected argument {extra[0]}; settings are given as --config.name=value')
-    if path.value is None:
+    if not holder.present:
         raise ConfigError('--config=PATH is missing, e.g. --config=configs/tiny.py')
-    config = _read_file(path.value)
-    for name in types:
-        if flag_values[f'config.{name}'].present:
-            section, _, leaf = name.partition('.')
-            setattr(getattr(config, section), leaf, flag_values[f'config.{name}'].value)
-    return resolve(config)
+    return resolve(holder.value)
 
 
 def _read_file(path: str) -> Config:

@@ -73,8 +73,6 @@ def unsupported(q_BLHK, k_BLGK, segment_ids_BL):
         return f'cuDNN attention takes bfloat16 or float16, got {q_BLHK.dtype}'
     if K % 8 or K > 128:
         return f'cuDNN attention takes head widths that are multiples of 8 up to 128, got K={K}'
-    if L == 1:
-        return 'cuDNN attention takes 2 tokens or more, got L=1'
     capability = None
     if jax.default_backend() == 'gpu':
         device = jax.local_devices()[0]
@@ -88,6 +86,8 @@ def unsupported(q_BLHK, k_BLGK, segment_ids_BL):
             return reason
     if segment_ids_BL is None:
         return None
+    if L == 1:
+        return 'packed cuDNN attention takes 2 tokens or more, got L=1'
     if capability is not None and capability < 9.0:
         return f'packed cuDNN attention needs compute capability 9.0 or newer, got {capability}'
     if B * L * H * K >= 2**31:

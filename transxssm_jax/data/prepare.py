@@ -32,7 +32,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 # Processes do the work side by side; threads of the tokenizer on top would only fight over cores.
@@ -43,25 +43,13 @@ from tqdm import tqdm
 
 from transxssm_jax.data import index as index_lib
 from transxssm_jax.data.index import DATASET_NAME, DataError, Shard, Source, SplitIndex
-from transxssm_jax.data.source import Piece, cut, list_files, parse_source, read_documents
+from transxssm_jax.data.shards import RECORD_TOKENS, Unit, lengths_path, result_path, shard_path, tokenize_unit
+from transxssm_jax.data.source import cut, list_files, parse_source
 from transxssm_jax.data.tokenizer import load_tokenizer
 from transxssm_jax.data.workers import follow_parent
 
-RECORD_TOKENS = 1 << 15
 MIN_SHARD_BYTES = 4 << 20  # of text: seconds of work, what an interruption can lose
 MAX_SHARDS = 512  # about; every one is an open file in the loader
-BATCH_CHARS = 1 << 20
-# Longer texts are tokenised in parts that end with a line: a tokenizer needs about 100 bytes a character.
-PART_CHARS = 1 << 22
-
-
-@dataclasses.dataclass(frozen=True)
-class Unit:
-    """The work of one shard."""
-
-    number: int
-    source: int
-    pieces: tuple[Piece, ...]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -200,7 +188,7 @@ def plan(sources: list[tuple[str, str]], split: str) -> list[Unit]:
 
 def tokenize(units: list[Unit], state: Path, arguments: argparse.Namespace, tokenizer) -> int:
     """Writes the shards that `state` lacks; returns the tokens in them."""
-    pending = [unit for unit in units if not _result_path(state, unit).exists()]
+    pending = [unit for unit in units if not result_path(state, unit).exists()]
     documents = tokens = 0
     with tqdm(
         total=len(units),
@@ -276,60 +264,6 @@ def _work(unit: Unit) -> None:
     tokenize_unit(unit, _worker['state'], _worker['tokenizer'], _worker['text_field'], advance)
 
 
-def tokenize_unit(unit: Unit, state: Path, tokenizer, text_field: str, advance: Callable[[int, int], None]) -> None:
-    """Writes one shard: its records, its documents' lengths, then its counts, which mark it finished."""
-    from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
-
-    path = _shard_path(state, unit)
-    temporary = path.with_name(f'{path.name}.tmp')
-    temporary.write_bytes(b'')  # a Python error with the reason where the writer has only a status
-    lengths, records, text_bytes, skipped = [], 0, 0, 0
-    try:
-        writer = ArrayRecordWriter(str(temporary), 'group_size:1')
-        for texts in _batches(text for piece in unit.pieces for text in read_documents(piece, text_field)):
-            batch_tokens = 0
-            for text, ids in zip(texts, _encode(tokenizer, texts), strict=True):
-                if not len(ids):
-                    skipped += 1
-                    continue
-                ids = np.append(ids, np.array(tokenizer.eos_id, ids.dtype))
-                for offset in range(0, len(ids), RECORD_TOKENS):
-                    writer.write(_example(ids[offset : offset + RECORD_TOKENS], offset))
-                    records += 1
-                lengths.append(len(ids))
-                text_bytes += len(text.encode())
-                batch_tokens += len(ids)
-            advance(len(texts), batch_tokens)
-        writer.close()
-        reader = ArrayRecordReader(str(temporary), options='readahead_buffer_size:0,max_parallelism:0')
-        if reader.num_records() != records:
-            raise RuntimeError(f'{reader.num_records()} records instead of {records}')
-        reader.close()
-    except (RuntimeError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(
-            f'{temporary} cannot be written ({str(error).splitlines()[0]}); '
-            'free space there, then run the same command to continue'
-        ) from None
-    with open(temporary, 'rb+') as file:
-        index_lib.sync(file)
-    os.replace(temporary, path)
-    with open(_lengths_path(state, unit), 'wb') as file:
-        np.save(file, np.array(lengths, np.uint32))
-        index_lib.sync(file)
-    counts = {
-        'documents': len(lengths),
-        'records': records,
-        'tokens': sum(lengths),
-        'bytes': text_bytes,
-        'skipped': skipped,
-        'file_bytes': path.stat().st_size,
-    }
-    index_lib.write_file(_result_path(state, unit), json.dumps(counts).encode())
-    index_lib.sync_directory(state)
-
-
 def commit(
     output: Path, split: str, state: Path, units: list[Unit], sources: list[tuple[str, str]], same: dict, tokenizer
 ) -> SplitIndex:
@@ -337,7 +271,7 @@ def commit(
 
     May be repeated: a run that died in here is continued by the next.
     """
-    counts = [json.loads(_result_path(state, unit).read_text()) for unit in units]
+    counts = [json.loads(result_path(state, unit).read_text()) for unit in units]
     kept = [unit for unit in units if counts[unit.number]['records']]
     if not kept:
         raise DataError(
@@ -347,8 +281,8 @@ def commit(
     shards, totals = [], []
     for i, unit in enumerate(kept):
         path = output / f'{DATASET_NAME}-{split}.array_record-{i:05d}-of-{len(kept):05d}'
-        if _shard_path(state, unit).exists():
-            os.replace(_shard_path(state, unit), path)
+        if shard_path(state, unit).exists():
+            os.replace(shard_path(state, unit), path)
         count = counts[unit.number]
         shards.append(Shard(path.name, count['file_bytes'], count['records'], count['documents']))
     for number, (spec, weight) in enumerate(sources):
@@ -364,7 +298,7 @@ def commit(
     )
     if index.tokenizer['kind'] == 'json':
         index_lib.write_file(output / 'tokenizer.json', tokenizer.content)
-    index_lib.write_index(index, np.concatenate([np.load(_lengths_path(state, unit)) for unit in kept]))
+    index_lib.write_index(index, np.concatenate([np.load(lengths_path(state, unit)) for unit in kept]))
     index_lib.sync_directory(output)
     _write_tfds_metadata(output, index, state)
     index_lib.sync_directory(output)
@@ -413,62 +347,6 @@ def _write_tfds_metadata(output: Path, index: SplitIndex, state: Path) -> None:
     info.write_to_directory(scratch)
     for name in ('features.json', 'dataset_info.json'):  # the order matters: dataset_info.json is the commit
         index_lib.write_file(output / name, (scratch / name).read_bytes())
-
-
-def _encode(tokenizer, texts: list[str]) -> list[np.ndarray]:
-    """encode_batch, with very long texts in parts."""
-    parts = [list(_parts(text)) for text in texts]
-    encoded = iter(tokenizer.encode_batch([part for text_parts in parts for part in text_parts]))
-    return [
-        ids[0] if len(ids) == 1 else np.concatenate(ids)
-        for ids in ([next(encoded) for _ in text_parts] for text_parts in parts)
-    ]
-
-
-def _parts(text: str) -> Iterator[str]:
-    start = 0
-    while len(text) - start > PART_CHARS:
-        stop = text.rfind('\n', start, start + PART_CHARS) + 1
-        if stop <= start:
-            stop = start + PART_CHARS
-        yield text[start:stop]
-        start = stop
-    yield text[start:]
-
-
-def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
-    batch, chars = [], 0
-    for text in texts:
-        batch.append(text)
-        chars += len(text)
-        if chars >= BATCH_CHARS or len(batch) >= 1024:
-            yield batch
-            batch, chars = [], 0
-    if batch:
-        yield batch
-
-
-def _example(ids: np.ndarray, offset: int) -> bytes:
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    example = tf_example_pb2.Example()
-    example.features.feature['tokens'].bytes_list.value.append(
-        ids.astype(ids.dtype.newbyteorder('<'), copy=False).tobytes()
-    )
-    example.features.feature['offset'].int64_list.value.append(offset)
-    return example.SerializeToString(deterministic=True)
-
-
-def _shard_path(state: Path, unit: Unit) -> Path:
-    return state / f'{unit.number:05d}.array_record'
-
-
-def _lengths_path(state: Path, unit: Unit) -> Path:
-    return state / f'{unit.number:05d}.lengths.npy'
-
-
-def _result_path(state: Path, unit: Unit) -> Path:
-    return state / f'{unit.number:05d}.json'
 
 
 def _finished(output: Path) -> list[str]:
