@@ -16,7 +16,7 @@ lint: .venv/installed
 .venv/installed: requirements.txt pyproject.toml
 	@python=$$(launch/find_python.sh) && echo "using $$python" && "$$python" -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	.venv/bin/python -m pip install -qqq --disable-pip-version-check --no-deps -e .
 	@touch $@
 
 clean:

@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Reading order; a module imports only from what stands before it. data/ is a package of its own, with its own order.
 ORDER = ['config', 'mesh', 'layers', 'rope', 'attention', 'ssd', 'mamba2', 'model', 'loss', 'optim', 'data', 'step',
          'flops', 'checkpoint', 'metrics', 'plan', 'evals', 'generate', 'convert', 'train']
-DATA_ORDER = ['index', 'source', 'tokenizer', 'workers', 'packing', 'prepare', 'loader']
+DATA_ORDER = ['index', 'source', 'tokenizer', 'workers', 'packing', 'shards', 'prepare', 'loader']
 CALL_KERNELS = {'attention', 'ssd', 'mamba2', 'generate'}
 PACKAGE = sorted((ROOT / 'transxssm_jax').rglob('*.py'))
 KERNELS = sorted((ROOT / 'pallas_kernels').rglob('*.py'))

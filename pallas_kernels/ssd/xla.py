@@ -190,7 +190,7 @@ def _backward_block(x, dt, log, b, c, rope, segments, incoming, dy, dfinal):
         dincoming_BCGRPN = _dot('BCQGRP,BCQGN->BCGRPN', dyscaled_BCQGRP, c_BCQGN)
         dc = _dot('BCQGRP,BCGRPN->BCQGN', dyscaled_BCQGRP, incoming)
         yin_BCQGRP = _dot('BCQGN,BCGRPN->BCQGRP', c_BCQGN, incoming)
-        dcum_BCQGR = jnp.sum(dyscaled_BCQGRP * yin_BCQGRP, axis=-1)
+        dcum_BCQGR = decays.enter_BCQGR * jnp.sum(dy * yin_BCQGRP, axis=-1)
 
     # h_out = exp(cum_last) h_in + sum_s exp(cum_last - cum_s) dt_s x_s b_s^T
     dout_BCGRPN, dstate = pass_states(dincoming_BCGRPN, decays.chunk_BCGR, dfinal, jnp.float32, reverse=True)
@@ -213,12 +213,12 @@ def _backward_block(x, dt, log, b, c, rope, segments, incoming, dy, dfinal):
     intra_BCGRQS = _intra_decay(decays)
     weights_BCGRQS = (scores_BCGQS[:, :, :, None] * intra_BCGRQS * _per_source(dt)).astype(dtype)
     dx += _dot('BCGRQS,BCQGRP->BCSGRP', weights_BCGRQS, dy)
-    dweights_BCGRQS = _dot('BCQGRP,BCSGRP->BCGRQS', dy, x, out_dtype=dtype) * intra_BCGRQS
+    dweights_BCGRQS = _dot('BCQGRP,BCSGRP->BCGRQS', dy, x) * intra_BCGRQS
     dscores_BCGQS = jnp.sum(dweights_BCGRQS * _per_source(dt), axis=3).astype(dtype)
     dc += _dot('BCGQS,BCSGN->BCQGN', dscores_BCGQS, b_BCSGN)
     db += _dot('BCGQS,BCQGN->BCSGN', dscores_BCGQS, c_BCQGN)
-    dpairs_BCGRQS = (dweights_BCGRQS * scores_BCGQS[:, :, :, None]).astype(dtype)
-    across_BCGRQ, columns_BCGRS = _sum_across(dpairs_BCGRQS, dt)
+    dpairs_BCGRQS = dweights_BCGRQS * scores_BCGQS[:, :, :, None]
+    across_BCGRQ, columns_BCGRS = _sum_across(dpairs_BCGRQS, dt, dtype)
     ddt += _by_position(columns_BCGRS)
     dlog += _by_position(across_BCGRQ)
     dlog += _dot('QS,BCQGR->BCSGR', at_or_after, dcum_BCQGR)
@@ -226,11 +226,11 @@ def _backward_block(x, dt, log, b, c, rope, segments, incoming, dy, dfinal):
     return dx.astype(dtype), ddt, dlog, db, dc, dstate
 
 
-def _dot(spec, *operands, out_dtype=jnp.float32):
-    """Accumulates in float32 and rounds to out_dtype. Float32 operands stay so: by default TPUs and GPUs would round them."""
+def _dot(spec, *operands):
+    """Accumulates in float32. Float32 operands stay so: by default TPUs and GPUs would round them."""
     exact = any(v.dtype == jnp.float32 for v in operands)
     precision = jax.lax.Precision.HIGHEST if exact else None
-    return jnp.einsum(spec, *operands, precision=precision, preferred_element_type=out_dtype)
+    return jnp.einsum(spec, *operands, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _by_head(v_BCQGR):
@@ -295,15 +295,18 @@ def _intra_decay(decays):
     return jnp.exp(jnp.where(decays.visible, exponent_BCGRQS, -jnp.inf))
 
 
-def _sum_across(pairs_BCGRQS, dt_BCSGR):
+def _sum_across(pairs_BCGRQS, dt_BCSGR, dtype):
     """sum over s < k <= q of pairs_qs dt_s for every k, and sum over q of pairs_qs for every s.
 
     pairs is 0 above the diagonal. The sums over q >= k are one matmul with a triangle of ones,
-    which keeps them on the matrix units and free of subtraction.
+    which keeps them on the matrix units and free of subtraction. dtype is that of x: for
+    bfloat16, pairs keep some 11 bits and more (tf32, or three bfloat16 passes), because da is a
+    sum of them with signs, in which bfloat16's 8 would be too few.
     """
     Q = pairs_BCGRQS.shape[-1]
-    at_or_after_KQ = np.triu(np.ones((Q, Q))).astype(pairs_BCGRQS.dtype)
-    later_BCGRKS = _dot('KQ,BCGRQS->BCGRKS', at_or_after_KQ, pairs_BCGRQS)
+    at_or_after_KQ = np.triu(np.ones((Q, Q), np.float32))
+    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.HIGH
+    later_BCGRKS = jnp.einsum('KQ,BCGRQS->BCGRKS', at_or_after_KQ, pairs_BCGRQS, precision=precision)
     before_KS = np.tri(Q, k=-1, dtype=np.float32)
     across_BCGRK = jnp.sum(later_BCGRKS * before_KS * _per_source(dt_BCSGR), axis=-1)
     # XLA would fuse the sum into the transpose of its result and read row by row: 8 times slower on a GPU.
