@@ -3,9 +3,9 @@
 Shape legend: B batch, L length, D model, H heads, G groups of K and V, K head width.
 """
 
-import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.attention.api import causal_attention
 from pallas_kernels.attention.api import save_residuals as save_attention_residuals
@@ -29,7 +29,8 @@ class Attention(nnx.Module):
         self.v_proj = layers.Linear({'embed': model.d_model}, groups, **kwargs)
         self.out_proj = layers.Linear(heads, {'embed': model.d_model}, **kwargs)
 
-    def __call__(self, u_BLD: jax.Array, *, rope: Rope, scale_BL: jax.Array | None, segment_ids_BL: jax.Array) -> jax.Array:
+    def __call__(self, u_BLD: Float[Array, 'B L D'], *, rope: Rope, scale_BL: Float32[Array, 'B L'] | None,
+                 segment_ids_BL: Int32[Array, 'B L']) -> Float[Array, 'B L D']:
         """[B, L, D] -> [B, L, D]; scale_BL multiplies Q."""
         q_BLHK = checkpoint_name(rotate(self.q_proj(u_BLD), rope), 'mixer_in')
         k_BLGK = checkpoint_name(rotate(self.k_proj(u_BLD), rope), 'mixer_in')

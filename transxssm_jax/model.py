@@ -6,6 +6,7 @@ Shape legend: B batch, L length, D model, V vocabulary.
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int32
 
 from transxssm_jax import layers, mesh, rope
 from transxssm_jax.attention import Attention, save_attention_residuals
@@ -54,8 +55,8 @@ class LanguageModel(nnx.Module):
             self.head = nnx.Param(
                 model.init_std * jax.random.normal(rngs.params(), embed_shape, jnp.float32), axes=('vocab', 'embed'))
 
-    def __call__(self, tokens_BL: jax.Array, *, segment_ids_BL: jax.Array | None = None,
-                 positions_BL: jax.Array | None = None) -> jax.Array:
+    def __call__(self, tokens_BL: Int32[Array, 'B L'], *, segment_ids_BL: Int32[Array, 'B L'] | None = None,
+                 positions_BL: Int32[Array, 'B L'] | None = None) -> Float[Array, 'B L D']:
         """Hidden states after the final norm.
 
         Args:

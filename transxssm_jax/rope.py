@@ -9,10 +9,12 @@ Shape legend: B batch, L length, H heads, K width of what rotates.
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float32
 
 from transxssm_jax.config import Model
 
-Rope = tuple[jax.Array, jax.Array]  # cos, sin: [B, L, K/2] float32
+Table = Float32[Array, 'B L half']
+Rope = tuple[Table, Table]  # cos, sin; half the width of what rotates
 
 
 def tables(positions_BL: jax.Array, width: int, model: Model) -> Rope:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.ssd.api import rotary_ssd
 from pallas_kernels.ssd.xla import STATES_NAME as SSD_STATES
@@ -42,7 +43,8 @@ class RotarySSD(nnx.Module):
             dt_H = layers.log_uniform(rngs.params(), (model.num_heads,), model.dt_min, model.dt_max)
             self.dt_bias = nnx.Param(layers.inverse_softplus(dt_H), axes=('heads',))
 
-    def __call__(self, u_BLD: jax.Array, *, rope: Rope, scale_BL: jax.Array | None, segment_ids_BL: jax.Array) -> jax.Array:
+    def __call__(self, u_BLD: Float[Array, 'B L D'], *, rope: Rope, scale_BL: Float32[Array, 'B L'] | None,
+                 segment_ids_BL: Int32[Array, 'B L']) -> Float[Array, 'B L D']:
         """[B, L, D] -> [B, L, D]; the state restarts where segment_ids change. scale_BL multiplies C."""
         x_BLHP = checkpoint_name(self.x_proj(u_BLD), 'mixer_in')
         b_BLGN = checkpoint_name(self.b_proj(u_BLD), 'mixer_in')

@@ -116,10 +116,12 @@ def attention(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, scale):
     `--xla_gpu_deterministic_ops=true` (or `--xla_gpu_exclude_nondeterministic_ops=true`).
     """
     if segment_ids_BL is None:
+        # JAX refuses to differentiate cuDNN attention at odd lengths: one more key, at the end, is
+        # hidden from every real query by causality.
+        L = q_BLHK.shape[1]
+        even = [jnp.pad(x, ((0, 0), (0, L % 2), (0, 0), (0, 0))) for x in (q_BLHK, k_BLGK, v_BLGK)]
         try:
-            return jax.nn.dot_product_attention(
-                q_BLHK, k_BLGK, v_BLGK, scale=scale, is_causal=True, implementation='cudnn'
-            )
+            return jax.nn.dot_product_attention(*even, scale=scale, is_causal=True, implementation='cudnn')[:, :L]
         except RuntimeError as error:  # JAX asks for the library while tracing
             raise NotImplementedError(
                 f"implementation='cudnn' without segment_ids: {error} Use implementation='xla' or install jax[cuda13]"
