@@ -183,7 +183,7 @@ def test_metrics_hold_every_step_once(finished):
     for record in training:
         assert all(math.isfinite(value) for value in record.values())
         assert record['perplexity'] == pytest.approx(math.exp(record['loss']))
-        assert record['bits_per_byte'] == pytest.approx(record['loss'] / math.log(2) * 3435 / 3375)
+        assert record['bits_per_byte'] == pytest.approx(record['loss'] / math.log(2))  # a byte a token
         assert record['host_memory_gib'] > 0.05 and record['grad_norm'] > 0
     for record in training[1:]:
         assert record['tokens_per_second'] == pytest.approx(256 / record['step_seconds'])

@@ -139,7 +139,7 @@ class Model(Section):
 
 @dataclasses.dataclass
 class Data(Section):
-    path: str = setting('', 'Prepared data set (python -m transxssm_jax.data.prepare).', of_checkpoint=True)
+    path: str = setting('', 'Prepared data set (python -m transxssm_jax.data.prepare).')
     train_split: str = setting('train', 'Split to train on.', of_checkpoint=True)
     eval_split: str = setting('validation', 'Split to evaluate on; empty: no evaluation.')
     seq_len: int = setting(4096, 'Tokens a row.', minimum=1, of_checkpoint=True)

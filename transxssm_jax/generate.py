@@ -24,17 +24,20 @@ def sample(params: dict, config: Config, tokenizer, *, prompt: str, num_tokens: 
 
     Args:
       params: parameters as in the state of step.py.
-      tokenizer: of the training data; an empty prompt starts a new document.
+      tokenizer: of the training data.
+      prompt: not empty: training never predicts a document's first token.
       num_tokens: most tokens to sample.
       temperature: > 0; lower is less varied.
       seed: the same seed gives the same text.
 
     Raises:
-      ValueError: num_tokens < 1 or temperature <= 0.
+      ValueError: an empty prompt, num_tokens < 1 or temperature <= 0.
     """
     if num_tokens < 1 or temperature <= 0:
         raise ValueError(f'num_tokens={num_tokens} must be at least 1 and temperature={temperature} above 0')
-    prompt_ids = np.concatenate([[tokenizer.eos_id], tokenizer.encode_batch([prompt])[0]]).astype(np.int32)
+    prompt_ids = tokenizer.encode_batch([prompt])[0].astype(np.int32)
+    if not len(prompt_ids):
+        raise ValueError('prompt is empty; give at least one token to continue')
     start = len(prompt_ids)
     buffer_L = np.zeros(start + num_tokens, np.int32)
     buffer_L[:start] = prompt_ids

@@ -70,10 +70,15 @@ def memory() -> dict[str, float]:
     return {'host_memory_gib': psutil.Process().memory_info().rss / 2**30}
 
 
-def of_loss(loss: float, tokens_per_byte: float, prefix: str = '') -> dict[str, float]:
+def targets_per_byte(loader) -> float:
+    """Predicted tokens a byte of text; a document's first token is never predicted."""
+    return (loader.num_tokens - loader.num_documents) / loader.num_bytes
+
+
+def of_loss(loss: float, targets_per_byte: float, prefix: str = '') -> dict[str, float]:
     """Cross-entropy in nats a token, also as perplexity and as bits a byte of text."""
     return {f'{prefix}loss': loss, f'{prefix}perplexity': math.exp(min(loss, 80.0)),
-            f'{prefix}bits_per_byte': loss / math.log(2) * tokens_per_byte}
+            f'{prefix}bits_per_byte': loss / math.log(2) * targets_per_byte}
 
 
 class Writers:
@@ -85,6 +90,7 @@ class Writers:
 
     def __init__(self, workdir: pathlib.Path, config: Config, first_step: int):
         self._file = self._tensorboard = None
+        self._evaluated = set()
         self._bar = tqdm(disable=True)
         if jax.process_index() != 0:
             return
@@ -102,6 +108,10 @@ class Writers:
         self._bar = tqdm(total=config.train.steps, initial=first_step, unit='step', file=sys.stderr, dynamic_ncols=True,
                          disable=not config.train.progress, mininterval=0.5)
 
+    def has_evaluation(self, step: int) -> bool:
+        """Whether an earlier run of this workdir recorded an evaluation at a step."""
+        return step in self._evaluated
+
     def advance(self, steps: int = 1) -> None:
         self._bar.update(steps)
 
@@ -109,8 +119,12 @@ class Writers:
         """Writes one record of finite numbers for a step; an evaluation repeated on resuming is not written again."""
         if self._file is None or ('eval_loss' in values and step in self._evaluated):
             return
-        self._file.write(json.dumps({'step': step, **values}) + '\n')
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({'step': step, **values}) + '\n')
+            self._file.flush()
+        except OSError as error:
+            raise OSError(
+                f'{self._file.name} cannot be written ({error.strerror}); make room, then run the same command') from error
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -131,7 +145,8 @@ class Writers:
     def close(self) -> None:
         self._bar.close()
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # write has said it
+                self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
             self._tensorboard = None  # it refuses to be closed twice

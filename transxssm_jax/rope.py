@@ -38,7 +38,9 @@ def tables(positions_BL: jax.Array, width: int, model: Model) -> Rope:
     if model.rope_scaling == 'linear':
         positions = positions / model.rope_factor
     elif model.rope_scaling == 'dynamic':
-        # By row, so that a row's result does not depend on what else is in the batch.
+        # By row, so that a row's result does not depend on what else is in the batch. It does depend on the
+        # longest document of the row, as in the published code: this scaling is for text beyond the training
+        # length, one document a row.
         length = jnp.maximum(jnp.max(positions, axis=-1, keepdims=True) + 1, model.rope_original_length)
         stretch = model.rope_factor * length / model.rope_original_length - (model.rope_factor - 1)
         theta = (theta * stretch ** (width / (width - 2)))[..., None]

@@ -102,7 +102,7 @@ def train_step(config: Config):
 
     def step(state: State, batch: Batch):
         params = state['params']
-        (_, sums), grads = _accumulated(gradient, params, batch, config.train.accumulation_steps)
+        (_, sums), grads = _over_microbatches(functools.partial(gradient, params), batch, config.train.accumulation_steps)
         tokens = jnp.maximum(sums['tokens'], 1.0)
         grads = jax.tree.map(lambda g: g / tokens, grads)
         moments = optax.tree.set(tx.init(params), mu=state['mu'], nu=state['nu'], count=state['step'])
@@ -124,9 +124,10 @@ def _norm_by_layer(path, grad):
     return jnp.sqrt(jnp.sum(jnp.square(grad), axis=tuple(range(stacked, grad.ndim))))
 
 
-def _accumulated(gradient, params, batch: Batch, accumulation_steps: int):
+def _over_microbatches(function, batch: Batch, accumulation_steps: int):
+    """Sum of function(microbatch), a tree of arrays, over the microbatches of a batch, one after another."""
     if accumulation_steps == 1:
-        return gradient(params, batch)
+        return function(batch)
 
     def microbatches(x_BL):
         # The rows of a microbatch are taken from every device's rows, so that nothing moves.
@@ -134,9 +135,9 @@ def _accumulated(gradient, params, batch: Batch, accumulation_steps: int):
 
     def one(total, microbatch):
         microbatch = jax.tree.map(lambda x_BL: mesh.constrain(x_BL, 'batch', None), microbatch)
-        return jax.tree.map(jnp.add, total, gradient(params, microbatch)), None
+        return jax.tree.map(jnp.add, total, function(microbatch)), None
 
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(gradient, params, batch))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, batch))
     return jax.lax.scan(one, zeros, jax.tree.map(microbatches, batch))[0]
 
 
@@ -145,6 +146,8 @@ def eval_step(config: Config):
     graph, _ = split_model(config.model)
 
     def step(params, batch: Batch):
-        return _summed_loss(graph, config, params, batch)[1]
+        # In the train step's microbatches: what fits there fits here.
+        return _over_microbatches(
+            lambda microbatch: _summed_loss(graph, config, params, microbatch)[1], batch, config.train.accumulation_steps)
 
     return step

@@ -26,6 +26,8 @@ from transxssm_jax.data.tokenizer import load_tokenizer
 
 FINISHED, WRONG_INPUT, NOT_FINITE, TERMINATED, INTERRUPTED = 0, 2, 3, 75, 130
 
+PROMPT_TOKENS = 128  # of the document that the sample at the end continues
+
 log = logging.getLogger(__name__)
 
 
@@ -116,6 +118,8 @@ class Run:
         started, first = time.perf_counter(), self.step
         window_start = self.step
         with jax.set_mesh(self.mesh):
+            if 0 < self.step < train.steps and self._evaluation_is_due() and not self.writers.has_evaluation(self.step):
+                self._evaluate()  # the run was stopped where this evaluation was due
             while self.step < train.steps and self.stop.exit_code is None:
                 self._profile()
                 with self.clock.input():
@@ -147,6 +151,8 @@ class Run:
             self.checkpoints.wait()
             if config.data.eval_split and train.eval_every_steps and self._evaluated_at != self.step:
                 self._evaluate()
+                if self.stop.exit_code is not None:
+                    return self.stop.exit_code
             self._summarise()
         return FINISHED
 
@@ -179,12 +185,15 @@ class Run:
             f'finite (module, layer): {"; ".join(bad) or "none"}; it was not saved: lower optimizer.learning_rate, or '
             'look at the data of this step')
 
+    def _evaluation_is_due(self) -> bool:
+        train = self.config.train
+        return bool(train.eval_every_steps and self.config.data.eval_split) and (
+            self.step == train.steps or self.step % train.eval_every_steps == 0)
+
     def _evaluate_and_save(self) -> None:
         train = self.config.train
-        last = self.step == train.steps
-        evaluate = train.eval_every_steps and self.config.data.eval_split and (
-            last or self.step % train.eval_every_steps == 0) and self.stop.exit_code is None
-        save = last or self.step % train.checkpoint_every_steps == 0
+        evaluate = self._evaluation_is_due() and self.stop.exit_code is None
+        save = self.step == train.steps or self.step % train.checkpoint_every_steps == 0
         if not (evaluate or save):
             return
         self._settle()
@@ -207,7 +216,7 @@ class Run:
                 if count == self.config.train.eval_batches:
                     break
             self._evaluated_at, self.eval_loss = self.step, total / tokens
-            self._eval_metrics = metrics.of_loss(self.eval_loss, loader.num_tokens / loader.num_bytes, 'eval_')
+            self._eval_metrics = metrics.of_loss(self.eval_loss, metrics.targets_per_byte(loader), 'eval_')
             self.writers.write(self.step, self._eval_metrics)
             if self.step < self.config.train.steps:
                 self.writers.say(f'step {self.step}: evaluation loss {self.eval_loss:.4f}')
@@ -241,7 +250,7 @@ class Run:
     def _log(self, step_metrics: dict, steps: int) -> None:
         scalars = {name: float(value) for name, value in step_metrics.items()
                    if name not in ('loss', 'tokens', 'grad_norms')}
-        loss = metrics.of_loss(float(step_metrics['loss']), self.loader.num_tokens / self.loader.num_bytes)
+        loss = metrics.of_loss(float(step_metrics['loss']), metrics.targets_per_byte(self.loader))
         rates = metrics.rates(self.config, steps, self.clock) if steps else {}
         self.writers.write(self.step, {**loss, **scalars, **rates, **metrics.memory()})
 
@@ -250,9 +259,13 @@ class Run:
         self.writers.close()
         if config.train.sample_tokens:
             tokenizer = load_tokenizer(config.data.path)
-            text = generate.sample(self.state['params'], config, tokenizer, prompt='', seed=config.train.seed,
+            split = config.data.eval_split or config.data.train_split
+            with self._open_split(split, shuffle=False, repeat=False) as loader:
+                row = next(loader)
+            prompt = tokenizer.decode(row['tokens'][0][row['segment_ids'][0] == 1][:PROMPT_TOKENS])
+            text = generate.sample(self.state['params'], config, tokenizer, prompt=prompt, seed=config.train.seed,
                                    num_tokens=config.train.sample_tokens)
-            print(f'--- a sampled continuation ---\n{text}\n---')
+            print(f'--- from the {split} split ---\n{prompt}\n--- a sampled continuation ---\n{text[len(prompt):]}\n---')
         line = f'finished at step {self.step}'
         if self.eval_loss is not None:
             line += (f': evaluation loss {self.eval_loss:.4f} nats a token, '

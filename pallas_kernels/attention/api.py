@@ -40,8 +40,8 @@ def causal_attention(
       q_BLHK: [B, L, H, K] bfloat16 or float32, L >= 1.
       k_BLGK: [B, L, G, K], q's dtype; H % G == 0, head h reads key/value head h // (H / G).
       v_BLGK: [B, L, G, K], q's dtype.
-      segment_ids: [B, L] int32, non-decreasing along a row; a query attends only to keys with
-        its own id. None: one document a row.
+      segment_ids: [B, L] int32; equal ids stand together (a row's padding may end it with
+        another id); a query attends only to keys with its own id. None: one document a row.
       scale: factor of the scores; None: 1 / sqrt(K).
       chunk_size: side of a score block of 'xla'; None: 256. The others choose their own blocks.
       implementation: a word of the table, or None: the fused one of `jax.default_backend()`

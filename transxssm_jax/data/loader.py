@@ -153,7 +153,7 @@ def make_loader(
     if repeat and batches.rows_per_epoch < global_batch:
         raise DataError(
             f'{path} has {batches.rows_per_epoch} rows of {seq_len} tokens in split {split!r}, less than one batch of '
-            f'{global_batch}; lower the batch to {batches.rows_per_epoch}, shorten the rows, or prepare more text'
+            f'{global_batch}; lower the global batch to {batches.rows_per_epoch}, shorten the rows, or prepare more text'
         )
     return Loader(batches, num_workers=num_workers, num_threads=num_threads, prefetch=prefetch)
 
@@ -163,8 +163,8 @@ def check_vocab(path, vocab_size: int) -> None:
     need = read_index(path, finished_splits(path)[0]).tokenizer['vocab_size']  # one tokenizer for all splits
     if need > vocab_size:
         raise DataError(
-            f'the tokenizer of {path} has {need} ids, more than vocab_size={vocab_size}; '
-            f'raise vocab_size to at least {need} ({-(-need // 128) * 128} is a multiple of 128)'
+            f'the tokenizer of {path} has {need} ids, more than model.vocab_size={vocab_size}; '
+            f'raise it to at least {need} ({-(-need // 128) * 128} is a multiple of 128)'
         )
 
 

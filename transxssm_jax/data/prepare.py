@@ -139,13 +139,7 @@ def prepare(arguments: argparse.Namespace) -> SplitIndex:
         shutil.rmtree(output / f'.incomplete.{split}', ignore_errors=True)  # of a run killed after its last write
         print(f'{output} already holds split {split!r}: {_count(index)}; nothing to do')
         return index
-    for other in finished:
-        described = index_lib.read_index(output, other).tokenizer
-        if described != tokenizer.describe():
-            raise DataError(
-                f'{output} holds split {other!r} with another tokenizer ({described}); '
-                'use that one or name another --output'
-            )
+    _check_tokenizer(output, tokenizer)
 
     units = plan(sources, split)
     state = output / f'.incomplete.{split}'
@@ -162,7 +156,9 @@ def prepare(arguments: argparse.Namespace) -> SplitIndex:
         begin = time.monotonic()
         tokens = tokenize(units, state, arguments, tokenizer)
         seconds = max(time.monotonic() - begin, 1e-9)
-        index = commit(output, split, state, units, sources, same, tokenizer)
+        with _alone_in(output):  # splits prepared side by side share the files that name them
+            _check_tokenizer(output, tokenizer)
+            index = commit(output, split, state, units, sources, same, tokenizer)
     shutil.rmtree(state)
     new = f', {tokens / seconds:,.0f} tokens/s with {arguments.num_workers} workers' if tokens else ''
     print(f'{output} holds split {split!r}: {_count(index)}{new}')
@@ -352,6 +348,26 @@ def _write_tfds_metadata(output: Path, index: SplitIndex, state: Path) -> None:
 
 def _finished(output: Path) -> list[str]:
     return index_lib.finished_splits(output) if (output / 'dataset_info.json').exists() else []
+
+
+def _check_tokenizer(output: Path, tokenizer) -> None:
+    for other in _finished(output):
+        described = index_lib.read_index(output, other).tokenizer
+        if described != tokenizer.describe():
+            raise DataError(
+                f'{output} holds split {other!r} with another tokenizer ({described}); '
+                'use that one or name another --output'
+            )
+
+
+@contextlib.contextmanager
+def _alone_in(output: Path) -> Iterator[None]:
+    directory = os.open(output, os.O_RDONLY)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX)  # waits: a commit takes a moment
+        yield
+    finally:
+        os.close(directory)
 
 
 @contextlib.contextmanager
