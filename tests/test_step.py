@@ -71,6 +71,19 @@ def test_accumulation_equals_one_batch():
     np.testing.assert_allclose(losses, one_device()[0], rtol=2e-5)
 
 
+def test_evaluation_is_in_microbatches_too():
+    sums, memory = {}, {}
+    for accumulation_steps in (1, 16):
+        config = small_config(train_accumulation_steps=accumulation_steps, data_global_batch=64)
+        params, batch = step.init_params(config.model, 0), packed_batch(config)
+        compiled = jax.jit(step.eval_step(config)).lower(params, batch).compile()
+        sums[accumulation_steps] = compiled(params, batch)
+        memory[accumulation_steps] = compiled.memory_analysis().temp_size_in_bytes
+    assert float(sums[16]['tokens']) == float(sums[1]['tokens'])
+    np.testing.assert_allclose(sums[16]['nll'], sums[1]['nll'], rtol=1e-6)
+    assert memory[16] < memory[1] / 2
+
+
 @pytest.mark.parametrize('policy', ['full', 'dots', 'hybrid'])
 def test_remat_equals_plain(policy):
     losses, _ = losses_and_state(small_config(model_remat=policy))

@@ -114,11 +114,12 @@ def _leaves(left, right, path=''):
         yield from _leaves(left[name], right[name], f'{path}/{name}')
 
 
-def test_ctrl_c_saves_and_resuming_changes_nothing(config, finished, tmp_path):
-    with before_saving(7, send('SIGINT')):
+@pytest.mark.parametrize('step', [6, 7], ids=['where an evaluation is due', 'elsewhere'])
+def test_ctrl_c_saves_and_resuming_changes_nothing(config, finished, tmp_path, step):
+    with before_saving(step, send('SIGINT')):
         result = train(config, tmp_path / 'workdir')
     assert result.code == 130
-    assert checkpoint_steps(tmp_path / 'workdir')[-1] == 7
+    assert checkpoint_steps(tmp_path / 'workdir')[-1] == step
     assert train(config, tmp_path / 'workdir').code == 0
     assert numbers(tmp_path / 'workdir') == numbers(finished[0])
 
