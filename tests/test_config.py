@@ -90,7 +90,7 @@ def test_a_resolved_config_is_locked(path):
 
 
 @pytest.mark.parametrize('overrides, message', [
-    ({'model.num_heads': 7}, 'model.d_model=128 must be divisible by model.num_heads=7; try 126 or 133'),
+    ({'model.num_heads': 7}, 'model.d_model=128 must be divisible by model.num_heads=7; try 112 or 224'),
     ({'model.num_kv_heads': 3}, 'model.num_heads=8 must be divisible by model.num_kv_heads=3; try 6 or 9'),
     ({'model.num_ssd_groups': 5}, 'model.num_heads=8 must be divisible by model.num_ssd_groups=5; try 5 or 10'),
     ({'model.num_layers': 12}, 'model.num_layers=12 must be divisible by layers a module=8; try 8 or 16'),

@@ -296,7 +296,8 @@ def resolve(config: Config) -> Config:
       ConfigError: naming the setting, its value, the rule and a remedy.
     """
     model, data, optimizer, train = config.model, config.data, config.optimizer, config.train
-    _divides('model.d_model', model.d_model, 'model.num_heads', model.num_heads)
+    # A head's width is a multiple of 16, so what is proposed is too.
+    _divides('model.d_model', model.d_model, 'model.num_heads', model.num_heads, step=16 * model.num_heads)
     _divides('model.num_heads', model.num_heads, 'model.num_kv_heads', model.num_kv_heads)
     _divides('model.num_heads', model.num_heads, 'model.num_ssd_groups', model.num_ssd_groups)
     _divides('model.num_layers', model.num_layers, 'layers a module', len(model.layer_kinds))
@@ -332,9 +333,11 @@ def resolve(config: Config) -> Config:
     return config
 
 
-def _divides(name, value, by_name, by):
+def _divides(name, value, by_name, by, step=0):
+    """Raises unless by divides value; proposes the nearest multiples of step (default: of by)."""
     if value % by:
-        lower, upper = value // by * by, (value // by + 1) * by
+        step = step or by
+        lower, upper = value // step * step, (value // step + 1) * step
         tries = ' or '.join(str(n) for n in (lower, upper) if n > 0)
         raise ConfigError(f'{name}={value} must be divisible by {by_name}={by}; try {tries}')
 
