@@ -7,6 +7,9 @@ contract over that time, in GB/s and TFLOP/s; the bound's share (least possible 
 roofline over the time); temporary memory; the worst relative error of the outputs or gradients
 against float32 of the highest precision, with its name.
 
+For a TPU that need not be here, --target=v5p (v4, v5e, v6e, tpu7x) prints what the compiler's own
+dumps say of each kernel; bench_tpu.py explains that table.
+
 Times are medians of blocked calls over rotating inputs, so that no input lies in cache from
 the call before; a call does its kernel REPEATS times where a launch would show.
 
@@ -15,6 +18,7 @@ Legend: B batch, L length, H heads, G groups, P head width, N state width.
 
 import argparse
 import functools
+import importlib.util
 import json
 import statistics
 import sys
@@ -25,7 +29,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import bench_tpu
 from pallas_kernels.ssd import IMPLEMENTATIONS, rotary_ssd, rotary_ssd_step, xla
+from pallas_kernels.tpu_profile import CHIPS
 
 
 class Shape(typing.NamedTuple):
@@ -52,6 +58,7 @@ SHAPES = {
 DEFAULT_SHAPES = {
     'cpu': ('small',),
     'gpu': ('1p3b_g32', '1p3b_g8', '1p3b_g1', '1p3b_16k', 'decode'),
+    **dict.fromkeys(CHIPS, ('1p3b_g8',)),
 }
 BOUNDARY = 128  # tokens a boundary state, in the contract's least work
 # Measured ceilings of one H200 (design.md section 3): bytes/s, FLOP/s. None known for CPU.
@@ -245,19 +252,35 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--target', choices=sorted(DEFAULT_SHAPES), required=True)
     parser.add_argument('--shapes', default='', help=f'comma-separated, of {", ".join(SHAPES)}')
-    parser.add_argument('--implementations', default='xla', help=f'comma-separated, of {", ".join(IMPLEMENTATIONS)}')
-    parser.add_argument('--directions', default='forward,forward+backward')
+    parser.add_argument(
+        '--implementations', default='', help=f'comma-separated, of {", ".join(IMPLEMENTATIONS)}; those of the target'
+    )
+    parser.add_argument(
+        '--directions', default='',
+        help='comma-separated, of forward, forward+backward; for a TPU of ' + ', '.join(bench_tpu.DIRECTIONS),
+    )
+    parser.add_argument('--all-kernels', action='store_true', help='for a TPU: a row for every kernel')
     parser.add_argument('--variants', action='store_true', help='sweep the chunk size of the xla form')
     parser.add_argument('--seconds', type=float, default=1.0, help='measuring time of a row')
     parser.add_argument('--out', default='', help='also write the rows to this JSON file, after every row')
     flags = parser.parse_args(argv)
 
     names = [n for n in flags.shapes.split(',') if n] or DEFAULT_SHAPES[flags.target]
-    implementations = [n for n in flags.implementations.split(',') if n]
-    for given, known in ((names, SHAPES), (implementations, IMPLEMENTATIONS)):
+    tpu = flags.target in CHIPS
+    own = ('xla', 'mosaic_tpu') if tpu else ('xla',)
+    implementations = [n for n in flags.implementations.split(',') if n] or [n for n in IMPLEMENTATIONS if n in own]
+    known_directions = bench_tpu.DIRECTIONS if tpu else ('forward', 'forward+backward')
+    directions = [n for n in flags.directions.split(',') if n] or known_directions[:2]
+    for given, known in ((names, SHAPES), (implementations, IMPLEMENTATIONS), (directions, known_directions)):
         for name in given:
             if name not in known:
                 parser.error(f'{name!r} is unknown; use one of {", ".join(known)}')
+    if tpu:
+        if importlib.util.find_spec('libtpu') is None:
+            parser.error(f'--target={flags.target} needs the TPU compiler: pip install jax[tpu]')
+        shapes = {name: SHAPES[name] for name in names}
+        bench_tpu.run(flags.target, shapes, implementations, directions, least_work, flags.all_kernels, flags.out)
+        return
     if jax.default_backend() != flags.target:
         parser.error(f'--target={flags.target}, but JAX runs on {jax.default_backend()}; set JAX_PLATFORMS or the target')
 
@@ -280,7 +303,7 @@ def main(argv=None):
             add(measure_decode(shape_name, flags.target, flags.seconds))
             continue
         sets = [draw(SHAPES[shape_name], seed) for seed in range(3)]
-        for direction in flags.directions.split(','):
+        for direction in directions:
             ref = reference_values(SHAPES[shape_name], direction, *sets[0])
             for name, f in candidates(implementations, flags.variants).items():
                 add(measure(shape_name, name, f, direction, flags.target, flags.seconds, sets, ref))

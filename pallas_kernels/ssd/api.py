@@ -8,11 +8,15 @@ import logging
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int
 
-from pallas_kernels.ssd import decode, reference, xla
+from pallas_kernels.ssd import decode, reference, tpu, xla
+from pallas_kernels.ssd.residuals import STATES_NAME
 
-IMPLEMENTATIONS = ('reference', 'xla')
+__all__ = ['IMPLEMENTATIONS', 'STATES_NAME', 'rotary_ssd', 'rotary_ssd_state', 'rotary_ssd_step']
+
+IMPLEMENTATIONS = ('reference', 'xla', 'mosaic_tpu')
 
 Table = Float32[Array, '*table L half']
 Rope = tuple[Table, Table] | None
@@ -32,7 +36,7 @@ def rotary_ssd(
     initial_state: Float[Array, 'B H P N'] | None = None,
     chunk_size: int | None = None,
     implementation: str | None = None,
-    interpret: bool = False,
+    interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[Float[Array, 'B L H P'], Float[Array, 'B H P N']]:
     """h_t = exp(dt_t a) h_{t-1} + dt_t x_t (R_t b_t)^T;  y_t = h_t R_t c_t.
 
@@ -51,8 +55,19 @@ def rotary_ssd(
         row. None: zeros.
       chunk_size: tokens worked on at once, a multiple of 16 in [16, 256]; changes speed and
         rounding only. None: from the implementation's table. No effect on 'reference'.
-      implementation: one of IMPLEMENTATIONS; None: the fastest for device and shape, logged.
-      interpret: interpret Pallas kernels on CPU; no effect on 'reference' and 'xla'.
+      implementation: a word of the table, or None: the one of `jax.default_backend()` by
+        `_choose`, with the reason logged once. When lowering for a platform other than the
+        process's (a TPU topology on a CPU host), name it.
+
+        | name         | runs on | dtypes    | chunk_size | partitioned by GSPMD / Shardy |
+        | 'reference'  | all     | all       | any        | yes                           |
+        | 'xla'        | all     | bf16, f32 | any        | yes, over B, H and G          |
+        | 'mosaic_tpu' | TPU     | bf16, f32 | 128        | no: wrap in jax.shard_map     |
+
+        "wrap" means shard_map over batch and heads, with L, P and N whole on every device and
+        G split as H is, or whole where G is 1. All work there, so a model can always wrap.
+      interpret: run the Pallas kernels on CPU, slowly: True, or pltpu.InterpretParams to model
+        the TPU's memory and DMA as well. No effect on 'reference' and 'xla'.
 
     Returns:
       y [B, L, H, P] in x's dtype; final_state [B, H, P, N] float32, rotated frame: what
@@ -61,7 +76,9 @@ def rotary_ssd(
     Raises:
       ValueError: an argument's shape, dtype or value breaks a rule above, or the
         implementation is unknown.
-      NotImplementedError: the named implementation cannot serve this call.
+      NotImplementedError: the named implementation cannot serve this call. For which platform
+        a traced function is compiled shows only at lowering: there 'mosaic_tpu' refuses others
+        than TPU.
     """
     _check_sequence(x, dt, a, b, rope, segment_ids, chunk_size)
     _check_like('c', c, 'b', b)
@@ -70,7 +87,7 @@ def rotary_ssd(
         initial_state = jnp.zeros((B, H, P, b.shape[-1]), dt.dtype)
     _check_shape('initial_state', initial_state, (B, H, P, b.shape[-1]), '[B, H, P, N]')
     _check_dtype('initial_state', initial_state, dt.dtype)
-    return _scan(x, dt, a, b, c, rope, segment_ids, initial_state, chunk_size, implementation)
+    return _scan(x, dt, a, b, c, rope, segment_ids, initial_state, chunk_size, implementation, interpret)
 
 
 def rotary_ssd_state(
@@ -83,7 +100,7 @@ def rotary_ssd_state(
     segment_ids: Int[Array, 'B L'] | None = None,
     chunk_size: int | None = None,
     implementation: str | None = None,
-    interpret: bool = False,
+    interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[Float[Array, 'B H'], Float[Array, 'B H P N']]:
     """What one shard of a sequence passes on: final_state(initial h) = decay * h + state.
 
@@ -99,7 +116,7 @@ def rotary_ssd_state(
     _check_sequence(x, dt, a, b, rope, segment_ids, chunk_size)
     B, _, H, P = x.shape
     zeros = jnp.zeros((B, H, P, b.shape[-1]), dt.dtype)
-    _, state = _scan(x, dt, a, b, None, rope, segment_ids, zeros, chunk_size, implementation)
+    _, state = _scan(x, dt, a, b, None, rope, segment_ids, zeros, chunk_size, implementation, interpret)
     decay = jnp.exp(jnp.sum(dt, axis=1) * a)
     if segment_ids is not None:
         whole = jnp.all(segment_ids == segment_ids[:, :1], axis=1)
@@ -146,12 +163,16 @@ def rotary_ssd_step(
     return decode.step_token(state, x_t, dt_t, a, b_t, c_t, rope_t)
 
 
-def _scan(x, dt, a, b, c, rope, segment_ids, state, chunk_size, implementation):
+def _scan(x, dt, a, b, c, rope, segment_ids, state, chunk_size, implementation, interpret):
     """Dispatch, after the checks. c None: no y. Returns (y or None, final state)."""
     if implementation is None:
-        implementation = _choose(jax.devices()[0].device_kind, (*x.shape, *b.shape[2:]))
+        backend, kind = jax.default_backend(), jax.devices()[0].device_kind
+        implementation = _choose(backend, kind, x.dtype.name, chunk_size, (*x.shape, *b.shape[2:]))
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f'implementation={implementation!r} is unknown; use None or one of {IMPLEMENTATIONS}')
+    refused = _unsupported(implementation, x.dtype, chunk_size)
+    if refused:
+        raise NotImplementedError(f'implementation={implementation!r} cannot serve this call: {refused}')
     if rope is not None:
         rope = tuple(jnp.asarray(table if table.ndim == 3 else table[None]) for table in rope)
     run_BL = None
@@ -162,8 +183,9 @@ def _scan(x, dt, a, b, c, rope, segment_ids, state, chunk_size, implementation):
     x, dt, a, b, c, rope, run_BL, state = _vary_alike((x, dt, a, b, c, rope, run_BL, state))
     if implementation == 'reference':
         return reference.scan_tokens(x, dt, a, b, c, rope, run_BL, state)
-    if x.dtype == jnp.float64:
-        raise NotImplementedError("implementation='xla' computes in float32: x is float64; use 'reference'")
+    if implementation == 'mosaic_tpu':
+        plan = tpu.default_plan(tpu.generation(), (*x.shape, *b.shape[2:]))
+        return tpu.scan_chunks(plan, x, dt, a, b, c, rope, run_BL, state, interpret)
     plan = xla.default_plan(jax.default_backend(), chunk_size)
     return xla.scan_chunks(plan, x, dt, a, b, c, rope, run_BL, state)
 
@@ -187,12 +209,41 @@ def _vary_alike(tree):
     return jax.tree.map(cast, tree)
 
 
+def _unsupported(implementation, dtype, chunk_size):
+    """Why a named implementation cannot serve, with the remedy, or None."""
+    if implementation != 'reference' and dtype == jnp.float64:
+        return "it computes in float32, but x is float64; use implementation='reference'"
+    if implementation == 'mosaic_tpu' and chunk_size not in (None, tpu.CHUNK):
+        return f"chunk_size={chunk_size}, but its chunks are of {tpu.CHUNK}; leave chunk_size to None or use implementation='xla'"
+    return None
+
+
 @functools.cache
-def _choose(device_kind: str, shape: tuple[int, ...]) -> str:
-    """Cached, so that each (device kind, shape) is logged once."""
+def _choose(backend: str, device_kind: str, dtype: str, chunk_size: int | None, shape: tuple[int, ...]) -> str:
+    """The fastest for these arguments. Cached, so that each set of them is logged once.
+
+    On TPU the kernel: its lower bound by the compiler's static profile (`python -m pallas_kernels.bench
+    --target=v5p`) is 10 to 20 times below that of the XLA form on every generation. XLA's form where the profile was
+    not taken: other dtypes than bfloat16 (float32 products take six passes of the matrix unit or
+    more in either form) and widths that the kernel would pad.
+    """
     B, L, H, P, G, N = shape
-    _log.info('rotary_ssd on %s, B=%d L=%d H=%d P=%d G=%d N=%d: xla', device_kind, B, L, H, P, G, N)
-    return 'xla'
+    chosen = 'xla'
+    if backend != 'tpu':
+        reason = f'no kernel for {backend}'
+    elif refused := _unsupported('mosaic_tpu', jnp.dtype(dtype), chunk_size):
+        reason = f"not 'mosaic_tpu': {refused}"
+    elif dtype != 'bfloat16':
+        reason = f"'mosaic_tpu' is for bfloat16; name it to have it in {dtype}"
+    elif not tpu.fills_tiles(P, N):
+        reason = f"'mosaic_tpu' would pad P={P} or N={N}; name it to have it do so"
+    else:
+        chosen, reason = 'mosaic_tpu', 'the fused kernel'
+    _log.info(
+        'rotary_ssd on %s, %s B=%d L=%d H=%d P=%d G=%d N=%d: %s, %s',
+        device_kind, dtype, B, L, H, P, G, N, chosen, reason,
+    )  # fmt: skip
+    return chosen
 
 
 # --- checks: shapes and dtypes only, so that they run before lowering ------------------------

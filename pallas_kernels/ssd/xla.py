@@ -33,15 +33,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels.ssd.residuals import STATES_NAME
 from pallas_kernels.ssd.rotation import rotate_heads, unrotate_heads
 
 # exp of it is 0 in float32. Log-decays are clipped to it, one step each, which bounds
 # |cum| by 104 Q and keeps the exact part of `_Decays` exact.
 MIN_LOG_DECAY = -104.0
 MAX_CHUNK = 256
-# Name of the boundary states among the residuals, for `jax.checkpoint` policies: a policy
-# that saves it (and the inputs) spares the backward pass a second forward pass.
-STATES_NAME = 'ssd_states'
 
 
 class Plan(typing.NamedTuple):

@@ -1,0 +1,5 @@
+"""What every implementation with a backward pass of its own keeps for it, by name."""
+
+# Name of the boundary states among the residuals, for `jax.checkpoint` policies: a policy
+# that saves it (and the inputs) spares the backward pass a second forward pass.
+STATES_NAME = 'ssd_states'
