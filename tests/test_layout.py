@@ -9,7 +9,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 # Reading order; a module imports only from what stands before it. data/ is a package of its own, with its own order.
 ORDER = ['config', 'mesh', 'layers', 'rope', 'attention', 'ssd', 'mamba2', 'model', 'loss', 'optim', 'data', 'step',
-         'flops', 'checkpoint', 'metrics', 'plan', 'evals', 'generate', 'convert', 'train']
+         'flops', 'checkpoint', 'metrics', 'plan', 'sampling', 'completion', 'decode',
+         'generate', 'evals', 'published', 'convert', 'train']
 DATA_ORDER = ['index', 'source', 'tokenizer', 'workers', 'packing', 'shards', 'prepare', 'loader']
 CALL_KERNELS = {'attention', 'ssd', 'mamba2', 'generate'}
 PACKAGE = sorted((ROOT / 'transxssm_jax').rglob('*.py'))

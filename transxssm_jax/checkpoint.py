@@ -15,6 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from transxssm_jax import config as config_lib
+from transxssm_jax import step as step_lib
 from transxssm_jax.config import Config
 
 UNREADABLE = '.unreadable'  # suffix of a damaged checkpoint's directory once an older one was used
@@ -64,6 +65,60 @@ def _check_fits(where: str, saved: Config, wanted: Config) -> None:
         more = f' (and {len(unfit) - 1} more)' if len(unfit) > 1 else ''
         raise CheckpointError(f'{where} holds a run of another config: {unfit[0]}{more}; '
                               'change it back or use another --workdir')
+
+
+def load_trained(workdir: pathlib.Path | str, step: int = -1) -> tuple[dict, Config]:
+    """The parameters of a run; its optimizer state is not read.
+
+    Args:
+      workdir: directory of the run.
+      step: which checkpoint; -1: the newest that can be read.
+
+    Returns:
+      (params, config): float32 arrays as a nested dict, as `step.init_params` makes them, on the
+      mesh in use (jax.set_mesh) in the shards of training, or whole on the first device without
+      one; the config that the checkpoint was trained with.
+
+    Raises:
+      CheckpointError: no run, no such checkpoint, or it cannot be read; the message is one line.
+    """
+    def read(path):
+        config = _trained_config(path)
+        wanted = {'params': step_lib.abstract_params(config)}
+        restore = ocp.args.PyTreeRestore(
+            wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True)
+        return ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(path / 'state', args=restore)['params'], config
+    return _read_trained(workdir, step, read)
+
+
+def load_config(workdir: pathlib.Path | str, step: int = -1) -> Config:
+    """The config that a checkpoint was trained with. Arguments and errors as `load_trained`."""
+    return _read_trained(workdir, step, _trained_config)
+
+
+def _trained_config(path: pathlib.Path) -> Config:
+    return config_lib.from_json(json.dumps(ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(path / 'config')))
+
+
+def _read_trained(workdir, step, read):
+    directory = pathlib.Path(workdir).absolute() / 'checkpoints'
+    steps = sorted(_steps_in(directory))
+    if not steps:
+        what = 'holds no checkpoint' if directory.parent.is_dir() else 'does not exist'
+        raise CheckpointError(f'--workdir={workdir} {what}; give the --workdir of a training run that has saved')
+    if step != -1 and step not in steps:
+        raise CheckpointError(f'--workdir={workdir} has no checkpoint of step {step}; it has {", ".join(map(str, steps))}')
+    for candidate in reversed(steps) if step == -1 else [step]:
+        path = directory / str(candidate)
+        try:
+            return read(path)
+        except config_lib.ConfigError as error:
+            raise CheckpointError(f'{path}: {error}') from error
+        except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file.
+            log.warning('unreadable checkpoint %s: %s', path, _first_line(error))
+    raise CheckpointError(
+        f'no checkpoint of --workdir={workdir} can be read; restore one from a backup' if step == -1 else
+        f'the checkpoint of step {step} in --workdir={workdir} cannot be read; leave --step out for the newest that can')
 
 
 class Checkpoints:

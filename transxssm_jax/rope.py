@@ -17,7 +17,7 @@ Table = Float32[Array, 'B L half']
 Rope = tuple[Table, Table]  # cos, sin; half the width of what rotates
 
 
-def tables(positions_BL: jax.Array, width: int, model: Model) -> Rope:
+def tables(positions_BL: jax.Array, width: int, model: Model, length_B: jax.Array | None = None) -> Rope:
     """Cosines and sines of every position's angles.
 
     Args:
@@ -28,6 +28,8 @@ def tables(positions_BL: jax.Array, width: int, model: Model) -> Rope:
         than rope_original_length (NTK-aware, as the transformers library
         computes it from the longest position of the row); 'length' leaves the
         angles alone (see `length_scale`).
+      length_B: int32, the length of the row that 'dynamic' computes with; default: the longest
+        position, plus 1. Decoding needs it: a state cannot be rotated anew when the row grows.
 
     Returns:
       cos, sin: float32 [B, L, K/2].
@@ -41,7 +43,8 @@ def tables(positions_BL: jax.Array, width: int, model: Model) -> Rope:
         # By row, so that a row's result does not depend on what else is in the batch. It does depend on the
         # longest document of the row, as in the published code: this scaling is for text beyond the training
         # length, one document a row.
-        length = jnp.maximum(jnp.max(positions, axis=-1, keepdims=True) + 1, model.rope_original_length)
+        length = jnp.max(positions, axis=-1, keepdims=True) + 1 if length_B is None else length_B[:, None]
+        length = jnp.maximum(length.astype(jnp.float32), model.rope_original_length)
         stretch = model.rope_factor * length / model.rope_original_length - (model.rope_factor - 1)
         theta = (theta * stretch ** (width / (width - 2)))[..., None]
     angles = positions[..., None] * theta ** -exponent

@@ -20,9 +20,9 @@ State = dict
 Batch = dict  # tokens, targets, segment_ids, positions: int32 [B, L]
 
 
-def split_model(model: Model):
+def split_model(model: Model, for_decoding: bool = False):
     """(graph definition, State of abstract Params): the one place where the NNX model is split."""
-    return nnx.split(nnx.eval_shape(lambda: LanguageModel(model, rngs=nnx.Rngs(0))))
+    return nnx.split(nnx.eval_shape(lambda: LanguageModel(model, rngs=nnx.Rngs(0), for_decoding=for_decoding)))
 
 
 def init_params(model: Model, seed: int | jax.Array) -> dict:
@@ -30,12 +30,12 @@ def init_params(model: Model, seed: int | jax.Array) -> dict:
     return nnx.to_pure_dict(nnx.state(LanguageModel(model, rngs=nnx.Rngs(jax.random.key(seed))), nnx.Param))
 
 
-def param_axes(model: Model) -> dict:
+def param_axes(model: Model, for_decoding: bool = False) -> dict:
     """Logical axes of every parameter, a tuple a leaf, in the tree of init_params; stacking axes are None."""
     def axes(param):
         stacked = len(param.get_value().shape) - len(param.get_metadata('axes'))
         return (None,) * stacked + tuple(param.get_metadata('axes'))
-    _, abstract = split_model(model)
+    _, abstract = split_model(model, for_decoding)
     return nnx.to_pure_dict(jax.tree.map(axes, abstract, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)))
 
 
@@ -69,6 +69,18 @@ def abstract_state(config: Config, device_mesh: jax.sharding.Mesh) -> State:
     shapes = jax.eval_shape(functools.partial(init_state, config), 0)
     return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
                         shapes, state_shardings(config, device_mesh))
+
+
+def abstract_params(config: Config) -> dict:
+    """ShapeDtypeStructs of the parameters, in their shards of the mesh in use, or on the first device without one."""
+    shapes = jax.eval_shape(functools.partial(init_params, config.model), 0)
+    device_mesh = jax.sharding.get_mesh()
+    if device_mesh.empty:
+        shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shapes)
+    else:
+        shardings = state_shardings(config, device_mesh)['params']
+    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+                        shapes, shardings)
 
 
 def count_params(model: Model) -> int:
