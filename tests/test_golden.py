@@ -5,7 +5,10 @@ import numpy as np
 import pytest
 from flax import nnx
 from golden import DIRECTORY, load_golden
+from safetensors.numpy import load_file
 
+from transxssm_jax import checkpoint, convert
+from transxssm_jax.decode import Decoder
 from transxssm_jax.loss import IGNORED, next_token_loss
 from transxssm_jax.step import init_params, split_model
 
@@ -33,11 +36,17 @@ def test_logits(golden):
     np.testing.assert_allclose(logits, expected['logits'], atol=1e-4)
 
 
-def test_logits_of_a_shorter_prefix_are_the_published_decode_logits(golden):
-    _, _, expected, model = golden
-    start = int(expected['prefill']) - 1
-    logits = model.logits(jnp.asarray(expected['input_ids']))
-    np.testing.assert_allclose(logits[:, start:start + 32], expected['decode_logits'], atol=1e-4)
+def test_decoding_gives_the_published_decode_logits(golden):
+    config, params, expected, _ = golden
+    tokens, prefill = expected['input_ids'].astype(np.int32), int(expected['prefill'])
+    rows, length = tokens.shape
+    decoder, whole = Decoder(params, config), np.full(rows, length, np.int32)
+    state = decoder.prefill(decoder.empty(rows, length), tokens[:, :prefill], np.full(rows, prefill, np.int32), whole)
+    logits = [np.asarray(state['logits_BV'])]
+    for t in range(prefill, prefill + expected['decode_logits'].shape[1] - 1):
+        state = decoder.step(state, tokens[:, t], whole)
+        logits.append(np.asarray(state['logits_BV']))
+    np.testing.assert_allclose(np.stack(logits, axis=1), expected['decode_logits'], atol=1e-4)
 
 
 def test_loss(golden):
@@ -46,3 +55,15 @@ def test_loss(golden):
     targets = jnp.concatenate([ids[:, 1:], jnp.full_like(ids[:, :1], IGNORED)], axis=1)
     objective, sums = next_token_loss(model(ids), model.head_VD, targets, z_loss=0.0, chunk_tokens=32)
     assert abs(objective / sums['tokens'] - expected['loss']) < 1e-6
+
+
+def test_an_imported_run_has_the_logits_and_exports_the_bytes(golden, tmp_path):
+    _, _, expected, _ = golden
+    convert.import_published(DIRECTORY, tmp_path / 'run')
+    params, config = checkpoint.load_trained(tmp_path / 'run')
+    model = nnx.merge(split_model(config.model)[0], params)
+    np.testing.assert_allclose(model.logits(jnp.asarray(expected['input_ids'])), expected['logits'], atol=1e-4)
+    convert.export_published(tmp_path / 'run', tmp_path / 'out')
+    before, after = (load_file(directory / 'model.safetensors') for directory in (DIRECTORY, tmp_path / 'out'))
+    assert before.keys() == after.keys()
+    assert all(before[name].tobytes() == after[name].tobytes() and before[name].shape == after[name].shape for name in before)

@@ -1,0 +1,479 @@
+"""Weights in the published format: there and back, values, names, shapes, refusals, and what a run makes of them.
+
+The published mathematics is written out here once more, in float64 and token by
+token; it is itself checked against outputs of the published code.
+"""
+
+import json
+import shutil
+import weakref
+
+import golden
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import train_fixtures
+from data_fixtures import train_tokenizer
+from flax import nnx
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+from small import small_config
+
+from transxssm_jax import checkpoint, convert, published
+from transxssm_jax import config as config_lib
+from transxssm_jax.step import split_model
+
+FIELDS = {
+    'model_type': 'TransXSSM', 'vocab_size': 264, 'hidden_size': 64, 'intermediate_size': 48, 'num_hidden_layers': 4,
+    'num_attention_heads': 4, 'num_key_value_heads': 2, 'attn_layer_period': 2, 'attn_layer_offset': 1,
+    'hidden_bias': False, 'rope_scaling': None, 'rope_theta': 500.0, 'max_position_embeddings': 32, 'hidden_act': 'silu',
+    'rms_norm_eps': 1e-5}
+VARIANTS = {
+    'grouped': {},
+    'biases, untied, dynamic': {'hidden_bias': True, 'tie_word_embeddings': False, 'rope_scaling': {
+        'rope_type': 'dynamic', 'factor': 4.0, 'original_max_position_embeddings': 32}},
+    'linear, attention first': {'attn_layer_offset': 0, 'rope_scaling': {'type': 'linear', 'factor': 3.0}},
+}
+
+
+def shapes(fields):
+    """Name -> shape of every tensor that the published code has for a config."""
+    D, F, H = fields['hidden_size'], fields['intermediate_size'], fields['num_attention_heads']
+    kv = D // H * fields['num_key_value_heads']
+    found = {'model.word_embed.weight': (fields['vocab_size'], D), 'model.final_layernorm.weight': (D,)}
+    if not fields.get('tie_word_embeddings', True):
+        found['lm_head.weight'] = (fields['vocab_size'], D)
+    for i in range(fields['num_hidden_layers']):
+        layer = f'model.layers.{i}.'
+        for name in ('pre_sequence_layernorm', 'post_sequence_residual', 'pre_state_layernorm', 'post_state_residual'):
+            found[f'{layer}{name}.weight'] = (D,)
+        linear = {'feed_forward.gate_proj': (F, D), 'feed_forward.up_proj': (F, D), 'feed_forward.down_proj': (D, F)}
+        if i % fields['attn_layer_period'] == fields['attn_layer_offset']:
+            linear |= {'attn.q_proj': (D, D), 'attn.k_proj': (kv, D), 'attn.v_proj': (kv, D), 'attn.o_proj': (D, D)}
+        else:
+            linear |= {f'ssd.{name}': (D, D) for name in ('x_proj', 'b_proj', 'c_proj', 'out_proj')}
+            linear['ssd.dt_proj'] = (H, D)
+            found[f'{layer}ssd.A'] = (H,)
+        for name, shape in linear.items():
+            found[f'{layer}{name}.weight'] = shape
+            if fields['hidden_bias']:
+                found[f'{layer}{name}.bias'] = shape[:1]
+    return found
+
+
+def write(directory, dtype=np.float32, files=1, seed=0, changes=(), **fields):
+    """A published checkpoint of random values; changes: name -> array, or '' to leave the tensor out."""
+    directory.mkdir(exist_ok=True)
+    fields = FIELDS | fields
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for name, shape in shapes(fields).items():
+        values = 0.12 * rng.standard_normal(shape)
+        if name.endswith('.A'):
+            values = -rng.uniform(0.1, 16, shape)
+        elif len(shape) == 1 and 'bias' not in name:
+            values += 1
+        tensors[name] = values.astype(dtype)
+    tensors = {name: value for name, value in (tensors | dict(changes)).items() if isinstance(value, np.ndarray)}
+    (directory / 'config.json').write_text(json.dumps(fields))
+    if files == 1:
+        save_file(tensors, directory / 'model.safetensors', {'format': 'pt'})
+        return tensors
+    weight_map = {name: f'model-{1 + i % files:05d}-of-{files:05d}.safetensors' for i, name in enumerate(sorted(tensors))}
+    for file in set(weight_map.values()):
+        save_file({name: tensors[name] for name in tensors if weight_map[name] == file}, directory / file, {'format': 'pt'})
+    (directory / 'model.safetensors.index.json').write_text(json.dumps({'metadata': {}, 'weight_map': weight_map}))
+    return tensors
+
+
+def published_logits(fields, tensors, ids_L):
+    """float64 logits [L, V] of one row by the published formulas."""
+    fields = FIELDS | fields
+    tensors = {name: value.astype(np.float64) for name, value in tensors.items()}
+    H, G = fields['num_attention_heads'], fields['num_key_value_heads']
+    L, K = len(ids_L), fields['hidden_size'] // H
+    theta, stretch, scaling = fields['rope_theta'], 1.0, fields['rope_scaling'] or {}
+    if scaling.get('type') == 'linear':
+        stretch = scaling['factor']
+    elif scaling:
+        length, base = max(L, fields['max_position_embeddings']), fields['max_position_embeddings']
+        theta *= (scaling['factor'] * length / base - (scaling['factor'] - 1)) ** (K / (K - 2))
+    angle = np.arange(L)[:, None] / stretch * theta ** -(np.arange(0, K, 2) / K)
+    cos, sin = (np.concatenate([f(angle)] * 2, axis=-1)[:, None] for f in (np.cos, np.sin))
+
+    def rotate(x_LHK):
+        first, second = np.split(x_LHK, 2, axis=-1)
+        return x_LHK * cos + np.concatenate([-second, first], axis=-1) * sin
+
+    def norm(x, name):
+        return x / np.sqrt((x ** 2).mean(-1, keepdims=True) + fields['rms_norm_eps']) * tensors[name]
+
+    x = tensors['model.word_embed.weight'][ids_L]
+    for i in range(fields['num_hidden_layers']):
+        layer = f'model.layers.{i}.'
+
+        def linear(u, name, layer=layer):
+            bias = tensors[f'{layer}{name}.bias'] if fields['hidden_bias'] else 0
+            return u @ tensors[f'{layer}{name}.weight'].T + bias
+
+        u = norm(x, layer + 'pre_sequence_layernorm.weight')
+        if i % fields['attn_layer_period'] == fields['attn_layer_offset']:
+            q, k, v = (linear(u, f'attn.{name}_proj').reshape(L, -1, K) for name in 'qkv')
+            k, v = (np.repeat(part, H // G, axis=1) for part in (rotate(k), v))
+            scores = np.einsum('lhk,mhk->hlm', rotate(q), k) / np.sqrt(K)
+            scores = np.where(np.tril(np.ones((L, L), bool)), scores, -np.inf)
+            scores = np.exp(scores - scores.max(-1, keepdims=True))
+            y = np.einsum('hlm,mhk->lhk', scores / scores.sum(-1, keepdims=True), v)
+            y = linear(y.reshape(L, -1), 'attn.o_proj')
+        else:
+            c, b, v = (linear(u, f'ssd.{name}_proj').reshape(L, H, K) for name in 'cbx')
+            dt = np.logaddexp(0, linear(u, 'ssd.dt_proj'))
+            c, b, state, y = rotate(c), rotate(b), np.zeros((H, K, K)), np.empty((L, H, K))
+            for t in range(L):
+                state = np.exp(dt[t] * tensors[layer + 'ssd.A'])[:, None, None] * state
+                state = state + np.einsum('h,hp,hn->hpn', dt[t], v[t], b[t])
+                y[t] = np.einsum('hpn,hn->hp', state, c[t])
+            y = linear(y.reshape(L, -1), 'ssd.out_proj')
+        x = tensors[layer + 'post_sequence_residual.weight'] * x + y
+        u = norm(x, layer + 'pre_state_layernorm.weight')
+        gate = linear(u, 'feed_forward.gate_proj')
+        y = linear(gate / (1 + np.exp(-gate)) * linear(u, 'feed_forward.up_proj'), 'feed_forward.down_proj')
+        x = tensors[layer + 'post_state_residual.weight'] * x + y
+    head = 'model.word_embed.weight' if fields.get('tie_word_embeddings', True) else 'lm_head.weight'
+    return norm(x, 'model.final_layernorm.weight') @ tensors[head].T
+
+
+def our_logits(params, config, ids_BL):
+    model = nnx.merge(split_model(config.model)[0], params)
+    return jax.jit(lambda ids_BL: model.logits(ids_BL))(ids_BL)
+
+
+def run(*argv):
+    return convert.main([*map(str, argv)])
+
+
+def same_bytes(tensors, others):
+    assert tensors.keys() == others.keys()
+    for name, value in tensors.items():
+        assert value.dtype == others[name].dtype and value.shape == others[name].shape, name
+        assert value.tobytes() == others[name].tobytes(), name
+
+
+@pytest.mark.skipif(not golden.DIRECTORY.exists(), reason=f'{golden.DIRECTORY} is absent')
+def test_the_formulas_here_are_those_of_the_published_code():
+    fields = json.loads((golden.DIRECTORY / 'config.json').read_text())
+    expected = np.load(golden.DIRECTORY / 'expected.npz')
+    logits = published_logits(fields, load_file(golden.DIRECTORY / 'model.safetensors'), expected['input_ids'][0])
+    np.testing.assert_allclose(logits, expected['logits'][0], atol=1e-4)
+
+
+@pytest.mark.parametrize('name', VARIANTS)
+def test_logits(tmp_path, name):
+    tensors = write(tmp_path / 'published', **VARIANTS[name])
+    ids_L = np.random.default_rng(1).integers(0, FIELDS['vocab_size'], 48)  # beyond max_position_embeddings
+    params, config = convert.load_published(tmp_path / 'published')
+    np.testing.assert_allclose(our_logits(params, config, ids_L[None])[0],
+                               published_logits(VARIANTS[name], tensors, ids_L), atol=1e-4)
+
+
+@pytest.mark.parametrize('name', VARIANTS)
+def test_import_then_export_gives_the_same_bytes(tmp_path, name, capsys):
+    tensors = write(tmp_path / 'published', files=3, num_attention_heads=4, seed=5, **VARIANTS[name])
+    assert run('import', f'--source={tmp_path / "published"}', f'--workdir={tmp_path / "run"}') == 0
+    assert run('export', f'--workdir={tmp_path / "run"}', f'--out={tmp_path / "single"}') == 0
+    same_bytes(tensors, load_file(tmp_path / 'single' / 'model.safetensors'))
+    assert run('export', f'--workdir={tmp_path / "run"}', f'--out={tmp_path / "sharded"}', '--max_shard_size=50KB') == 0
+    index = json.loads((tmp_path / 'sharded' / 'model.safetensors.index.json').read_text())
+    files = sorted((tmp_path / 'sharded').glob('*.safetensors'))
+    assert len(files) > 3 and {path.name for path in files} == set(index['weight_map'].values())
+    read = {}
+    for path in files:
+        part = load_file(path)
+        assert all(index['weight_map'][name] == path.name for name in part)
+        assert len(part) == 1 or sum(value.nbytes for value in part.values()) <= 50_000
+        read |= part
+        with safe_open(path, 'numpy') as handle:
+            assert handle.metadata() == {'format': 'pt'}
+    same_bytes(tensors, read)
+    assert index['metadata']['total_size'] == sum(value.nbytes for value in tensors.values())
+    before, after = (published.Published(tmp_path / name) for name in ('published', 'sharded'))
+    assert before.model == after.model
+    assert {field: after.fields[field] for field in before.fields} | {'rope_scaling': 0} == before.fields | {'rope_scaling': 0}
+
+
+def test_not_every_decay_rate_is_an_exponential():
+    """Why an import keeps A beside the checkpoint: without it some would come back changed."""
+    a = -np.random.default_rng(0).uniform(1, 16, 1000).astype(np.float32)
+    assert (-np.exp(np.log(-a.astype(np.float64)).astype(np.float32).astype(np.float64)).astype(np.float32) != a).any()
+
+
+def test_a_bfloat16_checkpoint_comes_back_as_it_was(tmp_path):
+    tensors = write(tmp_path / 'published', dtype=ml_dtypes.bfloat16, torch_dtype='bfloat16')
+    convert.import_published(tmp_path / 'published', tmp_path / 'run')
+    convert.export_published(tmp_path / 'run', tmp_path / 'out', dtype='bfloat16')
+    same_bytes(tensors, load_file(tmp_path / 'out' / 'model.safetensors'))
+    fields = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    assert fields['torch_dtype'] == 'bfloat16' and published.Published(tmp_path / 'out').model.dtype == 'bfloat16'
+    convert.export_published(tmp_path / 'run', tmp_path / 'wide')
+    same_bytes({name: value.astype(np.float32) for name, value in tensors.items()},
+               load_file(tmp_path / 'wide' / 'model.safetensors'))
+
+
+def test_an_imported_run_holds_what_is_loaded(tmp_path):
+    write(tmp_path / 'published', files=2, hidden_dropout=0.1, something='else')
+    source = convert.import_published(tmp_path / 'published', tmp_path / 'run', overrides={'model.remat': 'none'})
+    assert source.unused == ['hidden_dropout=0.1', 'something="else"']
+    params, config = convert.load_published(tmp_path / 'published')
+    restored, saved = checkpoint.load_trained(tmp_path / 'run')
+    assert config_lib.differences(saved, config) == {'model.remat': ('none', 'hybrid')}
+    assert jax.tree.structure(restored) == jax.tree.structure(params)
+    assert jax.tree.all(jax.tree.map(lambda a, b: a.dtype == b.dtype and np.array_equal(a, b), restored, params))
+
+
+def test_a_model_trained_here_computes_the_same_after_export_and_import(tmp_path):
+    """With groups of B and C, of K and V, and a dt bias, which the published format spells out."""
+    config = small_config(data_seq_len=32)
+    rng = np.random.default_rng(0)
+    params = nnx.traversals.unflatten_mapping({
+        path: np.float32(path[-1] in ('scale', 'weight')) + 0.12 * rng.standard_normal(shape, np.float32)
+        for path, shape in published.shapes_of(config.model).items()})
+    checkpoint.open_workdir(tmp_path / 'run', config)
+    checkpoints = checkpoint.Checkpoints(tmp_path / 'run', config)
+    zeros = jax.tree.map(np.zeros_like, params)
+    for step, scale in ((3, 2.0), (7, 1.0)):
+        scaled = jax.tree.map(lambda leaf, scale=scale: leaf * np.float32(scale), params)
+        checkpoints.save(step, {'step': np.int32(step), 'params': scaled, 'mu': zeros, 'nu': zeros}, {})
+    checkpoints.close()
+    notes = convert.export_published(tmp_path / 'run', tmp_path / 'out')
+    assert notes == ['B and C of 2 groups are repeated for each of 4 heads',
+                     'the dt bias is dt_proj.bias; hidden_bias gives every other map a bias of 0']
+    read, loaded = convert.load_published(tmp_path / 'out')
+    ids_BL = rng.integers(0, config.model.vocab_size, (2, 32))
+    np.testing.assert_allclose(our_logits(read, loaded, ids_BL), our_logits(params, config, ids_BL), atol=1e-4)
+    fields = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    tensors = load_file(tmp_path / 'out' / 'model.safetensors')
+    np.testing.assert_allclose(our_logits(params, config, ids_BL)[0], published_logits(fields, tensors, ids_BL[0]), atol=1e-4)
+    convert.export_published(tmp_path / 'run', tmp_path / 'earlier', step=3)
+    earlier = load_file(tmp_path / 'earlier' / 'model.safetensors')
+    assert np.array_equal(earlier['model.word_embed.weight'], 2 * tensors['model.word_embed.weight'])
+
+
+@pytest.fixture(scope='module')
+def prepared(tmp_path_factory):
+    return train_fixtures.prepare_bytes(tmp_path_factory.mktemp('data'))
+
+
+def test_training_goes_on_from_imported_weights(tmp_path, prepared):
+    write(tmp_path / 'published', num_hidden_layers=2)
+    workdir = tmp_path / 'run'
+    settings = {'data.path': prepared, 'data.seq_len': 32, 'data.global_batch': 8, 'train.steps': 2, 'model.remat': 'none',
+                'optimizer.warmup_steps': 0, 'optimizer.learning_rate': 0.01, 'train.tensorboard': False,
+                'train.progress': False, 'train.eval_every_steps': 0, 'optimizer.schedule': 'constant'}
+    assert run('import', f'--source={tmp_path / "published"}', f'--workdir={workdir}',
+               *(f'--config.{name}={value}' for name, value in settings.items())) == 0
+    start, _ = checkpoint.load_trained(workdir)
+    result = train_fixtures.call(['train', f'--config={workdir / "config.py"}', f'--workdir={workdir}'])
+    assert result.code == 0, result.err
+    assert train_fixtures.checkpoint_steps(workdir) == [0, 2]
+    end, config = checkpoint.load_trained(workdir)
+    # Two steps of Adam at 0.01 from moments of 0 move a weight by 0.02 at most, so they began at the imported ones.
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), start, end)
+    assert all(0 < move < 0.021 for move in jax.tree.leaves(moved)), moved
+    convert.export_published(workdir, tmp_path / 'out')
+    trained = load_file(tmp_path / 'out' / 'model.safetensors')
+    np.testing.assert_allclose(trained['model.layers.0.ssd.A'], -np.exp(end['layers']['ssd']['mixer']['a_log'][0, 0]), rtol=1e-6)
+    np.testing.assert_array_equal(trained['model.word_embed.weight'], end['embedding'])
+
+
+def test_tokenizer_files(tmp_path, capsys):
+    write(tmp_path / 'published', vocab_size=512)
+    train_tokenizer(tmp_path / 'tokenizer.json', ['<|endoftext|>'])
+    shutil.copy(tmp_path / 'tokenizer.json', tmp_path / 'published')
+    (tmp_path / 'published' / 'tokenizer_config.json').write_text('{"eos_token": "<|endoftext|>", "chat_template": "x"}')
+    workdir = tmp_path / 'run'
+    assert run('import', f'--source={tmp_path / "published"}', f'--workdir={workdir}') == 0
+    _, config = checkpoint.load_trained(workdir)
+    assert config.data.path == str(workdir / 'tokenizer.json')
+    assert "data.path" not in (workdir / 'config.py').read_text()
+    assert run('export', f'--workdir={workdir}', f'--out={tmp_path / "out"}', f'--tokenizer={workdir / "tokenizer.json"}') == 0
+    for name in ('tokenizer.json', 'tokenizer_config.json'):
+        assert (tmp_path / 'out' / name).read_bytes() == (tmp_path / 'published' / name).read_bytes()
+    assert run('export', f'--workdir={workdir}', f'--out={tmp_path / "made"}', f'--tokenizer={tmp_path / "tokenizer.json"}') == 0
+    made = json.loads((tmp_path / 'made' / 'tokenizer_config.json').read_text())
+    assert made['eos_token'] == '<|endoftext|>' and made['tokenizer_class'] == 'PreTrainedTokenizerFast'
+    assert json.loads((tmp_path / 'made' / 'config.json').read_text())['eos_token_id'] == 0
+    assert run('import', f'--source={tmp_path / "published"}', f'--workdir={tmp_path / "bytes"}', '--tokenizer=byte') == 0
+    assert checkpoint.load_trained(tmp_path / 'bytes')[1].data.path == 'byte'
+    capsys.readouterr()
+    write(tmp_path / 'small', vocab_size=264)
+    assert run('import', f'--source={tmp_path / "small"}', f'--workdir={tmp_path / "no"}',
+               f'--tokenizer={tmp_path / "tokenizer.json"}') == 2
+    assert 'has 400 ids, more than the 264 of the model' in capsys.readouterr().err
+    assert not (tmp_path / 'no').exists()
+
+
+A, GATE = 'model.layers.0.ssd.A', 'model.layers.1.feed_forward.gate_proj.weight'
+REFUSED = {
+    'missing tensor': (dict(changes={GATE: ''}), f'lacks tensor {GATE}'),
+    'missing tensors': (dict(changes={GATE: '', A: ''}), f'lacks tensor {A} (and 1 more)'),
+    'unexpected tensor': (dict(changes={'model.layers.1.attn.q_norm.weight': np.ones(4, np.float32)}),
+                          'unexpected tensor model.layers.1.attn.q_norm.weight'),
+    'shape': (dict(changes={GATE: np.ones((48, 63), np.float32)}),
+              f'{GATE} has shape [48, 63], its config.json calls for [48, 64]'),
+    'integers': (dict(changes={GATE: np.ones((48, 64), np.int32)}), f'{GATE} is of type I32'),
+    'growing state': (dict(changes={A: np.ones(4, np.float32), 'model.layers.2.ssd.A': np.array([-1, -1, 0, -1], np.float32)}),
+                      'A >= 0 in layers 0 (to 1), 2 (to 0)'),
+    'A is no number': (dict(changes={A: np.full(4, np.nan, np.float32)}), 'layers 0 (to nan)'),
+    'tied head that differs': (dict(changes={'lm_head.weight': np.ones((264, 64), np.float32)}),
+                               'lm_head.weight differs from model.word_embed.weight'),
+    'another model': (dict(model_type='llama'), 'model_type="llama" is another model'),
+    'activation': (dict(hidden_act='gelu'), 'hidden_act="gelu" is not computed here'),
+    'scaling': (dict(rope_scaling={'rope_type': 'yarn', 'factor': 2.0}), 'rope_scaling.rope_type="yarn" is not computed here'),
+    'scaling without factor': (dict(rope_scaling={'rope_type': 'dynamic'}), "rope_scaling lacks 'factor'"),
+    'head width': (dict(head_dim=32), 'head_dim=32 is not computed here; it must be 16'),
+    'partial rotation': (dict(partial_rotary_factor=0.5), 'partial_rotary_factor=0.5'),
+    'layers': (dict(num_hidden_layers=5), 'num_hidden_layers=5 must be a multiple of attn_layer_period=2'),
+    'type': (dict(hidden_size='64'), "model.d_model='64' must be int"),
+    'heads': (dict(num_key_value_heads=3), 'model.num_heads=4 must be divisible by model.num_kv_heads=3'),
+}
+
+
+@pytest.mark.parametrize('name', REFUSED)
+def test_refused(tmp_path, name, capsys):
+    changes, message = REFUSED[name]
+    changes = dict(changes)
+    files = {key: changes.pop(key) for key in ('changes',) if key in changes}
+    write(tmp_path / 'published', **files)
+    (tmp_path / 'published' / 'config.json').write_text(json.dumps(FIELDS | changes))
+    assert run('import', f'--source={tmp_path / "published"}', f'--workdir={tmp_path / "run"}') == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1, error
+    assert not (tmp_path / 'run').exists()
+
+
+def test_files_that_are_not_there_or_broken_are_refused(tmp_path, capsys):
+    def refused(message, *argv):
+        assert run(*argv) == 2
+        error = capsys.readouterr().err
+        assert message in error and len(error.splitlines()) == 1, error
+
+    source, workdir = tmp_path / 'published', tmp_path / 'run'
+    imports = ('import', f'--source={source}', f'--workdir={workdir}')
+    refused('config.json: No such file or directory', *imports)
+    write(source, files=2)
+    refused('unknown argument --sauce=1', *imports, '--sauce=1')
+    refused('unknown setting data.seqlen; did you mean data.seq_len?', *imports, '--config.data.seqlen=4')
+    refused('--config.model.*: sizes and kinds of layers are those of the weights', *imports, '--config.model.d_mlp=32')
+    refused('tokenizer no.json: No such file', *imports, '--tokenizer=no.json')
+    file = source / 'model-00002-of-00002.safetensors'
+    content = file.read_bytes()
+    file.write_bytes(content[:100])
+    refused('cannot be read', *imports)
+    file.unlink()
+    refused(f'{file}: no such file', *imports)
+    file.write_bytes(content)
+    index = source / 'model.safetensors.index.json'
+    index.write_text(index.read_text().replace('model.word_embed.weight', 'model.word_embed.wait'))
+    refused('lacks tensor model.word_embed.wait, which model.safetensors.index.json places there', *imports)
+    (source / 'config.json').write_text('{')
+    refused('is not JSON', *imports)
+    assert not workdir.exists()
+    shutil.rmtree(source)
+    write(source)
+    refused('does not exist', 'export', f'--workdir={workdir}', f'--out={tmp_path / "out"}')
+    assert run(*imports) == 0
+    refused('holds checkpoints already', *imports)
+    export = ('export', f'--workdir={workdir}', f'--out={tmp_path / "out"}')
+    refused('has no checkpoint of step 5; it has 0', *export, '--step=5')
+    refused('--max_shard_size=much', *export, '--max_shard_size=much')
+    refused('byte tokenizer', *export, '--tokenizer=byte')
+    refused("model.rope_scaling='length' has no place", *export, '--config.model.rope_scaling=length')
+    assert not (tmp_path / 'out').exists()
+    assert run(*export) == 0
+    refused('holds weights already', *export)
+    for path in (workdir / 'checkpoints' / '0' / 'state').rglob('*'):
+        if path.is_file() and path.parent.name == 'd':
+            path.write_bytes(b'')
+    refused('cannot be read', *export[:2], f'--out={tmp_path / "damaged"}')
+    assert not list((tmp_path / 'damaged').iterdir())
+
+
+def test_rope_settings_as_transformers_5_writes_them():
+    fields = {name: value for name, value in FIELDS.items() if not name.startswith('rope')}
+    rope = {'rope_theta': 123.0, 'rope_type': 'dynamic', 'factor': 2.0, 'original_max_position_embeddings': 16}
+    model, unused = published.model_of(fields | {'rope_parameters': rope}, 'config.json')
+    assert (model.rope_theta, model.rope_scaling, model.rope_factor, model.rope_original_length) == (123.0, 'dynamic', 2.0, 32)
+    assert len(unused) == 1 and 'original_max_position_embeddings=16 (the published code' in unused[0]
+    written = published.published_config(model, 64, fields | {'rope_parameters': rope, 'dtype': 'float16'}, 'float32')
+    assert published.model_of(written, 'config.json') == (model, [])
+    # Without either setting the published code has its default.
+    model, _ = published.model_of(fields, 'config.json')
+    assert (model.rope_scaling, model.rope_factor, model.rope_theta) == ('dynamic', 4.0, 10000.0)
+
+
+def test_a_state_wider_than_a_head_is_not_exported():
+    model = small_config(model_d_state=32).model
+    with pytest.raises(published.ConvertError, match=r'model.d_state=32 has no place .*/model.num_heads=16 can be exported'):
+        published.published_model(model)
+
+
+def test_a_failed_write_is_said_in_one_line_and_leaves_no_checkpoint(tmp_path, monkeypatch, capsys):
+    write(tmp_path / 'published')
+
+    def full(*args):
+        raise RuntimeError('RESOURCE_EXHAUSTED: No space left on device\nmore')
+
+    monkeypatch.setattr(convert, '_zeros', full)
+    arguments = ('import', f'--source={tmp_path / "published"}', f'--workdir={tmp_path / "run"}')
+    assert run(*arguments) == 2
+    error = capsys.readouterr().err
+    assert 'No space left on device; free space' in error and len(error.splitlines()) == 1
+    monkeypatch.undo()
+    assert run(*arguments) == 0, 'the same command goes through once there is space'
+
+
+def test_layers_of_one_kind_only(tmp_path):
+    for name, offset, kinds in (('ssd', 7, ('ssd',)), ('attention', 0, ('attention',))):
+        fields = dict(attn_layer_period=8 if offset else 1, attn_layer_offset=offset, num_hidden_layers=3)
+        tensors = write(tmp_path / name, **fields)
+        convert.import_published(tmp_path / name, tmp_path / f'{name} run')
+        assert checkpoint.load_trained(tmp_path / f'{name} run')[1].model.layer_kinds == kinds
+        convert.export_published(tmp_path / f'{name} run', tmp_path / f'{name} out')
+        same_bytes(tensors, load_file(tmp_path / f'{name} out' / 'model.safetensors'))
+        assert published.Published(tmp_path / f'{name} out').model.layer_kinds == kinds
+
+
+def test_what_fails_while_it_is_written_leaves_no_file(tmp_path):
+    tensors = list(published.tensors_of(small_config(model_use_dt_bias=False).model).values())
+    with pytest.raises(ZeroDivisionError), published.Writer(tmp_path, tensors, 10**6, 'float32') as writer:
+        writer.write(tensors[0], np.zeros(tensors[0].shape, np.float32))
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_import_and_an_export_hold_one_tensor_or_array_at_a_time(tmp_path, monkeypatch):
+    """What was read is gone when the next is: the memory of a conversion does not grow with the model."""
+    alive, most = weakref.WeakValueDictionary(), {'import': 0, 'export': 0}
+
+    def watch(name, array):
+        most[name] = max(most[name], 1 + len(alive))
+        alive[id(array)] = array
+        return array
+
+    def parts(*args, original=published.Published.parts):
+        for index, part in original(*args):
+            yield index, watch('import', part)
+            del part
+
+    def read(*args, original=convert._read_array):
+        return watch('export', original(*args))
+
+    write(tmp_path / 'published', files=2)
+    monkeypatch.setattr(published.Published, 'parts', parts)
+    monkeypatch.setattr(convert, '_read_array', read)
+    convert.import_published(tmp_path / 'published', tmp_path / 'run')
+    assert not alive
+    convert.export_published(tmp_path / 'run', tmp_path / 'out')
+    # The one in hand is held until the next is there.
+    assert most == {'import': 2, 'export': 2}
