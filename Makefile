@@ -6,7 +6,7 @@
 demo: .venv/installed
 	launch/demo.sh .venv/bin/python
 
-test: .venv/installed
+test: .venv/evaluation
 	.venv/bin/python -m pytest -n 2 --dist worksteal -q
 
 lint: .venv/installed
@@ -17,6 +17,11 @@ lint: .venv/installed
 	@python=$$(launch/find_python.sh) && echo "using $$python" && "$$python" -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	.venv/bin/python -m pip install -qqq --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+# What only evaluation needs, so that the demo does without.
+.venv/evaluation: .venv/installed requirements-eval.txt
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-eval.txt
 	@touch $@
 
 clean:

@@ -1,0 +1,313 @@
+"""EleutherAI's evaluation harness on a trained model, without PyTorch.
+
+    python -m transxssm_jax.evals.harness --workdir=DIR --tasks=hellaswag,piqa [--num_fewshot=5] [--limit=100]
+
+Prints the harness's table and writes its results as JSON to WORKDIR/evals/. Tasks go by
+the harness's names ('mmlu*' takes all that match); --include_path=DIR adds
+task files of one's own. In Python, `TransXSSMLM` is a model for
+`lm_eval.simple_evaluate`, which knows it as 'transxssm' once this module is imported.
+
+Exit codes: 0 finished; 2 wrong input, said in one line.
+"""
+
+import difflib
+import json
+import logging
+import pathlib
+import sys
+import time
+
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from transxssm_jax import step
+from transxssm_jax.checkpoint import CheckpointError
+from transxssm_jax.config import Config, ConfigError
+from transxssm_jax.data.index import DataError
+from transxssm_jax.evals.scoring import Scorer, load_run
+from transxssm_jax.generate import Generator
+from transxssm_jax.sampling import InputError, Sampling
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import normalize_gen_kwargs
+except ModuleNotFoundError as error:
+    message = f'{error.name} is not installed; pip install -e .[eval]'
+    if __name__ == '__main__':
+        print(f'error: {message}', file=sys.stderr)
+        sys.exit(2)
+    raise ModuleNotFoundError(message, name=error.name) from error
+
+FINISHED, WRONG_INPUT = 0, 2
+
+GENERATED_TOGETHER = 64  # rows that are decoded at once
+SAMPLING = ('top_k', 'top_p', 'min_p', 'repetition_penalty')  # settings of a task that are passed on by name
+
+
+@register_model('transxssm')
+class TransXSSMLM(TemplateLM):
+    """A model for lm_eval, from the workdir of a run; `of` makes one from parameters.
+
+    Args:
+      workdir: directory of the run.
+      step: which checkpoint; -1: the newest.
+      tokenizer: `byte`, a tokenizers json file or a prepared directory; '': that of the training data.
+      max_length: most tokens shown at once, prompt and completion; 0: data.seq_len.
+      batch_tokens: tokens a batch, padding included.
+      max_gen_toks: most tokens to generate where a task does not say.
+      ignored: what lm_eval passes to every model: batch_size, device, ... Batches are made by batch_tokens,
+        devices are those of jax.
+
+    Raises:
+      CheckpointError, DataError: no such run or tokenizer.
+      InputError: the tokenizer has more tokens than the model, or a number is below 1.
+    """
+
+    def __init__(self, workdir: str, *, step: int = -1, tokenizer: str = '', max_length: int = 0,
+                 batch_tokens: int = 32768, max_gen_toks: int = 256, **ignored):
+        self._start(*load_run(workdir, step, tokenizer), max_length, batch_tokens, max_gen_toks)
+
+    @classmethod
+    def of(cls, params: dict, config: Config, tokenizer, *, max_length: int = 0, batch_tokens: int = 32768,
+           max_gen_toks: int = 256) -> 'TransXSSMLM':
+        """A model from parameters as `checkpoint.load_trained` gives them; the rest as above."""
+        lm = cls.__new__(cls)
+        lm._start(params, config, tokenizer, max_length, batch_tokens, max_gen_toks)
+        return lm
+
+    def _start(self, params, config, tokenizer, max_length, batch_tokens, max_gen_toks):
+        super().__init__()
+        self.params, self.config, self.tokenizer = params, config, tokenizer
+        self.max_length, self.max_gen_toks = max_length or config.data.seq_len, max_gen_toks
+        self.scorer = Scorer(params, config, tokenizer, max_length=self.max_length, batch_tokens=batch_tokens)
+        self._generator = None
+
+    @property
+    def generator(self) -> Generator:
+        """Made when a task first generates: it holds weights of its own."""
+        if self._generator is None:
+            self._generator = Generator(self.params, self.config, self.tokenizer, max_length=self.max_length,
+                                        batch=GENERATED_TOGETHER)
+        return self._generator
+
+    # ---- what lm_eval asks of a model --------------------------------------
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        about = self.tokenizer.describe()
+        return f'{about["kind"]}-{about["sha256"][:16]}'
+
+    def tok_encode(self, string: str, add_special_tokens=None, **kwargs) -> list[int]:
+        """Token ids; special tokens are never added (`loglikelihood` puts the end-of-document token before an empty context)."""
+        return self.tokenizer.encode_batch([string])[0].tolist()
+
+    def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log-likelihood in nats, is_greedy) of each request's (context, continuation)."""
+        texts = [request.args for request in requests]
+        pairs = encode_pairs(self.tokenizer, texts)
+        return self._loglikelihood_tokens([(text, *pair) for text, pair in zip(texts, pairs)], disable_tqdm=disable_tqdm)
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
+        with tqdm(total=len(requests), desc='loglikelihood', disable=disable_tqdm, smoothing=0) as bar:
+            results = self.scorer.score([(context, continuation) for _, context, continuation in requests], bar.update)
+        for (text, _, _), result in zip(requests, results):
+            self.cache_hook.add_partial('loglikelihood', text, result)
+        return results
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood in nats of each request's (text,), the end-of-document token before it; long texts by windows."""
+        texts = [request.args[0] for request in requests]
+        pairs = [([self.prefix_token_id], ids.tolist()) for ids in self.tokenizer.encode_batch(texts)]
+        with tqdm(total=len(requests), desc='loglikelihood_rolling', disable=disable_tqdm, smoothing=0) as bar:
+            totals = [total for total, _ in self.scorer.score(pairs, bar.update)]
+        for text, total in zip(texts, totals):
+            self.cache_hook.add_partial('loglikelihood_rolling', (text,), total)
+        return totals
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """The completion of each request's (context, settings): `until`, `max_gen_toks`, `temperature`, ...
+
+        A context too long to leave room for max_gen_toks loses its beginning.
+
+        Raises:
+          InputError: a task asks for as many tokens as max_length or more.
+        """
+        contexts = self.tokenizer.encode_batch([request.args[0] for request in requests])
+        groups = {}  # settings -> requests that can be decoded together
+        for index, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
+        texts = [''] * len(requests)
+        with tqdm(total=len(requests), desc='generate_until', disable=disable_tqdm, smoothing=0) as bar:
+            for key, members in groups.items():
+                settings = normalize_gen_kwargs(json.loads(key), self.max_gen_toks)
+                room = self.max_length - settings['max_gen_toks']
+                if room < 1:
+                    raise InputError(f'a task generates {settings["max_gen_toks"]} tokens, which must be below '
+                                     f'--max_length={self.max_length}; raise it')
+                members.sort(key=lambda index: -len(contexts[index]))
+                for first in range(0, len(members), GENERATED_TOGETHER):
+                    batch = members[first:first + GENERATED_TOGETHER]
+                    completions = self.generator.generate(
+                        [contexts[i][-room:] if len(contexts[i]) else np.array([self.prefix_token_id]) for i in batch],
+                        max_tokens=settings['max_gen_toks'], sampling=_sampling(settings),
+                        stop_strings=[stop for stop in settings['until'] if stop], seeds=batch)
+                    for index, completion in zip(batch, completions):
+                        texts[index] = completion.text
+                        self.cache_hook.add_partial('generate_until', requests[index].args, completion.text)
+                    bar.update(len(batch))
+        return texts
+
+    def get_model_info(self) -> dict:
+        """What lm_eval records of the model."""
+        return {'model_num_parameters': step.count_params(self.config.model), 'model_dtype': self.config.model.dtype,
+                'max_length': self.max_length, 'tokenizer': self.tokenizer_name}
+
+
+def encode_pairs(tokenizer, texts: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+    """Token ids of (context, continuation), as lm_eval's own models divide them.
+
+    Spaces that end a context begin the continuation; context and continuation are
+    encoded as one text, and the continuation is what comes after as many tokens as the
+    context has alone. Before an empty context stands the end-of-document token.
+    """
+    moved = []
+    for context, continuation in texts:
+        kept = context.rstrip()
+        moved.append((kept, context[len(kept):] + continuation))
+    # Contexts come as often as they have continuations: each text is encoded once.
+    distinct = list({text for kept, rest in moved for text in (kept, kept + rest, rest)})
+    ids = dict(zip(distinct, tokenizer.encode_batch(distinct)))
+    pairs = []
+    for kept, rest in moved:
+        if kept:
+            context, continuation = ids[kept], ids[kept + rest][len(ids[kept]):]
+            # Where the continuation melts into the context's last token there is nothing to divide.
+            continuation = continuation if len(continuation) or not rest else ids[rest]
+        elif len(ids[rest]) and ids[rest][0] == tokenizer.eos_id:
+            context, continuation = ids[rest][:1], ids[rest][1:]
+        else:
+            context, continuation = [tokenizer.eos_id], ids[rest]
+        pairs.append(([int(i) for i in context], [int(i) for i in continuation]))
+    return pairs
+
+
+def _sampling(settings: dict) -> Sampling:
+    chosen = {name: settings[name] for name in SAMPLING if settings.get(name) is not None}
+    return Sampling(temperature=float(settings.get('temperature', 0.0)) if settings['do_sample'] else 0.0, **chosen)
+
+
+# ---- the command -----------------------------------------------------------
+
+
+def load_tasks(names: list[str], include_path: list[str]) -> dict:
+    """Tasks and groups by name or pattern, with their data.
+
+    Returns:
+      'tasks' and 'task_manager', as lm_eval.simple_evaluate takes them.
+
+    Raises:
+      InputError: an unknown name, with the nearest ones, or data that cannot be read or fetched.
+    """
+    from lm_eval.tasks import TaskManager
+
+    for path in include_path:
+        if not pathlib.Path(path).is_dir():
+            raise InputError(f'--include_path={path}: no such directory')
+    # The harness's own index is of thousands of files: it is read only where a name is not found without it.
+    manager = TaskManager(include_path=include_path, include_defaults=False) if include_path else None
+    if manager is None or not all(manager.match_tasks([name]) for name in names):
+        manager = TaskManager(include_path=include_path or None)
+    found = []
+    for name in names:
+        matching = manager.match_tasks([name])
+        if not matching:
+            near = difflib.get_close_matches(name, manager.all_tasks, n=4, cutoff=0.6)
+            hint = f'; nearest: {", ".join(near)}' if near else '; --include_path=DIR adds task files'
+            raise InputError(f'--tasks={name}: no such task{hint}')
+        found += [match for match in matching if match not in found]
+    try:
+        loaded = manager.load(found)
+    except Exception as error:  # the data sets' library raises whatever the network, the files and the task's code do
+        raise InputError(f'--tasks={",".join(found)}: cannot be loaded ({type(error).__name__}: {error})') from error
+    groups = loaded.get('groups', {})
+    inner = {child for children in loaded.get('group_map', {}).values() for child in children}
+    whole = [group for name, group in groups.items() if name not in inner]
+    covered = {task.task_name for group in whole for task in group.get_all_tasks()}
+    tasks = whole + [task for name, task in loaded['tasks'].items() if name not in covered]
+    return {'tasks': tasks, 'task_manager': manager}
+
+
+def tables(results: dict) -> str:
+    """The harness's table of tasks and, where there are groups, of groups."""
+    from lm_eval.utils import make_table
+
+    parts = [make_table(results)]
+    if results.get('groups'):
+        parts.append(make_table(results, 'groups'))
+    return '\n'.join(parts)
+
+
+def main(argv: list[str]) -> int:
+    logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
+    values = flags.FlagValues()
+    define = dict(flag_values=values)
+    workdir = flags.DEFINE_string('workdir', '', 'Directory of the run.', **define)
+    tasks = flags.DEFINE_list('tasks', [], 'Names or patterns of tasks and groups, with commas.', **define)
+    include_path = flags.DEFINE_list('include_path', [], 'Directories with task files of your own.', **define)
+    num_fewshot = flags.DEFINE_integer('num_fewshot', -1, "Examples before each question; -1: the task's own number.", **define)
+    limit = flags.DEFINE_integer('limit', 0, 'Questions a task, for a quick look; 0: all.', **define, lower_bound=0)
+    step = flags.DEFINE_integer('step', -1, 'Checkpoint; -1: the newest.', **define)
+    tokenizer = flags.DEFINE_string('tokenizer', '', 'byte, a json file or a prepared directory; empty: of the run.', **define)
+    max_length = flags.DEFINE_integer('max_length', 0, 'Most tokens shown at once; 0: data.seq_len.', **define, lower_bound=0)
+    batch_tokens = flags.DEFINE_integer('batch_tokens', 32768, 'Tokens a batch, with padding.', **define, lower_bound=1)
+    log_samples = flags.DEFINE_bool('log_samples', False, 'Whether the JSON holds every question and answer.', **define)
+    output = flags.DEFINE_string('output', '', 'JSON file; empty: WORKDIR/evals/harness_TIME.json.', **define)
+    if {'--help', '-h'} & set(argv[1:]):
+        print(f'{__doc__}\n{values.get_help()}')
+        return FINISHED
+    from lm_eval.evaluator import simple_evaluate
+
+    try:
+        extra = values(argv)[1:]
+        if extra:
+            raise InputError(f'unexpected argument {extra[0]}')
+        for name, value, example in (('workdir', workdir.value, 'runs/a'), ('tasks', tasks.value, 'hellaswag,piqa')):
+            if not value:
+                raise InputError(f'--{name} is missing, e.g. --{name}={example}')
+        path = pathlib.Path(output.value or time.strftime(f'{workdir.value}/evals/harness_%Y-%m-%dT%H-%M-%S.json'))
+        if output.value and not path.absolute().parent.is_dir():
+            raise InputError(f'--output={output.value}: its directory does not exist; make it first')
+        lm = TransXSSMLM(workdir.value, step=step.value, tokenizer=tokenizer.value, max_length=max_length.value,
+                         batch_tokens=batch_tokens.value)
+        results = simple_evaluate(
+            lm, **load_tasks(tasks.value, include_path.value), limit=limit.value or None, log_samples=log_samples.value,
+            num_fewshot=None if num_fewshot.value < 0 else num_fewshot.value)
+        print(tables(results))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(results_json(results))
+        print(f'results written to {path}')
+    except (CheckpointError, ConfigError, DataError, InputError, flags.Error, OSError) as error:
+        return _say_error(error, WRONG_INPUT)
+    return FINISHED
+
+
+def results_json(results: dict) -> str:
+    """Results as the harness writes them to its own files."""
+    from lm_eval.utils import handle_non_serializable
+
+    return json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False) + '\n'
+
+
+def _say_error(error, exit_code: int) -> int:
+    print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
+    return exit_code
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv))
