@@ -161,7 +161,8 @@ def spills_of(chip, shape):
     found = {name: [k for k in profile.kernels if name in k.name] for name in KERNELS}
     assert all(len(kernels) == 1 for kernels in found.values()), [k.name for k in profile.kernels]
     for (kernel,) in found.values():
-        assert 0 < kernel.vmem <= tpu_profile.CHIPS[chip].scoped_vmem
+        # With operands that XLA keeps in VMEM; a kernel's own beyond its limit is refused by the compiler.
+        assert 0 < kernel.vmem <= tpu_profile.CHIPS[chip].vmem
     return tuple(kernel.spills + kernel.fills for (kernel,) in found.values())
 
 
