@@ -239,7 +239,7 @@ def test_wrong_requests_are_named(generator, prompt, settings, message):
 
 def test_a_tokenizer_that_does_not_fit_is_refused(params):
     config = small_config(model_vocab_size=256)
-    with pytest.raises(InputError, match='257 tokens and the model only 256'):
+    with pytest.raises(InputError, match='257 tokens, more than model.vocab_size=256'):
         Generator(params, config, ByteTokenizer())
     with pytest.raises(InputError, match='batch=0'):
         Generator(params, config, batch=0)

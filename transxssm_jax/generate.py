@@ -27,7 +27,7 @@ from transxssm_jax.config import Config, ConfigError
 from transxssm_jax.data.index import DataError
 from transxssm_jax.data.tokenizer import load_tokenizer
 from transxssm_jax.decode import Decoder
-from transxssm_jax.sampling import GREEDY, InputError, Sampling
+from transxssm_jax.sampling import GREEDY, InputError, Sampling, check_tokenizer
 
 __all__ = ['GREEDY', 'Completion', 'Generator', 'InputError', 'Sampling', 'sample']
 
@@ -64,9 +64,8 @@ class Generator:
             if value < least:
                 raise InputError(f'{name}={value} must be at least {least}')
         self.vocab_size = self.model.vocab_size if tokenizer is None else tokenizer.vocab_size
-        if self.vocab_size > self.model.vocab_size:
-            raise InputError(f'the tokenizer has {self.vocab_size} tokens and the model only '
-                             f'{self.model.vocab_size} (model.vocab_size); give the tokenizer that it was trained with')
+        if tokenizer is not None:
+            check_tokenizer(tokenizer, self.model)
         self._decoder = Decoder(params, config)
 
     def generate(self, prompts: Sequence[np.ndarray], *, max_tokens: int, sampling: Sampling = GREEDY,

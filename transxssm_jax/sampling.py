@@ -10,9 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from transxssm_jax.config import Model
+
 
 class InputError(ValueError):
     """What was asked for cannot be generated; the message is one line."""
+
+
+def check_tokenizer(tokenizer, model: Model) -> None:
+    """Raises InputError where the model has no row for some token."""
+    if tokenizer.vocab_size > model.vocab_size:
+        raise InputError(f'the tokenizer has {tokenizer.vocab_size} tokens, more than model.vocab_size={model.vocab_size}; '
+                         'give the tokenizer of the training data')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -223,7 +223,8 @@ def _choose(backend: str, device_kind: str, dtype: str, chunk_size: int | None, 
     """The fastest for these arguments. Cached, so that each set of them is logged once.
 
     On TPU the kernel: its lower bound by the compiler's static profile (`python -m pallas_kernels.bench
-    --target=v5p`) is 10 to 20 times below that of the XLA form on every generation. XLA's form where the profile was
+    --target=v5p`) is 10 to 20 times below that of the XLA form on v4, v5e, v5p and v6e, and 7 times
+    forward on tpu7x, where backward was not compared. XLA's form where the profile was
     not taken: other dtypes than bfloat16 (float32 products take six passes of the matrix unit or
     more in either form) and widths that the kernel would pad.
     """

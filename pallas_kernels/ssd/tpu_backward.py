@@ -84,7 +84,7 @@ def kernel(g, names, *refs):
     ends = {group: tile.index for tile in g.tiles for group, _ in tile.parts}
     started = set()
     for tiles in _batches(g):
-        alternate(_tile(g, r, tile, index, d, masks, started) for tile in tiles)
+        _alternate(_tile(g, r, tile, index, d, masks, started) for tile in tiles)
         for tile in tiles:
             for group, _ in tile.parts:
                 if ends[group] == tile.index:
@@ -115,7 +115,7 @@ def _score(g, r, group, index):
             r.scores[group, g.pairs.index((q, s))] = scores[g.block(s)]
 
 
-def alternate(generators):
+def _alternate(generators):
     """Runs generators in turns, from one yield to the next, until all are done."""
     running = list(generators)
     while running:
@@ -140,10 +140,7 @@ def _tile(g, r, tile, index, d, masks, started):
     fine_QX = chunk.spread(columns, 2 * g.rows + tile.heads[0], tile) if g.exact else None
     last = slice(g.Q - 1, g.Q)
 
-    def difference(first, first_fine, second, second_fine):
-        return (first - second) + (first_fine - second_fine) if g.exact else first - second
-
-    leave_QX = difference(cum_QX[last], fine_QX[last] if g.exact else None, cum_QX, fine_QX)
+    leave_QX = g.difference(cum_QX[last], fine_QX[last] if g.exact else None, cum_QX, fine_QX)
     leave_QX = jnp.exp2(leave_QX + leave_mask if g.segmented else leave_QX)
     x = chunk.load_rows(g, r.x, tile.lanes, index)
     x_QX = x.astype(jnp.float32)
@@ -199,13 +196,13 @@ def _tile(g, r, tile, index, d, masks, started):
             scores = chunk.join([r.scores[group, i] for group, _ in tile.parts], tile)
             fine_q = row(1, q) if g.exact else None
             if q == s:
-                decay = jnp.exp2(difference(row(0, q), fine_q, cum_QX[rows], fine_rows) + r.diagonal[rows])
+                decay = jnp.exp2(g.difference(row(0, q), fine_q, cum_QX[rows], fine_rows) + r.diagonal[rows])
                 dx += g.dot('nn', (scores * decay).astype(dtype), stacked[q])
             else:
                 edge = slice(q * g.M - 1, q * g.M)
                 fine_edge = fine_QX[edge] if g.exact else None
-                before = difference(cum_QX[edge], fine_edge, cum_QX[rows], fine_rows)
-                after = difference(row(0, q), fine_q, cum_QX[edge], fine_edge)
+                before = g.difference(cum_QX[edge], fine_edge, cum_QX[rows], fine_rows)
+                after = g.difference(row(0, q), fine_q, cum_QX[edge], fine_edge)
                 if g.segmented:
                     before, after = before + across[q, s][0], after + across[q, s][1]
                 before, after = jnp.exp2(before), jnp.exp2(after)

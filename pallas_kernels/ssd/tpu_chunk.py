@@ -117,11 +117,15 @@ class Geometry(typing.NamedTuple):
             left, right, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32
         )
 
+    def difference(self, first, first_fine, second, second_fine):
+        """Of two sums of `Decays`, each coarse and fine; the fine parts are None where not exact."""
+        return (first - second) + (first_fine - second_fine) if self.exact else first - second
+
     def group_lanes(self, g):
         return slice(g * self.N, (g + 1) * self.N)
 
     def columns(self):
-        """Lanes of the turned decays, see `prepare_decays`."""
+        """Lanes of the turned decays, see `turn_columns`."""
         return -(-(3 if self.exact else 2) * self.rows // LANES) * LANES
 
 
@@ -283,7 +287,7 @@ def turn_columns(g, arrays):
 
 
 def masks(g, runs, queries_in_rows):
-    """Additive masks of exponents, float32, for `pair_decays`.
+    """Additive masks of exponents, float32.
 
     Returns diagonal [Q, X]: rows of one side, the other side's positions of the same block in lanes;
     enter [Q, X]: the row's position belongs to the segment that enters the chunk, leave: to the one

@@ -166,9 +166,6 @@ def _advance(g, r, tile, index):
     def scores(q, s):
         return chunk.join([r.scores[group, g.pairs.index((q, s))] for group, _ in tile.parts], tile)
 
-    def difference(first, first_fine, second, second_fine):
-        return (first - second) + (first_fine - second_fine) if g.exact else first - second
-
     cum_QX = chunk.spread(columns, g.rows + tile.heads[0], tile)
     inter_QX = sum(g.dot('nn', r.c[group], chunk.only(rounded_NX, tile, heads)) for group, heads in tile.parts)
     off = 0
@@ -181,12 +178,12 @@ def _advance(g, r, tile, index):
         enter = cum + fine if g.exact else cum
         enter = jnp.exp2(enter + r.enter[rows] if g.segmented else enter)
         y = enter * inter_QX[rows]
-        exponent = difference(cum, fine, row(1, q), row(2, q) if g.exact else None)
+        exponent = g.difference(cum, fine, row(1, q), row(2, q) if g.exact else None)
         weights = (scores(q, q) * jnp.exp2(exponent + r.diagonal[rows]) * row(0, q)).astype(dtype)
         y += g.dot('nn', weights, stacked[q])
         for s in range(q):
-            after = difference(cum, fine, edge, fine_edge)
-            before = difference(edge, fine_edge, row(1, s), row(2, s) if g.exact else None)
+            after = g.difference(cum, fine, edge, fine_edge)
+            before = g.difference(edge, fine_edge, row(1, s), row(2, s) if g.exact else None)
             if g.segmented:
                 after, before = after + r.across_rows[off], before + r.across_lanes[off]
             off += 1

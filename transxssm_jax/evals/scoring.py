@@ -15,7 +15,7 @@ from transxssm_jax import checkpoint, mesh
 from transxssm_jax.config import Config
 from transxssm_jax.data.index import DataError
 from transxssm_jax.data.tokenizer import load_tokenizer
-from transxssm_jax.sampling import InputError
+from transxssm_jax.sampling import InputError, check_tokenizer
 from transxssm_jax.step import split_model
 
 READS = (64, 512)  # logits made at a time, [R, V]: all of a batch would not fit
@@ -42,7 +42,7 @@ class Scorer:
         for name, value in (('max_length', max_length), ('batch_tokens', batch_tokens)):
             if value < 1:
                 raise InputError(f'{name}={value} must be at least 1')
-        check_tokenizer(tokenizer, config)
+        check_tokenizer(tokenizer, config.model)
         self.params, self.max_length, self.batch_tokens = params, max_length, batch_tokens
         graph, _ = split_model(config.model)
 
@@ -177,12 +177,5 @@ def load_run(workdir: str, step: int, tokenizer: str) -> tuple:
     except DataError as error:
         raise error if tokenizer else DataError(f'{error}: that is data.path of the run; give its tokenizer with '
                                                 '--tokenizer=PATH') from error
-    check_tokenizer(found, config)
+    check_tokenizer(found, config.model)
     return checkpoint.load_trained(workdir, step)[0], config, found
-
-
-def check_tokenizer(tokenizer, config: Config) -> None:
-    """Raises InputError where the model has no row for some token."""
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise InputError(f'the tokenizer has {tokenizer.vocab_size} tokens, more than model.vocab_size='
-                         f'{config.model.vocab_size}; give the tokenizer of the training data')
