@@ -2,16 +2,17 @@
 
   python -m pallas_kernels.bench --target=gpu [--shapes=1p3b_g8,1p3b_g1] [--variants] [--out=bench.json]
 
-Columns: compile seconds; median and spread of the time in ms; the least bytes and FLOPs of the
-contract over that time, in GB/s and TFLOP/s; the bound's share (least possible time on the
-roofline over the time); temporary memory; the worst relative error of the outputs or gradients
-against float32 of the highest precision, with its name.
+Columns: median and spread of the time in ms; the least bytes and FLOPs of the contract over that
+time, in GB/s and TFLOP/s, each with its share of the device's roofline; temporary memory; compile
+seconds; the worst relative error of the outputs or gradients against float32 of the highest
+precision, with its name. On a GPU, bench_peers.py adds other people's scans, where installed.
 
 For a TPU that need not be here, --target=v5p (v4, v5e, v6e, tpu7x) prints what the compiler's own
 dumps say of each kernel; bench_tpu.py explains that table.
 
-Times are medians of blocked calls over rotating inputs, so that no input lies in cache from
-the call before; a call does its kernel REPEATS times where a launch would show.
+Times are medians over rounds of calls, after a warm-up. The calls of a round rotate over inputs, so
+that none lies in cache from the call before, and follow each other without waiting, so that no
+launch shows.
 
 Legend: B batch, L length, H heads, G groups, P head width, N state width.
 """
@@ -29,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import bench_tpu
+from pallas_kernels import bench_peers, bench_tpu
 from pallas_kernels.ssd import IMPLEMENTATIONS, rotary_ssd, rotary_ssd_step, xla
 from pallas_kernels.tpu_profile import CHIPS
 
@@ -57,12 +58,16 @@ SHAPES = {
 }
 DEFAULT_SHAPES = {
     'cpu': ('small',),
-    'gpu': ('1p3b_g32', '1p3b_g8', '1p3b_g1', '1p3b_16k', 'decode'),
+    'gpu': ('1p3b_g32', '1p3b_g8', '1p3b_g1', '1p3b_16k', '1p3b_128k', 'decode'),
     **dict.fromkeys(CHIPS, ('1p3b_g8',)),
 }
+DEFAULT_IMPLEMENTATIONS = {
+    'cpu': ('xla',), 'gpu': ('xla', 'mosaic_gpu', *bench_peers.PEERS), **dict.fromkeys(CHIPS, ('xla', 'mosaic_tpu')),
+}  # fmt: skip
 BOUNDARY = 128  # tokens a boundary state, in the contract's least work
 # Measured ceilings of one H200 (design.md section 3): bytes/s, FLOP/s. None known for CPU.
 ROOFLINE = {'gpu': (4.3e12, 790e12)}
+ROUND_MS, MOST_CALLS = 20, 30  # of a round
 RESULTS = ('y', 'final_state')
 GRADIENTS = ('dx', 'ddt', 'da', 'db', 'dc')
 
@@ -156,17 +161,28 @@ def reference_values(s: Shape, direction, inputs, rope, dy):
     return jax.jit(directed(lambda v, r: f(*v, r), direction))(wide, rope, dy.astype(jnp.float32))
 
 
-def time_calls(call, sets, seconds):
-    """Milliseconds of single calls over rotating input sets, after warm-up."""
-    for inputs in sets:
-        jax.block_until_ready(call(*inputs))
+def time_rounds(timed, seconds):
+    """Milliseconds a call, of each round. timed(calls): milliseconds of a round; it has been warmed up."""
+    calls = max(1, min(MOST_CALLS, round(ROUND_MS / timed(1))))
     times, end = [], time.perf_counter() + seconds
     while len(times) < 5 or (time.perf_counter() < end and len(times) < 200):
-        inputs = sets[len(times) % len(sets)]
-        start = time.perf_counter()
-        jax.block_until_ready(call(*inputs))
-        times.append(1e3 * (time.perf_counter() - start))
+        times.append(timed(calls) / calls)
     return times
+
+
+def timed_calls(call, sets):
+    """For `time_rounds`: JAX calls over rotating input sets, by the host's clock."""
+    for inputs in sets:
+        jax.block_until_ready(call(*inputs))
+
+    def timed(calls):
+        start = time.perf_counter()
+        for i in range(calls):
+            out = call(*sets[i % len(sets)])
+        jax.block_until_ready(out)
+        return 1e3 * (time.perf_counter() - start)
+
+    return timed
 
 
 @jax.jit
@@ -179,32 +195,41 @@ def _relative_errors(out, ref):
 
 
 def measure(shape_name, name, f, direction, target, seconds, sets, ref):
-    s = SHAPES[shape_name]
     row = {'shape': shape_name, 'implementation': name, 'direction': direction}
     try:
         start = time.perf_counter()
         call = jax.jit(directed(f, direction)).lower(*sets[0]).compile()
         row['compile_s'] = time.perf_counter() - start
         row['temp_mb'] = call.memory_analysis().temp_size_in_bytes / 1e6
-        times = time_calls(call, sets, seconds)
-        errors = {k: float(v) for k, v in _relative_errors(call(*sets[0]), ref).items()}
+        times = time_rounds(timed_calls(call, sets), seconds)
+        return finish(row, target, times, call(*sets[0]), ref)
     except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
         return {**row, 'failed': str(error).splitlines()[0][:80]}
-    row['ms'] = statistics.median(times)
-    row['spread_ms'] = float(np.subtract(*np.percentile(times, (90, 10))))
-    row['worst'] = max(errors, key=errors.get)
-    row['error'] = errors[row['worst']]
-    return finish(row, s, direction, target)
 
 
-def finish(row, s, direction, target):
-    """Adds rates against the least work."""
-    least_bytes, flops = least_work(s, direction)
-    row['gb_s'] = least_bytes / row['ms'] / 1e6
-    row['tflop_s'] = flops / row['ms'] / 1e9
+def measure_peer(shape_name, name, direction, target, seconds, sets, ref):
+    row = {'shape': shape_name, 'implementation': name, 'direction': direction}
+    if reason := bench_peers.missing(name):
+        return {**row, 'failed': reason}
+    try:
+        timed, results = bench_peers.prepare(name, direction, sets, RESULTS, GRADIENTS)
+        return finish(row, target, time_rounds(timed, seconds), results(), ref)
+    except Exception as error:  # whatever it is, it is theirs, and the rest of the table is wanted
+        return {**row, 'failed': f'{type(error).__name__}: {error}'.splitlines()[0][:80]}
+
+
+def finish(row, target, times, out, ref):
+    """Adds the times, the rates of the least work, and the errors."""
+    ms = statistics.median(times)
+    least_bytes, flops = least_work(SHAPES[row['shape']], row['direction'])
+    row |= {'ms': ms, 'spread_ms': float(np.subtract(*np.percentile(times, (90, 10))))}
+    row |= {'gb_s': least_bytes / ms / 1e6, 'tflop_s': flops / ms / 1e9}
     if target in ROOFLINE:
         bandwidth, peak = ROOFLINE[target]
-        row['bound'] = 1e3 * max(least_bytes / bandwidth, flops / peak) / row['ms']
+        row |= {'of_bandwidth': 1e9 * row['gb_s'] / bandwidth, 'of_peak': 1e12 * row['tflop_s'] / peak}
+    errors = {k: float(v) for k, v in _relative_errors(out, ref).items()}
+    row['worst'] = max(errors, key=errors.get)
+    row['error'] = errors[row['worst']]
     return row
 
 
@@ -221,30 +246,29 @@ def measure_decode(shape_name, target, seconds):
     state, y = call(jnp.copy(states[0]), tokens[0])
     wide = [jax.tree.map(lambda v: v.astype(jnp.float32), v) for v in (states[0], tokens[0])]
     out, ref = dict(zip(RESULTS, (y, state))), dict(zip(RESULTS, call(*wide)[::-1]))
-    errors = {k: float(v) for k, v in _relative_errors(out, ref).items()}
     states = [jax.random.normal(jax.random.key(i), state.shape) for i in range(3)]
-    steps = 30  # a chain of dependent steps, so that dispatch overlaps
 
-    def round_of_steps():
-        for i in range(steps):
+    def timed(calls):
+        start = time.perf_counter()
+        for i in range(calls):  # each state goes from step to step
             states[i % 3], _ = call(states[i % 3], tokens[i % 3])
-        return states
+        jax.block_until_ready(states)
+        return 1e3 * (time.perf_counter() - start)
 
-    times = [t / steps for t in time_calls(round_of_steps, [()], seconds)]
-    row = {'shape': shape_name, 'implementation': 'step', 'direction': 'forward', 'ms': statistics.median(times)}
-    row['spread_ms'] = float(np.subtract(*np.percentile(times, (90, 10))))
-    row['worst'] = max(errors, key=errors.get)
-    return finish({**row, 'error': errors[row['worst']]}, s, 'forward', target)
+    timed(3)
+    row = {'shape': shape_name, 'implementation': 'step', 'direction': 'forward'}
+    return finish(row, target, time_rounds(timed, seconds), out, ref)
 
 
 def show(row):
     head = f'{row["shape"]:10} {row["implementation"]:26} {row["direction"]:16}'
     if 'failed' in row:
         return f'{head} failed: {row["failed"]}'
-    bound = f'{100 * row["bound"]:5.1f}%' if 'bound' in row else '     -'
+    of_bandwidth, of_peak = (f'{row[name]:5.1%}' if name in row else '    -' for name in ('of_bandwidth', 'of_peak'))
+    temp_mb, compile_s = (f'{row[name]:8.{n}f}' if name in row else '       -' for name, n in (('temp_mb', 0), ('compile_s', 1)))
     return (
-        f'{head} {row["ms"]:9.3f} {row["spread_ms"]:8.3f} {row["gb_s"]:8.1f} {row["tflop_s"]:8.3f} {bound} '
-        f'{row.get("temp_mb", 0):8.0f} {row.get("compile_s", 0):8.1f}  {row["error"]:.1e} {row["worst"]}'
+        f'{head} {row["ms"]:9.3f} {row["spread_ms"]:8.3f} {row["gb_s"]:7.0f} {of_bandwidth} {row["tflop_s"]:8.2f} {of_peak} '
+        f'{temp_mb} {compile_s}  {row["error"]:.1e} {row["worst"]}'
     )
 
 
@@ -253,7 +277,8 @@ def main(argv=None):
     parser.add_argument('--target', choices=sorted(DEFAULT_SHAPES), required=True)
     parser.add_argument('--shapes', default='', help=f'comma-separated, of {", ".join(SHAPES)}')
     parser.add_argument(
-        '--implementations', default='', help=f'comma-separated, of {", ".join(IMPLEMENTATIONS)}; those of the target'
+        '--implementations', default='',
+        help=f'comma-separated, of {", ".join((*IMPLEMENTATIONS, *bench_peers.PEERS))}; those of the target',
     )
     parser.add_argument(
         '--directions', default='',
@@ -267,14 +292,14 @@ def main(argv=None):
 
     names = [n for n in flags.shapes.split(',') if n] or DEFAULT_SHAPES[flags.target]
     tpu = flags.target in CHIPS
-    own = ('xla', 'mosaic_tpu') if tpu else ('xla',)
-    implementations = [n for n in flags.implementations.split(',') if n] or [n for n in IMPLEMENTATIONS if n in own]
+    implementations = [n for n in flags.implementations.split(',') if n] or DEFAULT_IMPLEMENTATIONS[flags.target]
+    known = (*IMPLEMENTATIONS, *(bench_peers.PEERS if flags.target == 'gpu' else ()))
     known_directions = bench_tpu.DIRECTIONS if tpu else ('forward', 'forward+backward')
     directions = [n for n in flags.directions.split(',') if n] or known_directions[:2]
-    for given, known in ((names, SHAPES), (implementations, IMPLEMENTATIONS), (directions, known_directions)):
+    for given, names_known in ((names, SHAPES), (implementations, known), (directions, known_directions)):
         for name in given:
-            if name not in known:
-                parser.error(f'{name!r} is unknown; use one of {", ".join(known)}')
+            if name not in names_known:
+                parser.error(f'{name!r} is unknown; use one of {", ".join(names_known)}')
     if tpu:
         if importlib.util.find_spec('libtpu') is None:
             parser.error(f'--target={flags.target} needs the TPU compiler: pip install jax[tpu]')
@@ -286,8 +311,8 @@ def main(argv=None):
 
     print(f'{jax.devices()[0].device_kind}, jax {jax.__version__}')
     print(
-        f'{"shape":10} {"implementation":26} {"direction":16} {"ms":>9} {"p90-p10":>8} {"GB/s":>8} {"TFLOP/s":>8} '
-        f'{"bound":>6} {"temp MB":>8} {"compile":>8}  error'
+        f'{"shape":10} {"implementation":26} {"direction":16} {"ms":>9} {"p90-p10":>8} {"GB/s":>7} {"of it":>5} {"TFLOP/s":>8} '
+        f'{"of it":>5} {"temp MB":>8} {"compile":>8}  error'
     )
     rows = []
 
@@ -305,8 +330,13 @@ def main(argv=None):
         sets = [draw(SHAPES[shape_name], seed) for seed in range(3)]
         for direction in directions:
             ref = reference_values(SHAPES[shape_name], direction, *sets[0])
-            for name, f in candidates(implementations, flags.variants).items():
-                add(measure(shape_name, name, f, direction, flags.target, flags.seconds, sets, ref))
+            common = (direction, flags.target, flags.seconds, sets, ref)
+            own = [name for name in implementations if name in IMPLEMENTATIONS]
+            for name, f in candidates(own, flags.variants).items():
+                add(measure(shape_name, name, f, *common))
+            for name in implementations:
+                if name in bench_peers.PEERS:
+                    add(measure_peer(shape_name, name, *common))
 
 
 if __name__ == '__main__':

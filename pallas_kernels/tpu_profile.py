@@ -33,42 +33,9 @@ import jax
 import numpy as np
 
 from pallas_kernels import tpu_traffic
+from pallas_kernels.chips import TPUS as CHIPS
+from pallas_kernels.chips import Tpu
 
-
-class Chip(typing.NamedTuple):
-    """One JAX device of a TPU topology.
-
-    Peak, bandwidth and HBM as Google Cloud's page of each TPU version names them for a chip
-    (cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e, /tpu7x), divided over its devices. VMEM as
-    in jax/_src/tpu_info.py. The scoped limit is what the compiler names when it refuses a kernel.
-    """
-
-    topology: str
-    cores: int  # TensorCores that share the grids of one device
-    peak: float  # bf16 FLOP/s
-    bandwidth: float  # HBM bytes/s
-    hbm: int  # bytes
-    vmem: int  # bytes a core
-    scoped_vmem: int  # default limit of one kernel, bytes
-    mxu_flop: int  # bf16 FLOPs of one MXU in a cycle
-    mxus: int  # a core
-
-    @property
-    def clock(self) -> float:
-        """Hz: the peak over the FLOPs of a cycle."""
-        return self.peak / (self.cores * self.mxus * self.mxu_flop)
-
-
-GIB, MIB = 2**30, 2**20
-SMALL, LARGE = 2 * 128**2, 4 * 256**2  # a large MXU takes two rows a cycle
-CHIPS = {
-    # Of these topologies v4 and tpu7x give one device a core, v5p one device for both cores.
-    'v4': Chip('v4:2x2x1', 1, 275e12 / 2, 1228e9 / 2, 16 * GIB, 16 * MIB, 16 * MIB, SMALL, 4),
-    'v5e': Chip('v5e:2x2', 1, 197e12, 819e9, 16 * GIB, 128 * MIB, 16 * MIB, SMALL, 4),
-    'v5p': Chip('v5p:2x2x1', 2, 459e12, 2765e9, 95 * GIB, 64 * MIB, 16 * MIB, SMALL, 4),
-    'v6e': Chip('v6e:2x2', 1, 918e12, 1638e9, 32 * GIB, 128 * MIB, 32 * MIB, LARGE, 2),
-    'tpu7x': Chip('tpu7x:2x2x1', 1, 2307e12 / 2, 7380e9 / 2, 96 * GIB, 64 * MIB, 32 * MIB, LARGE, 2),
-}
 UNITS = ('MXU', 'XLU', 'VALU', 'VPOP', 'EUP', 'VLOAD', 'VLOAD:FILL', 'VSTORE', 'VSTORE:SPILL', 'SALU')
 DELAY_SLOTS = 4  # bundles after a branch that still belong to it
 
@@ -114,7 +81,8 @@ def compile_here(chip, directory, case, arguments):
     from jax.experimental import topologies
 
     module, name = case.split(':')
-    devices = topologies.get_topology_desc(platform='tpu', topology_name=CHIPS[chip].topology).devices
+    devices = topologies.get_topology_desc(
+        platform='tpu', topology_name=CHIPS[chip].topology, chip_config_name=CHIPS[chip].arrangement).devices
     mesh = jax.sharding.Mesh(np.array(devices)[:1], ('device',))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     # The mesh tells pltpu.get_tpu_info() which TPU this is for.
@@ -238,7 +206,7 @@ class Kernel(typing.NamedTuple):
 
 
 class Profile(typing.NamedTuple):
-    chip: Chip
+    chip: Tpu
     kernels: list[Kernel]
 
     def seconds(self, kernel: Kernel) -> float:
@@ -261,7 +229,7 @@ class Profile(typing.NamedTuple):
         return sum(k.mxu for k in self.kernels) / (self.chip.mxus * sum(k.cycles for k in self.kernels))
 
 
-def read(chip: Chip, directory: pathlib.Path) -> Profile:
+def read(chip: Tpu, directory: pathlib.Path) -> Profile:
     """From the directory that `profile` filled."""
     computations = tpu_traffic.parse_hlo((directory / 'hlo.txt').read_text())
     grids = json.loads((directory / 'pallas.json').read_text())

@@ -449,7 +449,7 @@ def test_choice_is_logged_once(caplog):
         ({'dtype': 'float64'}, 'xla', 'float64'),
         ({'P': 48}, 'xla', 'pad P=48 or N=128'),
         ({'N': 64}, 'xla', 'pad P=64 or N=64'),
-        ({'backend': 'gpu'}, 'xla', 'no kernel for gpu'),
+        ({'backend': 'rocket'}, 'xla', 'no kernel for rocket'),
     ],
     ids=str,
 )
@@ -458,7 +458,8 @@ def test_choice(change, chosen, reason, caplog):
     with caplog.at_level(logging.INFO, logger='pallas_kernels'):
         shape = (8, 4096, 32, v['P'], 8, v['N'])
         # A device kind of this test's own, because each choice is logged once a process.
-        assert api._choose(v['backend'], f'kind {change}', v['dtype'], v['chunk_size'], shape) == chosen
+        device = api._Device(v['backend'], f'kind {change}')
+        assert api._choose(device, v['dtype'], v['chunk_size'], shape) == chosen
     (record,) = caplog.records
     assert f': {chosen}, ' in record.getMessage() and reason in record.getMessage()
 
@@ -659,4 +660,4 @@ def test_step_refuses(change, message):
 
 
 def test_every_implementation_is_tested():
-    assert set(api.IMPLEMENTATIONS) == set(IMPLEMENTATIONS)
+    assert set(api.IMPLEMENTATIONS) == {*IMPLEMENTATIONS, 'mosaic_gpu'}  # in test_ssd_gpu.py

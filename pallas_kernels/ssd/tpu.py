@@ -8,18 +8,18 @@ import functools
 import typing
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.interpreters import batching, mlir
 
 from pallas_kernels.ssd import tpu_backward, tpu_chunk, tpu_forward
+from pallas_kernels.ssd.platforms import only_on
 from pallas_kernels.ssd.residuals import STATES_NAME
 from pallas_kernels.ssd.tpu_chunk import LANES
 
 CHUNK = 128  # one row of the lanes; with P = 64 two blocks of positions
+_only_on_tpu_p = only_on('tpu', 'TPU', 'mosaic_tpu')
 
 
 class Plan(typing.NamedTuple):
@@ -324,27 +324,3 @@ def _backward(call, x, dt, a, b, c, rope, runs, states, dy, dfinal):
     da = jnp.sum(r['da'], axis=0).reshape(a.shape)
     rope_gradient = None if rope is None else tuple(jnp.zeros_like(t) for t in rope)
     return r['dx'], r['ddt'], da, r['db'], r.get('dc'), rope_gradient, None, r['dinitial']
-
-
-# --- refusal ------------------------------------------------------------------------------------
-
-# The identity, which lowers for TPU only: the platform of a traced function is known no earlier,
-# and a TPU's program may be lowered on a host without one. Pallas would refuse without naming us.
-_only_on_tpu_p = jax.extend.core.Primitive('rotary_ssd_only_on_tpu')
-_only_on_tpu_p.def_abstract_eval(lambda x: x)
-batching.defvectorized(_only_on_tpu_p)
-mlir.register_lowering(_only_on_tpu_p, lambda ctx, x: [x], platform='tpu')
-
-
-@functools.partial(mlir.register_lowering, _only_on_tpu_p)
-def _refuse(ctx, x):
-    platforms = ', '.join(ctx.module_context.platforms)
-    raise NotImplementedError(
-        f"implementation='mosaic_tpu' cannot serve this call: it is lowered for {platforms} and runs on TPU only; "
-        "use implementation='xla' or None, or interpret=True for a test"
-    )
-
-
-@_only_on_tpu_p.def_impl
-def _run_alone(x):
-    return jax.jit(_only_on_tpu_p.bind)(x)

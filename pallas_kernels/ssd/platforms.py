@@ -1,0 +1,39 @@
+"""Refusal, by name, of kernels lowered for a platform that they do not run on."""
+
+import functools
+
+import jax
+import jax.extend.core
+from jax.interpreters import batching, mlir
+
+
+def only_on(platform: str, hardware: str, implementation: str) -> jax.extend.core.Primitive:
+    """The identity, which lowers for one platform only; bind it on an operand of a kernel.
+
+    The platform of a traced function is known no earlier, and an accelerator's program may be
+    lowered on a host without one. Pallas would refuse without naming us. Not differentiable:
+    kernels have gradients of their own.
+
+    Args:
+      platform: as in `lowering_platforms`: 'tpu', 'cuda'.
+      hardware: its name for people.
+      implementation: word of rotary_ssd's `implementation` that runs there.
+    """
+    only_p = jax.extend.core.Primitive(f'rotary_ssd_only_on_{platform}')
+    only_p.def_abstract_eval(lambda x: x)
+    batching.defvectorized(only_p)
+    mlir.register_lowering(only_p, lambda ctx, x: [x], platform=platform)
+
+    @functools.partial(mlir.register_lowering, only_p)
+    def refuse(ctx, x):
+        platforms = ', '.join(ctx.module_context.platforms)
+        raise NotImplementedError(
+            f'implementation={implementation!r} cannot serve this call: it is lowered for {platforms} and runs on '
+            f"{hardware} only; use implementation='xla' or None, or interpret=True for a test"
+        )
+
+    @only_p.def_impl
+    def run_alone(x):
+        return jax.jit(only_p.bind)(x)
+
+    return only_p
