@@ -71,18 +71,11 @@ def causal_attention(
 
     Source: Vaswani et al. 2017 (arXiv:1706.03762); FlashAttention-2 (arXiv:2307.08691).
     """
-    _check(q_BLHK, k_BLGK, v_BLGK, segment_ids, scale, chunk_size, implementation)
+    check(q_BLHK, k_BLGK, v_BLGK, segment_ids, scale, chunk_size, implementation)
     if scale is None:
         scale = 1 / math.sqrt(q_BLHK.shape[-1])
-    if implementation is None:
-        implementation = _choose(q_BLHK, k_BLGK, segment_ids)
-    else:
-        reason = _unsupported(implementation, q_BLHK, k_BLGK, segment_ids)
-        if reason:
-            raise NotImplementedError(
-                f"implementation={implementation!r} cannot serve this call: {reason}; use implementation='xla' or None"
-            )
-    q_BLHK, k_BLGK, v_BLGK, segment_ids = _vary_alike(q_BLHK, k_BLGK, v_BLGK, segment_ids)
+    implementation = choose(implementation, q_BLHK, k_BLGK, segment_ids)
+    q_BLHK, k_BLGK, v_BLGK, segment_ids = vary_alike(q_BLHK, k_BLGK, v_BLGK, segment_ids)
     match implementation:
         case 'reference':
             return reference.attention(q_BLHK, k_BLGK, v_BLGK, segment_ids, scale)
@@ -107,7 +100,8 @@ def save_residuals(primitive, *_, **params) -> bool:
     return primitive.name == 'dot_product_attention_fwd_wrapper'  # cuDNN without segment ids
 
 
-def _unsupported(implementation, q_BLHK, k_BLGK, segment_ids):
+def unsupported(implementation, q_BLHK, k_BLGK, segment_ids):
+    """Why an implementation cannot serve these arguments, or None."""
     match implementation:
         case 'cudnn':
             return cudnn.unsupported(q_BLHK, k_BLGK, segment_ids)
@@ -118,17 +112,29 @@ def _unsupported(implementation, q_BLHK, k_BLGK, segment_ids):
     return None
 
 
-def _choose(q_BLHK, k_BLGK, segment_ids):
+def choose(implementation, q_BLHK, k_BLGK, segment_ids, *, unsupported=unsupported, of='causal_attention'):
+    """The named implementation, or for None the fused one of this backend where it can serve, otherwise 'xla'.
+
+    Raises:
+      NotImplementedError: the named one cannot serve these arguments.
+    """
+    if implementation is not None:
+        reason = unsupported(implementation, q_BLHK, k_BLGK, segment_ids)
+        if reason:
+            raise NotImplementedError(
+                f"implementation={implementation!r} cannot serve this call: {reason}; use implementation='xla' or None"
+            )
+        return implementation
     backend = jax.default_backend()
     fused = _FUSED.get(backend)
     if fused is None:
-        _log_once(f"causal_attention: 'xla' on {backend}, which has no fused implementation")
+        _log_once(f"{of}: 'xla' on {backend}, which has no fused implementation")
         return 'xla'
-    reason = _unsupported(fused, q_BLHK, k_BLGK, segment_ids)
+    reason = unsupported(fused, q_BLHK, k_BLGK, segment_ids)
     if reason:
-        _log_once(f"causal_attention: 'xla' on {backend}, not {fused!r}: {reason}")
+        _log_once(f"{of}: 'xla' on {backend}, not {fused!r}: {reason}")
         return 'xla'
-    _log_once(f'causal_attention: {fused!r} on {backend}')
+    _log_once(f'{of}: {fused!r} on {backend}')
     return fused
 
 
@@ -137,7 +143,7 @@ def _log_once(message):
     _log.info(message)
 
 
-def _vary_alike(*arrays):
+def vary_alike(*arrays):
     """Inside shard_map, let every array vary over the mesh axes that any of them varies over.
 
     Keys and values may be replicated over an axis that splits the queries. The cast makes the
@@ -152,7 +158,8 @@ def _vary_alike(*arrays):
     return tuple(cast(x) for x in arrays)
 
 
-def _check(q, k, v, segment_ids, scale, chunk_size, implementation):
+def check(q, k, v, segment_ids, scale, chunk_size, implementation):
+    """Raises ValueError where an argument breaks a rule of `causal_attention`."""
     for name, x in (('q', q), ('k', k), ('v', v)):
         if x.ndim != 4:
             raise ValueError(f'{name} has shape {x.shape}; it must have 4 axes (batch, length, heads, width)')

@@ -183,8 +183,10 @@ def _packed_operands(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, f, m):
     )  # fmt: skip
 
 
-def _parameters(scale):
+def _parameters(scale, mask=None):
     _, _, mask_type, layout = _private()
+    if mask is not None:
+        mask_type = type(mask_type)[mask]
     return {
         "scale": scale, "seed": 42, "dropout_rate": 0.0, "variadic_args": (False, False),
         "mask_type": mask_type, "layout": layout, "sliding_window_length": None,
@@ -199,8 +201,26 @@ def _pad_to(x, size):
     return jnp.pad(x.reshape(-1), (0, size - x.size))
 
 
-def _forward(scale, q_BLHK, k_BLGK, v_BLGK, segment_ids_BL):
-    """(out [B, L, H, K], statistics [_statistics_size] float32).
+def _by_token(statistics_NHT, segment_ids_BL):
+    """Statistics by document -> by token, [B, H, L]."""
+    B, L = segment_ids_BL.shape
+    starts = _is_start(segment_ids_BL).reshape(-1)
+    position = jnp.arange(B * L, dtype=jnp.int32)
+    begin = lax.cummax(jnp.where(starts, position, 0))
+    document = jnp.cumsum(starts, dtype=jnp.int32) - 1
+    return statistics_NHT[document, :, position - begin].reshape(B, L, -1).swapaxes(1, 2)
+
+
+def _by_document(statistics_BHL, segment_ids_BL, N, T):
+    """The inverse, [N, H, T]; past a document's end there is what another one holds."""
+    B, H, L = statistics_BHL.shape
+    starts_N, _ = _documents(segment_ids_BL, N)
+    token_NT = jnp.minimum(starts_N[:, None] + jnp.arange(T, dtype=jnp.int32), B * L - 1)
+    return statistics_BHL.swapaxes(0, 1).reshape(H, B * L)[:, token_NT].swapaxes(0, 1)
+
+
+def _forward(scale, q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, by_token=False):
+    """(out [B, L, H, K], statistics [_statistics_size] float32, or by_token the logsumexp [B, H, L]).
 
     What the statistics hold and how is the business of the branch that wrote them; the
     backward takes the same branch, because the branch is a function of the segment ids.
@@ -213,20 +233,21 @@ def _forward(scale, q_BLHK, k_BLGK, v_BLGK, segment_ids_BL):
         def branch(q, k, v, segment_ids):
             operands = _packed_operands(q, k, v, segment_ids, f, m)
             out, statistics = fwd_p.bind(*operands, is_training=True, **_parameters(scale))
-            return out.reshape(B, L, H, K), _pad_to(statistics, size)
+            statistics = _by_token(statistics, segment_ids) if by_token else _pad_to(statistics, size)
+            return out.reshape(B, L, H, K), statistics
 
         return branch
 
     def blockwise(q, k, v, segment_ids):
-        out, lse_BHL = xla.forward(q, k, v, segment_ids, scale, xla.DEFAULT_CHUNK)
-        return out, _pad_to(lse_BHL, size)
+        out, lse_BHL = xla.forward(q, k, v, (segment_ids, segment_ids), scale, xla.DEFAULT_CHUNK)
+        return out, lse_BHL if by_token else _pad_to(lse_BHL, size)
 
     branches = [packed(f, m) for f, m, _, _ in _shapes(B, L)] + [blockwise]
     return lax.switch(_choice(segment_ids_BL), branches, q_BLHK, k_BLGK, v_BLGK, segment_ids_BL)
 
 
-def _backward(scale, q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, out_BLHK, statistics, dout_BLHK):
-    """(dq, dk, dv) in the shapes and dtypes of q, k, v."""
+def _backward(scale, q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, out_BLHK, statistics, dout_BLHK, by_token=False):
+    """(dq, dk, dv) in the shapes and dtypes of q, k, v; by_token as in `_forward`."""
     B, L, H, K = q_BLHK.shape
     bwd_p = _private()[1]
 
@@ -234,15 +255,19 @@ def _backward(scale, q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, out_BLHK, statistic
         def branch(q, k, v, segment_ids, out, statistics, dout):
             operands = _packed_operands(q, k, v, segment_ids, f, m)
             view = operands[0].shape
-            mine = statistics[: m * B * H * L].reshape(B * f * m, H, L // f)
+            if by_token:
+                mine = _by_document(statistics, segment_ids, B * f * m, L // f)
+            else:
+                mine = statistics[: m * B * H * L].reshape(B * f * m, H, L // f)
             dq, dk, dv = bwd_p.bind(*operands, mine, out.reshape(view), dout.reshape(view), **_parameters(scale))
             return dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape)
 
         return branch
 
     def blockwise(q, k, v, segment_ids, out, statistics, dout):
-        lse_BHL = statistics[: B * H * L].reshape(B, H, L)
-        return xla.backward(q, k, v, segment_ids, scale, xla.DEFAULT_CHUNK, out, lse_BHL, dout)
+        lse_BHL = statistics if by_token else statistics[: B * H * L].reshape(B, H, L)
+        delta_BHL = xla.row_products(out, dout)
+        return xla.backward(q, k, v, (segment_ids, segment_ids), scale, xla.DEFAULT_CHUNK, lse_BHL, delta_BHL, dout)
 
     branches = [packed(f, m) for f, m, _, _ in _shapes(B, L)] + [blockwise]
     return lax.switch(
@@ -301,3 +326,74 @@ def _packed_bwd(scale, residuals, dout):
 
 
 _packed.defvjp(_packed_fwd, _packed_bwd)
+
+
+# ---- blocks of a longer sequence ----
+
+
+def _reach(ids_BL, key_ids_BT):
+    """How many tokens from the first query and to the last key are of the last key's document, each [B] int32.
+
+    All queries are after all keys, and a document stands together: it is at the end of the keys and at the start of
+    the queries, or not in both.
+    """
+    last = key_ids_BT[:, -1:]
+    queries, keys = (lax.cummin((ids == last).astype(jnp.int32), axis=1).sum(1) for ids in (ids_BL, key_ids_BT[:, ::-1]))
+    return queries, keys
+
+
+def _rolled(x_BTGK, shift_B):
+    return jax.vmap(lambda x, shift: jnp.roll(x, shift, axis=0))(x_BTGK, shift_B)
+
+
+def _block_operands(q_BLHK, k_BTGK, v_BTGK, lengths):
+    none = jnp.zeros(0, q_BLHK.dtype)
+    # Of a document that is on one side only cuDNN still gets a token, and what it makes of it is dropped.
+    lengths = (none, none) if lengths is None else (jnp.maximum(x, 1) for x in lengths)
+    return q_BLHK, k_BTGK, v_BTGK, none, *lengths, none, none, none, none
+
+
+def block_forward(q_BLHK, k_BTGK, v_BTGK, segments, scale, causal):
+    """A block of attention over a longer sequence: all L queries stand after all T keys, or T = L and causal.
+
+    Between two parts of a row there is one document at most, a suffix of the keys and a prefix of the queries. The
+    keys are rolled so that it is a prefix of both, which are cuDNN's lengths of sequences.
+
+    Args:
+      q_BLHK, k_BTGK, v_BTGK: bfloat16 or float16.
+      segments: None, or the ids [B, L] int32 of the queries and [B, T] of the keys.
+      scale: float, factor of the scores.
+
+    Returns:
+      [B, L, H, K] in q's dtype, and its logsumexp [B, H, L] float32: 0 and -inf of a query that sees no key.
+    """
+    if segments is None:
+        operands = _block_operands(q_BLHK, k_BTGK, v_BTGK, None)
+        mask = 'CAUSAL' if causal else 'NO_MASK'
+        return tuple(_private()[0].bind(*operands, is_training=True, **_parameters(scale, mask)))
+    if causal:
+        return _forward(scale, q_BLHK, k_BTGK, v_BTGK, segments[0], by_token=True)
+    queries_B, keys_B = _reach(*segments)
+    operands = _block_operands(q_BLHK, _rolled(k_BTGK, keys_B), _rolled(v_BTGK, keys_B), (queries_B, keys_B))
+    out, lse = _private()[0].bind(*operands, is_training=True, **_parameters(scale, 'PADDING'))
+    sees_BL = jnp.arange(q_BLHK.shape[1]) < queries_B[:, None]
+    return jnp.where(sees_BL[:, :, None, None], out, 0), jnp.where(sees_BL[:, None], lse, -jnp.inf)
+
+
+def block_backward(q_BLHK, k_BTGK, v_BTGK, segments, scale, causal, lse_BHL, out_BLHK, dout_BLHK):
+    """Parts of (dq, dk, dv) of such a block, in q's dtype; lse and out are those of the whole sequence."""
+    if segments is None:
+        operands = _block_operands(q_BLHK, k_BTGK, v_BTGK, None)
+        mask = 'CAUSAL' if causal else 'NO_MASK'
+        return tuple(_private()[1].bind(*operands, lse_BHL, out_BLHK, dout_BLHK, **_parameters(scale, mask)))
+    if causal:
+        return _backward(scale, q_BLHK, k_BTGK, v_BTGK, segments[0], out_BLHK, lse_BHL, dout_BLHK, by_token=True)
+    queries_B, keys_B = _reach(*segments)
+    operands = _block_operands(q_BLHK, _rolled(k_BTGK, keys_B), _rolled(v_BTGK, keys_B), (queries_B, keys_B))
+    sees_BL = jnp.arange(q_BLHK.shape[1]) < queries_B[:, None]
+    # A query that sees no key here: exp(score - lse) is 0 for any score.
+    lse_BHL = jnp.where(sees_BL[:, None], lse_BHL, 1e30)
+    dq, dk, dv = _private()[1].bind(*operands, lse_BHL, out_BLHK, dout_BLHK, **_parameters(scale, 'PADDING'))
+    seen_BT = jnp.arange(k_BTGK.shape[1]) < jnp.where(queries_B > 0, keys_B, 0)[:, None]
+    dk, dv = (_rolled(jnp.where(seen_BT[:, :, None, None], x, 0), -keys_B) for x in (dk, dv))
+    return jnp.where(sees_BL[:, :, None, None], dq, 0), dk, dv

@@ -1,4 +1,4 @@
-"""Blockwise (flash) causal attention in plain JAX, for every backend.
+"""Blockwise (flash) attention in plain JAX, for every backend.
 
 The score matrix exists only as one [Q, Q] block a head at a time. One `lax.scan` walks the
 blocks on and below the diagonal, row by row, and inside a row from the diagonal to the left:
@@ -9,14 +9,18 @@ blocks on and below the diagonal, row by row, and inside a row from the diagonal
   * the diagonal block comes first because each query may see at least itself there. The running
     maximum is finite from then on, so a block masked away by segment ids contributes
     exp(-inf) = 0 and never a NaN.
+  * `forward` and `backward` also serve a block of a longer sequence (causal=False): queries that
+    all stand after the keys of this call. A row may see none of them; its output is 0 and its
+    logsumexp -inf.
   * only batch and head axes are batched in the matmuls and nothing gathers along them, so the
     SPMD partitioner shards the loop over batch and heads without communication.
 
 Source: FlashAttention-2 (arXiv:2307.08691), algorithms 1 and 2.
 
-Shapes: B batch, L length, H heads, G key/value heads, K head width, C blocks, Q block length,
-S key inside a block, M query rows of a block with the heads that share a key/value head
-stacked (M = (H / G) Q, so that grouped heads become one larger matmul).
+Shapes: B batch, L length, T keys of a call (L where causal), H heads, G key/value heads, K head
+width, C blocks of queries, D blocks of keys, Q query and S key inside a block, M query rows of a
+block with the heads that share a key/value head stacked (M = (H / G) Q, so that grouped heads
+become one larger matmul).
 """
 
 import functools
@@ -38,11 +42,12 @@ def _precision(dtype):
     return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
 
 
-def _block_pairs(C):
-    """[(i, j)]: query block i and key block j <= i, each row starting at its diagonal."""
-    pairs = [(i, j) for i in range(C) for j in range(i, -1, -1)]
-    i, j = np.array(pairs, np.int32).T
-    return jnp.asarray(i), jnp.asarray(j)
+def _block_pairs(C, D, causal):
+    """(i, j, first): query block i, its key blocks from the last that it sees to the left, which of them is the first."""
+    last = [i if causal else D - 1 for i in range(C)]
+    pairs = [(i, j, j == last[i]) for i in range(C) for j in range(last[i], -1, -1)]
+    i, j, first = np.array(pairs, np.int32).T
+    return jnp.asarray(i), jnp.asarray(j), jnp.asarray(first, bool)
 
 
 def _constant(shape, value, dtype, like):
@@ -98,7 +103,7 @@ def _block_segments(segment_ids_BL, C, Q):
     return _pad_length(segment_ids_BL, C * Q).reshape(-1, C, Q).transpose(1, 0, 2)
 
 
-def _scores(q_BGMK, k_BGSK, i, j, segments_CBQ, scale):
+def _scores(q_BGMK, k_BGSK, i, j, segments_CBQ, key_segments_DBS, scale, Q, T, causal):
     """Masked float32 scores of block (i, j), [B, G, M, S]."""
     s_BGMS = scale * jnp.einsum(
         'BGMK,BGSK->BGMS',
@@ -107,47 +112,65 @@ def _scores(q_BGMK, k_BGSK, i, j, segments_CBQ, scale):
         precision=_precision(q_BGMK.dtype),
         preferred_element_type=jnp.float32,
     )
-    M, Q = s_BGMS.shape[-2:]
-    allowed = i * Q + jnp.arange(M)[:, None] % Q >= j * Q + jnp.arange(Q)[None, :]
+    M, S = s_BGMS.shape[-2:]
+    key_S = j * S + jnp.arange(S)[None, :]
+    if causal:
+        allowed = i * Q + jnp.arange(M)[:, None] % Q >= key_S
+    else:
+        allowed = key_S < T  # padded keys
     if segments_CBQ is not None:
         rows_BM = jnp.tile(segments_CBQ[i], (1, M // Q))
-        allowed = allowed & (rows_BM[:, None, :, None] == segments_CBQ[j][:, None, None, :])
+        allowed = allowed & (rows_BM[:, None, :, None] == key_segments_DBS[j][:, None, None, :])
     return jnp.where(allowed, s_BGMS, -jnp.inf)
 
 
-def forward(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, scale, chunk):
-    """Attention output [B, L, H, K] in q's dtype and logsumexp [B, H, L] float32."""
-    L, G = q_BLHK.shape[1], k_BLGK.shape[2]
-    Q = min(chunk, L)
-    C = -(-L // Q)
-    q_CBGMK = _block_queries(q_BLHK, C, Q, G)
-    k_CBGSK, v_CBGSK = _block_keys(k_BLGK, C, Q), _block_keys(v_BLGK, C, Q)
-    segments_CBQ = _block_segments(segment_ids_BL, C, Q)
+def _block_all(q_BLHK, k_BTGK, v_BTGK, segments, chunk):
+    """((q, k, v and both ids in blocks), (C, D, Q, S))."""
+    (L, T), G = (q_BLHK.shape[1], k_BTGK.shape[1]), k_BTGK.shape[2]
+    Q, S = min(chunk, L), min(chunk, T)
+    C, D = -(-L // Q), -(-T // S)
+    ids_BL, key_ids_BT = (None, None) if segments is None else segments
+    arrays = (_block_queries(q_BLHK, C, Q, G), _block_keys(k_BTGK, D, S), _block_keys(v_BTGK, D, S),
+              _block_segments(ids_BL, C, Q), _block_segments(key_ids_BT, D, S))
+    return arrays, (C, D, Q, S)
+
+
+def forward(q_BLHK, k_BTGK, v_BTGK, segments, scale, chunk, *, causal=True, dtype=None):
+    """Attention output [B, L, H, K] in dtype (None: q's) and logsumexp [B, H, L] float32.
+
+    segments: None, or the ids [B, L] of the queries and [B, T] of the keys, int32. causal: T = L; otherwise all keys
+    are before all queries.
+    """
+    L, T = q_BLHK.shape[1], k_BTGK.shape[1]
+    arrays, (C, D, Q, S) = _block_all(q_BLHK, k_BTGK, v_BTGK, segments, chunk)
+    q_CBGMK, k_DBGSK, v_DBGSK, *segments = arrays
     block, rows = q_CBGMK.shape[1:], q_CBGMK.shape[1:-1]
 
     def step(carry, pair):
         acc_BGMK, m_BGM, l_BGM, out_CBGMK, lse_CBGM = carry
-        i, j = pair
-        first = i == j
+        i, j, first = pair
         m_BGM = jnp.where(first, -jnp.inf, m_BGM)
         l_BGM = jnp.where(first, 0.0, l_BGM)
         acc_BGMK = jnp.where(first, 0.0, acc_BGMK)
 
-        s_BGMS = _scores(q_CBGMK[i], k_CBGSK[j], i, j, segments_CBQ, scale)
+        s_BGMS = _scores(q_CBGMK[i], k_DBGSK[j], i, j, *segments, scale, Q, T, causal)
         m_new_BGM = jnp.maximum(m_BGM, s_BGMS.max(-1))
-        p_BGMS = jnp.exp(s_BGMS - m_new_BGM[..., None])
-        shrink_BGM = jnp.exp(m_BGM - m_new_BGM)
+        # -inf: the row saw no key yet, which the diagonal block excludes.
+        shift_BGM = m_new_BGM if causal else jnp.where(m_new_BGM == -jnp.inf, 0.0, m_new_BGM)
+        p_BGMS = jnp.exp(s_BGMS - shift_BGM[..., None])
+        shrink_BGM = jnp.exp(m_BGM - shift_BGM)
         l_BGM = shrink_BGM * l_BGM + p_BGMS.sum(-1)
         acc_BGMK = shrink_BGM[..., None] * acc_BGMK + jnp.einsum(
             'BGMS,BGSK->BGMK',
-            p_BGMS.astype(v_CBGSK.dtype),
-            v_CBGSK[j],
-            precision=_precision(v_CBGSK.dtype),
+            p_BGMS.astype(v_DBGSK.dtype),
+            v_DBGSK[j],
+            precision=_precision(v_DBGSK.dtype),
             preferred_element_type=jnp.float32,
         )
         # Written in every step and right after the last one of the row: cheaper than keeping
         # unnormalised float32 rows of the whole sequence.
-        out_CBGMK = out_CBGMK.at[i].set((acc_BGMK / l_BGM[..., None]).astype(out_CBGMK.dtype))
+        weight_BGM = l_BGM if causal else jnp.where(l_BGM == 0, 1.0, l_BGM)
+        out_CBGMK = out_CBGMK.at[i].set((acc_BGMK / weight_BGM[..., None]).astype(out_CBGMK.dtype))
         lse_CBGM = lse_CBGM.at[i].set(m_new_BGM + jnp.log(l_BGM))
         return (acc_BGMK, m_new_BGM, l_BGM, out_CBGMK, lse_CBGM), None
 
@@ -156,57 +179,62 @@ def forward(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, scale, chunk):
         _constant(block, 0, f32, q_BLHK),
         _constant(rows, 0, f32, q_BLHK),
         _constant(rows, 0, f32, q_BLHK),
-        _constant((C, *block), 0, q_BLHK.dtype, q_BLHK),
+        _constant((C, *block), 0, dtype or q_BLHK.dtype, q_BLHK),
         _constant((C, *rows), 0, f32, q_BLHK),
     )
-    (_, _, _, out_CBGMK, lse_CBGM), _ = lax.scan(step, init, _block_pairs(C))
+    (_, _, _, out_CBGMK, lse_CBGM), _ = lax.scan(step, init, _block_pairs(C, D, causal))
     return _unblock_queries(out_CBGMK, L, Q), _unblock_rows(lse_CBGM, L, Q)
 
 
-def backward(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, scale, chunk, out_BLHK, lse_BHL, dout_BLHK):
-    """Gradients (dq, dk, dv) in the dtypes of q, k, v; dk and dv accumulate in float32."""
-    L, G = q_BLHK.shape[1], k_BLGK.shape[2]
-    Q = min(chunk, L)
-    C = -(-L // Q)
+def row_products(out_BLHK, dout_BLHK):
+    """What the backward needs of the output: its product with its gradient, [B, H, L] float32."""
+    return jnp.einsum('BLHK,BLHK->BHL', out_BLHK.astype(jnp.float32), dout_BLHK.astype(jnp.float32))
+
+
+def backward(q_BLHK, k_BTGK, v_BTGK, segments, scale, chunk, lse_BHL, delta_BHL, dout_BLHK, *, causal=True, dtype=None):
+    """Gradients (dq, dk, dv) in dtype (None: that of q, k, v); dk and dv accumulate in float32.
+
+    segments, causal: as in `forward`. lse and delta (`row_products`) are those of the whole sequence, of which T keys
+    may be a part.
+    """
+    L, T, G = q_BLHK.shape[1], k_BTGK.shape[1], k_BTGK.shape[2]
     f32 = jnp.float32
-    delta_BHL = jnp.einsum('BLHK,BLHK->BHL', out_BLHK.astype(f32), dout_BLHK.astype(f32))
-    q_CBGMK = _block_queries(q_BLHK, C, Q, G)
+    arrays, (C, D, Q, S) = _block_all(q_BLHK, k_BTGK, v_BTGK, segments, chunk)
+    q_CBGMK, k_DBGSK, v_DBGSK, *segments = arrays
     dout_CBGMK = _block_queries(dout_BLHK.astype(q_BLHK.dtype), C, Q, G)
-    k_CBGSK, v_CBGSK = _block_keys(k_BLGK, C, Q), _block_keys(v_BLGK, C, Q)
     # Padded rows have lse 0 and dout 0: p stays finite and every product with it is 0.
     lse_CBGM, delta_CBGM = _block_rows(lse_BHL, C, Q, G), _block_rows(delta_BHL, C, Q, G)
-    segments_CBQ = _block_segments(segment_ids_BL, C, Q)
     einsum = functools.partial(jnp.einsum, precision=_precision(q_BLHK.dtype), preferred_element_type=f32)
 
     def step(carry, pair):
-        dq_BGMK, dq_CBGMK, dk_CBGSK, dv_CBGSK = carry
-        i, j = pair
-        q_BGMK, dout_BGMK, k_BGSK, v_BGSK = q_CBGMK[i], dout_CBGMK[i], k_CBGSK[j], v_CBGSK[j]
-        s_BGMS = _scores(q_BGMK, k_BGSK, i, j, segments_CBQ, scale)
+        dq_BGMK, dq_CBGMK, dk_DBGSK, dv_DBGSK = carry
+        i, j, first = pair
+        q_BGMK, dout_BGMK, k_BGSK, v_BGSK = q_CBGMK[i], dout_CBGMK[i], k_DBGSK[j], v_DBGSK[j]
+        s_BGMS = _scores(q_BGMK, k_BGSK, i, j, *segments, scale, Q, T, causal)
         p_BGMS = jnp.exp(s_BGMS - lse_CBGM[i][..., None])
         dv_BGSK = einsum('BGMS,BGMK->BGSK', p_BGMS.astype(q_BGMK.dtype), dout_BGMK)
         dp_BGMS = einsum('BGMK,BGSK->BGMS', dout_BGMK, v_BGSK)
         ds_BGMS = scale * p_BGMS * (dp_BGMS - delta_CBGM[i][..., None])
         ds_BGMS = ds_BGMS.astype(q_BGMK.dtype)
-        dq_BGMK = jnp.where(i == j, 0.0, dq_BGMK) + einsum('BGMS,BGSK->BGMK', ds_BGMS, k_BGSK)
+        dq_BGMK = jnp.where(first, 0.0, dq_BGMK) + einsum('BGMS,BGSK->BGMK', ds_BGMS, k_BGSK)
         dk_BGSK = einsum('BGMS,BGMK->BGSK', ds_BGMS, q_BGMK)
         return (
             dq_BGMK,
             dq_CBGMK.at[i].set(dq_BGMK.astype(dq_CBGMK.dtype)),
-            dk_CBGSK.at[j].add(dk_BGSK),
-            dv_CBGSK.at[j].add(dv_BGSK),
+            dk_DBGSK.at[j].add(dk_BGSK),
+            dv_DBGSK.at[j].add(dv_BGSK),
         ), None
 
     init = (
         _constant(q_CBGMK.shape[1:], 0, f32, q_BLHK),
-        _constant(q_CBGMK.shape, 0, q_BLHK.dtype, q_BLHK),
-        _constant(k_CBGSK.shape, 0, f32, q_BLHK),
-        _constant(v_CBGSK.shape, 0, f32, q_BLHK),
+        _constant(q_CBGMK.shape, 0, dtype or q_BLHK.dtype, q_BLHK),
+        _constant(k_DBGSK.shape, 0, f32, q_BLHK),
+        _constant(v_DBGSK.shape, 0, f32, q_BLHK),
     )
-    (_, dq_CBGMK, dk_CBGSK, dv_CBGSK), _ = lax.scan(step, init, _block_pairs(C))
-    dk_BLGK = _unblock_keys(dk_CBGSK, L).astype(k_BLGK.dtype)
-    dv_BLGK = _unblock_keys(dv_CBGSK, L).astype(v_BLGK.dtype)
-    return _unblock_queries(dq_CBGMK, L, Q), dk_BLGK, dv_BLGK
+    (_, dq_CBGMK, dk_DBGSK, dv_DBGSK), _ = lax.scan(step, init, _block_pairs(C, D, causal))
+    dk_BTGK = _unblock_keys(dk_DBGSK, T).astype(dtype or k_BTGK.dtype)
+    dv_BTGK = _unblock_keys(dv_DBGSK, T).astype(dtype or v_BTGK.dtype)
+    return _unblock_queries(dq_CBGMK, L, Q), dk_BTGK, dv_BTGK
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -223,18 +251,20 @@ def attention(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, scale, chunk):
     Returns:
       [B, L, H, K] in q's dtype.
     """
-    return forward(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, scale, chunk)[0]
+    return _attention_fwd(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, scale, chunk)[0]
 
 
 def _attention_fwd(q, k, v, segment_ids, scale, chunk):
-    out, lse = forward(q, k, v, segment_ids, scale, chunk)
+    segments = None if segment_ids is None else (segment_ids, segment_ids)
+    out, lse = forward(q, k, v, segments, scale, chunk)
     out, lse = checkpoint_name(out, RESIDUAL_NAME), checkpoint_name(lse, RESIDUAL_NAME)
     return out, (q, k, v, segment_ids, out, lse)
 
 
 def _attention_bwd(scale, chunk, residuals, dout):
     q, k, v, segment_ids, out, lse = residuals
-    return *backward(q, k, v, segment_ids, scale, chunk, out, lse, dout), None
+    segments = None if segment_ids is None else (segment_ids, segment_ids)
+    return *backward(q, k, v, segments, scale, chunk, lse, row_products(out, dout), dout), None
 
 
 attention.defvjp(_attention_fwd, _attention_bwd)
