@@ -42,7 +42,7 @@ def says(*parts):
 @pytest.mark.parametrize('assign, message', [
     (lambda c: setattr(c.model, 'd_modle', 3), 'unknown setting model.d_modle; did you mean d_model?'),
     (lambda c: setattr(c, 'modle', Model()), 'unknown setting modle; did you mean model?'),
-    (lambda c: setattr(c.mesh, 'zzz', 3), 'unknown setting mesh.zzz; known: data, fsdp, tensor'),
+    (lambda c: setattr(c.mesh, 'zzz', 3), 'unknown setting mesh.zzz; known: context, data, fsdp, slices, tensor'),
     (lambda c: Model(d_modle=3), 'unknown setting model.d_modle; did you mean d_model?'),
     (lambda c: Config(optimiser=Optimizer()), 'unknown setting optimiser; did you mean optimizer?'),
     (lambda c: setattr(c.model, 'd_model', '3'), "model.d_model='3' must be int, not str"),

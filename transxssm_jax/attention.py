@@ -13,6 +13,7 @@ from pallas_kernels.attention.api import causal_attention
 from pallas_kernels.attention.api import save_residuals as save_attention_residuals
 from pallas_kernels.attention.decode import IMPLEMENTATIONS as DECODE_IMPLEMENTATIONS
 from pallas_kernels.attention.decode import decode_attention, write_token
+from pallas_kernels.attention.ring import ring_attention
 from transxssm_jax import layers, mesh
 from transxssm_jax.config import Model
 from transxssm_jax.rope import Rope, rotate
@@ -20,7 +21,7 @@ from transxssm_jax.rope import Rope, rotate
 __all__ = ['Attention', 'save_attention_residuals']
 
 # Logical axes of a sequence's heads and groups, of one token's, and of a cache.
-_HEADS, _GROUPS = ('batch', None, 'heads', None), ('batch', None, 'groups', None)
+_HEADS, _GROUPS = ('batch', 'length', 'heads', None), ('batch', 'length', 'groups', None)
 _HEADS_OF_TOKEN, _GROUPS_OF_TOKEN = ('batch', 'heads', None), ('batch', 'groups', None)
 _CACHE = ('batch', 'groups', None, None)
 
@@ -59,10 +60,13 @@ class Attention(nnx.Module):
     def __call__(self, u_BLD: Float[Array, 'B L D'], *, rope: Rope, scale_BL: Float32[Array, 'B L'] | None,
                  segment_ids_BL: Int32[Array, 'B L']) -> Float[Array, 'B L D']:
         """[B, L, D] -> [B, L, D]; scale_BL multiplies Q."""
-        def attend(q, k, v, segment_ids):
-            return causal_attention(q, k, v, segment_ids=segment_ids, implementation=self.implementation)
+        u_BLD, pieces = mesh.shared(u_BLD, 'heads'), mesh.size_in_use('context')
 
-        y_BLHK = mesh.on_shards(attend, (_HEADS, _GROUPS, _GROUPS, ('batch', None)), _HEADS)(
+        def attend(q, k, v, segment_ids):
+            return ring_attention(q, k, v, axis_name='context', axis_size=pieces, segment_ids=segment_ids,
+                                  implementation=self.implementation)
+
+        y_BLHK = mesh.on_shards(attend, (_HEADS, _GROUPS, _GROUPS, mesh.BATCH), _HEADS)(
             *self._inputs(u_BLD, rope, scale_BL), segment_ids_BL)
         return self.out_proj(y_BLHK)
 

@@ -9,12 +9,16 @@ import json
 import logging
 import math
 import pathlib
+import re
+import secrets
 import shutil
+import time
 
 import jax
 import orbax.checkpoint as ocp
 
 from transxssm_jax import config as config_lib
+from transxssm_jax import hosts
 from transxssm_jax import step as step_lib
 from transxssm_jax.config import Config
 
@@ -32,7 +36,8 @@ def open_workdir(workdir: pathlib.Path, config: Config) -> None:
 
     Raises:
       CheckpointError: the workdir holds a run whose checkpoints this config
-        does not fit, or it cannot be written.
+        does not fit, or it cannot be written, or the processes of this run do not
+        all see the same directory.
     """
     path = workdir / 'config.json'
     try:
@@ -40,12 +45,33 @@ def open_workdir(workdir: pathlib.Path, config: Config) -> None:
         # A run that died before its first checkpoint, of a wrong setting perhaps, binds nobody.
         if path.exists() and _steps_in(workdir / 'checkpoints'):
             _check_fits(f'--workdir={workdir}', _read_config(path), config)
-        if jax.process_index() == 0:
+        if hosts.is_first():
             partial = path.with_suffix('.tmp')
             partial.write_text(config_lib.to_json(config))
             partial.replace(path)
+        _check_shared(workdir)
     except OSError as error:
         raise CheckpointError(f'--workdir={workdir} cannot be written ({error.strerror}); choose another') from error
+
+
+def _check_shared(workdir: pathlib.Path, patience_seconds: float = 20.0) -> None:
+    """Raises CheckpointError unless all processes see the directory that process 0 sees."""
+    if not hosts.several():
+        return
+    witness = workdir / f'.shared-{secrets.token_hex(8)}'
+    if hosts.is_first():
+        witness.touch()
+    witness = workdir / hosts.from_first(witness.name)
+    deadline = time.monotonic() + patience_seconds  # network file systems show a new file late
+    while not witness.exists() and time.monotonic() < deadline:
+        list(workdir.iterdir())  # makes some of them look again
+        time.sleep(0.2)
+    blind = [process for process, sees in enumerate(hosts.gather(witness.exists())) if not sees]
+    if hosts.is_first():
+        witness.unlink()
+    if blind:
+        raise CheckpointError(f'--workdir={workdir} of process {blind[0]} is not the directory of process 0; it must be on a '
+                              'file system that all hosts share (NFS, Lustre, a mounted bucket)')
 
 
 def _steps_in(directory: pathlib.Path) -> list[int]:
@@ -134,15 +160,17 @@ class Checkpoints:
         self.config = config
         self.directory = workdir.absolute() / 'checkpoints'
         self._warn_of_incomplete()
+        self.directory.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(
             self.directory, item_names=('state', 'data', 'config'),
             options=ocp.CheckpointManagerOptions(
+                create=False, multiprocessing_options=_without_the_devices(),
                 # Orbax stores metrics only where it is told of a best_fn; what to keep is the policy's to say.
                 best_fn=_eval_loss, best_mode='min', preservation_policy=_Keep(config.train),
                 cleanup_tmp_directories=True, enable_async_checkpointing=True))
 
     def _warn_of_incomplete(self):
-        for path in sorted(self.directory.glob('*')):
+        for path in sorted(self.directory.glob('*')) if hosts.is_first() else []:
             if path.is_dir() and not path.name.isdigit():
                 kind = 'unreadable' if path.suffix == UNREADABLE else 'incomplete'
                 log.warning('skipping %s checkpoint %s', kind, path)
@@ -162,6 +190,16 @@ class Checkpoints:
             self._manager.save(step, metrics=metrics, force=True, args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_position),
                 config=ocp.args.JsonSave(json.loads(config_lib.to_json(self.config)))))
+
+    def evaluated(self, step: int, eval_loss: float) -> None:
+        """Adds the evaluation loss to a checkpoint that was saved without it, so that it counts among the best."""
+        path = self.directory / str(step) / 'metrics' / 'metrics'
+        if hosts.is_first() and path.exists():
+            partial = path.with_suffix('.tmp')
+            partial.write_text(json.dumps({'eval_loss': float(eval_loss)}))
+            partial.replace(path)
+        hosts.gather('evaluated')
+        self._manager.reload()
 
     def wait(self) -> None:
         """Blocks until what was started is written; raises CheckpointError if it was not."""
@@ -185,39 +223,60 @@ class Checkpoints:
           CheckpointError: a checkpoint is of another config, or there are
             checkpoints and none can be read.
         """
-        steps = self.steps()
+        steps = hosts.from_first(self.steps())
         for step in reversed(steps):
+            restored, problem = None, ''
             try:
-                meta = self._manager.restore(step, args=ocp.args.Composite(
-                    data=ocp.args.JsonRestore(), config=ocp.args.JsonRestore()))
-                saved = config_lib.from_json(json.dumps(meta['config']))
-                _check_fits(f'checkpoint {self.directory / str(step)}', saved, self.config)
-                state = self._manager.restore(step, args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(abstract_state)))['state']
-                self._set_aside([newer for newer in steps if newer > step])
-                return step, state, meta['data']
+                restored = self._restore_step(step, abstract_state)
             except CheckpointError:
                 raise
             except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file.
-                log.warning('skipping unreadable checkpoint %s: %s', self.directory / str(step), _first_line(error))
+                if _may_pass(error):
+                    raise CheckpointError(f'checkpoint {self.directory / str(step)} cannot be read now: {_first_line(error)}; '
+                                          'run the same command again when it can') from error
+                problem = _first_line(error)
+            # Each process reads its own parts: what is damaged for one is not used by any.
+            problems = [f'{text} (process {process})' if hosts.several() else text
+                        for process, text in enumerate(hosts.gather(problem)) if text]
+            if not problems:
+                self._set_aside([newer for newer in steps if newer > step])
+                return step, *restored
+            log.warning('skipping unreadable checkpoint %s: %s', self.directory / str(step), problems[0])
         if steps:
             raise CheckpointError(f'none of the checkpoints {steps} in {self.directory} can be read; '
                                   'restore one from a backup, or use another --workdir to start anew')
         return None
 
+    def _restore_step(self, step: int, abstract_state: dict) -> tuple[dict, dict]:
+        """(state, data position), read without a word to the other processes, who may fail to read theirs."""
+        path = self.directory / str(step)
+        read_json = ocp.JsonCheckpointHandler().restore
+        _check_fits(f'checkpoint {path}', config_lib.from_json(json.dumps(read_json(path / 'config'))), self.config)
+        state = ocp.StandardCheckpointHandler().restore(path / 'state', args=ocp.args.StandardRestore(abstract_state))
+        return jax.block_until_ready(state), read_json(path / 'data')
+
     def _set_aside(self, steps: list[int]) -> None:
-        for step in steps if jax.process_index() == 0 else []:
+        for step in steps if hosts.is_first() else []:
             path = self.directory / str(step)
             aside = path.with_suffix(UNREADABLE)
             if aside.exists():
                 shutil.rmtree(aside)
             path.rename(aside)
         if steps:
+            hosts.gather('set aside')  # so that all see them gone
             self._manager.reload()
 
     def close(self) -> None:
         with _one_line_errors(self.directory):
             self._manager.close()
+
+
+def _without_the_devices() -> ocp.options.MultiprocessingOptions:
+    """Processes wait for each other by messages, not by collectives, which would meet those of a step under way."""
+    if not hosts.several():
+        return ocp.options.MultiprocessingOptions()
+    return ocp.options.MultiprocessingOptions(
+        active_processes=set(range(jax.process_count())), barrier_sync_key_prefix='transxssm_jax')
 
 
 def _eval_loss(metrics: dict) -> float:
@@ -251,6 +310,12 @@ class _one_line_errors:
         if isinstance(error, Exception) and not isinstance(error, CheckpointError):
             raise CheckpointError(f'a checkpoint could not be written to {self.directory}: {_first_line(error)}; '
                                   'the last complete one stays usable') from error
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether a failed read says nothing about the file: the network, the permissions or the limits were at fault."""
+    words = 'PERMISSION_DENIED|UNAVAILABLE|RESOURCE_EXHAUSTED|DEADLINE_EXCEEDED|Permission denied|Too many open files'
+    return bool(re.search(words + '|Stale file handle|Input/output error|Connection', f'{type(error).__name__}: {error}'))
 
 
 def _first_line(error: BaseException) -> str:

@@ -187,7 +187,9 @@ class Train(Section):
 class Mesh(Section):
     data: int = setting(-1, 'Devices that hold whole copies of the state; -1: all that are left.', minimum=-1)
     fsdp: int = setting(1, 'Devices over which parameters and optimizer state are split; they split the batch too.', minimum=-1)
+    context: int = setting(1, 'Devices over which the tokens of a row are split.', minimum=-1)
     tensor: int = setting(1, 'Devices over which heads, MLP width and vocabulary are split.', minimum=-1)
+    slices: int = setting(1, 'TPU slices, or GPU hosts, that the devices are of; data goes across them.', minimum=1)
 
 
 @dataclasses.dataclass
@@ -267,6 +269,16 @@ def _read_file(path: str) -> Config:
     if not isinstance(config, Config):
         raise ConfigError(f'{path}: must have a function get_config() that returns a transxssm_jax.config.Config')
     return config
+
+
+def start_from(asking_file: str, path: str) -> Config:
+    """The config of another file, to change: `config = start_from(__file__, '../1p3b.py')` in a file of configs/pods/.
+
+    Args:
+      asking_file: where path is relative to.
+      path: a config file.
+    """
+    return _read_file(str(pathlib.Path(asking_file).parent / path))
 
 
 def describe() -> str:

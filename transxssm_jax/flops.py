@@ -1,4 +1,4 @@
-"""Analytic floating-point operations of the model, and peak rates of devices.
+"""Analytic floating-point operations of the model.
 
 XLA's own counts are wrong under scan and custom calls, so the model's work is
 counted here: multiply and add are two operations; causal work counts what the
@@ -8,23 +8,18 @@ Shape legend: D model, F mlp, H heads, G groups, K attention head width,
 P state-space head width, N state, Q chunk length, L length, V vocabulary.
 """
 
+from pallas_kernels import chips
 from transxssm_jax.config import Model
 
 # Chunk length at which the scan's work is counted: the least-work figures of
 # the kernel contract use it, and it keeps MFU comparable between chunk sizes.
 SCAN_CHUNK = 128
 
-# Dense bfloat16 peak of one jax device, FLOP/s, by the start of device_kind (vendors' data sheets).
-PEAK_FLOPS = {
-    'NVIDIA H200': 989e12, 'NVIDIA H100': 989e12, 'NVIDIA A100': 312e12, 'NVIDIA B200': 2250e12,
-    'TPU v4': 275e12, 'TPU v5 lite': 197e12, 'TPU v5e': 197e12, 'TPU v5p': 459e12, 'TPU v5': 459e12,
-    'TPU v6 lite': 918e12, 'TPU v6e': 918e12, 'TPU7x': 1153e12,
-}
-
 
 def peak_flops(device_kind: str) -> float:
     """bfloat16 FLOP/s of a device, 0.0 where it is not known (a CPU)."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if device_kind.startswith(name)), 0.0)
+    name = chips.named(device_kind)
+    return chips.CHIPS[name].peak if name else 0.0
 
 
 def scan_flops_per_token(model: Model) -> int:

@@ -333,7 +333,7 @@ def _devices(config: Config, arguments):
         raise InputError(f'--data={arguments.data} x --tensor={arguments.tensor} must be from 1 to the {len(jax.devices())} '
                          'devices that are here')
     settings = json.loads(config_lib.to_json(config))
-    settings['mesh'] |= dict(data=arguments.data, fsdp=1, tensor=arguments.tensor)
+    settings['mesh'] |= dict(data=arguments.data, fsdp=1, context=1, tensor=arguments.tensor, slices=1)
     settings['data']['global_batch'] = arguments.data
     settings['train']['accumulation_steps'] = 1
     return jax.set_mesh(mesh.build(config_lib.from_json(json.dumps(settings)), jax.devices()[:count]))

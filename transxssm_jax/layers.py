@@ -79,10 +79,11 @@ class Linear(nnx.Module):
         else:
             y = self._product(x, jnp.float32)
             y = (y * factor.reshape(*factor.shape, *(1,) * (y.ndim - factor.ndim))).astype(out_dtype)
-        return y + self.bias[...].astype(y.dtype) if hasattr(self, 'bias') else y
+        return y + mesh.gathered(self.bias[...], self.bias.get_metadata('axes'), y.dtype) if hasattr(self, 'bias') else y
 
     def _product(self, x, out_dtype):
-        n, kernel = self.num_inputs, self.kernel[...].astype(x.dtype)
+        n, axes = self.num_inputs, self.kernel.get_metadata('axes')
+        kernel = mesh.gathered(self.kernel[...], axes, x.dtype)
         batch = x.shape[:x.ndim - n]
         if self.outputs_first and math.prod(batch) == 1:
             # Not as a dot: for one vector XLA chooses forms that read some matrices at a fifth of the memory's speed.
@@ -97,7 +98,10 @@ class Linear(nnx.Module):
         y = jax.lax.dot_general(
             x.reshape(*batch, -1), kernel.reshape(math.prod(first), -1), (((len(batch),), (contracted,)), ((), ())),
             preferred_element_type=out_dtype)
-        return y.reshape(*batch, *outputs)
+        y = y.reshape(*batch, *outputs)
+        # Of heads or of the MLP's width a device has its part, and so its part of the sum; of D, gathered, all.
+        inputs = axes[split:] if self.outputs_first else axes[:split]
+        return mesh.summed(y, *(axis for axis in inputs if axis != 'embed'))
 
 
 def outputs_first(params: dict, num_inputs: int) -> dict:
@@ -146,12 +150,13 @@ class SwiGLU(nnx.Module):
                 'down_proj': outputs_first(params['down_proj'], num_inputs=1)}
 
     def __call__(self, x_BLD: jax.Array, factor_BL: jax.Array | None = None) -> jax.Array:
+        x_BLD = mesh.shared(x_BLD, 'mlp')
         if self.fused:
             gate_BLF, up_BLF = jnp.unstack(self.gate_up_proj(x_BLD, factor=factor_BL), axis=-2)
         else:
             gate_BLF, up_BLF = self.gate_proj(x_BLD), self.up_proj(x_BLD)
-        gate_BLF = mesh.constrain(gate_BLF, 'batch', None, 'mlp')
-        up_BLF = mesh.constrain(up_BLF, 'batch', None, 'mlp')
+        gate_BLF = mesh.constrain(gate_BLF, 'batch', 'length', 'mlp')
+        up_BLF = mesh.constrain(up_BLF, 'batch', 'length', 'mlp')
         return self.down_proj(jax.nn.silu(gate_BLF) * up_BLF)
 
 

@@ -7,7 +7,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from transxssm_jax import mesh
 
@@ -23,8 +22,9 @@ def next_token_loss(hidden_BLD: jax.Array, head_VD: jax.Array, targets_BL: jax.A
     pass, so that the head costs three matmuls and no recomputation.
 
     Args:
-      hidden_BLD: after the final norm.
-      head_VD: float32.
+      hidden_BLD: after the final norm; a device's own tokens, where the step is cut over tokens
+        (`mesh.on_shards`): what they sum to over devices is the caller's.
+      head_VD: whole over D; its gradient has its dtype, rounded once from a float32 sum.
       targets_BL: int32, the next token or IGNORED.
       z_loss: weight of log(sum(exp(logits)))^2, added to the loss.
       chunk_tokens: tokens a device whose logits exist at a time.
@@ -40,47 +40,31 @@ def next_token_loss(hidden_BLD: jax.Array, head_VD: jax.Array, targets_BL: jax.A
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _loss(hidden_BLD, head_VD, targets_BL, z_loss, chunk_tokens):
-    return _on_mesh(hidden_BLD, head_VD, targets_BL, z_loss, chunk_tokens, with_gradient=False)
+    return _in_chunks(hidden_BLD, head_VD, targets_BL, z_loss, chunk_tokens, with_gradient=False)
 
 
 def _loss_forward(hidden_BLD, head_VD, targets_BL, z_loss, chunk_tokens):
-    *sums, d_hidden, d_head = _on_mesh(hidden_BLD, head_VD, targets_BL, z_loss, chunk_tokens, with_gradient=True)
+    *sums, d_hidden, d_head = _in_chunks(hidden_BLD, head_VD, targets_BL, z_loss, chunk_tokens, with_gradient=True)
     return tuple(sums), (d_hidden, d_head)
 
 
 def _loss_backward(z_loss, chunk_tokens, residuals, cotangents):
     d_hidden, d_head = residuals
     scale = cotangents[0]
-    return d_hidden * scale.astype(d_hidden.dtype), d_head * scale, None
+    return d_hidden * scale.astype(d_hidden.dtype), d_head * scale.astype(d_head.dtype), None
 
 
 _loss.defvjp(_loss_forward, _loss_backward)
 
 
-def _on_mesh(hidden_BLD, head_VD, targets_BL, z_loss, chunk_tokens, with_gradient):
-    """_on_device under shard_map: the head's gradient is summed on each device over all chunks and reduced once."""
-    kwargs = dict(z_loss=z_loss, chunk_tokens=chunk_tokens, with_gradient=with_gradient)
-    device_mesh = jax.sharding.get_abstract_mesh()
-    if device_mesh.empty:
-        return _on_device(hidden_BLD, head_VD, targets_BL, split=False, **kwargs)
-    rows, head, scalar = mesh.spec(('batch', None, None)), mesh.spec(('vocab', 'embed')), PartitionSpec()
-    return jax.shard_map(
-        functools.partial(_on_device, split=True, **kwargs), mesh=device_mesh,
-        in_specs=(rows, head, mesh.spec(('batch', None))),
-        out_specs=(scalar,) * 3 + ((rows, head) if with_gradient else ()), check_vma=False)(
-            hidden_BLD, head_VD, targets_BL)
-
-
-def _on_device(hidden, head, targets, *, z_loss, chunk_tokens, with_gradient, split):
-    batch_axes, (embed_axis,), (vocab_axis,) = (mesh.RULES[name] for name in ('batch', 'embed', 'vocab'))
-    over_vocab = functools.partial(jax.lax.psum, axis_name=vocab_axis) if split else lambda x: x
+def _in_chunks(hidden, head, targets, z_loss, chunk_tokens, with_gradient):
+    """Sums, and the gradients where asked for; of the head a device may have only its rows."""
+    names = mesh.splitting('vocab')
+    over_vocab = functools.partial(jax.lax.psum, axis_name=names) if names else lambda x: x
     dtype = hidden.dtype
     weights_VD = head.astype(dtype)
-    first_V = 0
-    if split:
-        weights_VD = jax.lax.all_gather(weights_VD, embed_axis, axis=1, tiled=True)
-        first_V = jax.lax.axis_index(vocab_axis) * weights_VD.shape[0]
     num_rows_V, width_D = weights_VD.shape
+    first_V = jax.lax.axis_index(names) * num_rows_V if names else 0
 
     x_TD, target_T = hidden.reshape(-1, width_D), targets.reshape(-1)
     num_tokens = x_TD.shape[0]
@@ -94,8 +78,8 @@ def _on_device(hidden, head, targets, *, z_loss, chunk_tokens, with_gradient, sp
         objective, nll, tokens, d_head_VD = carry
         logits_TV = jnp.einsum('TD,VD->TV', x_TD, weights_VD, preferred_element_type=jnp.float32)
         top_T = jax.lax.stop_gradient(jnp.max(logits_TV, axis=-1))
-        if split:
-            top_T = jax.lax.pmax(top_T, vocab_axis)
+        if names:
+            top_T = jax.lax.pmax(top_T, names)
         lse_T = top_T + jnp.log(over_vocab(jnp.sum(jnp.exp(logits_TV - top_T[:, None]), axis=-1)))
         is_target_TV = jnp.arange(num_rows_V)[None, :] == (target_T - first_V)[:, None]
         target_logit_T = over_vocab(jnp.sum(jnp.where(is_target_TV, logits_TV, 0.0), axis=-1))
@@ -111,21 +95,14 @@ def _on_device(hidden, head, targets, *, z_loss, chunk_tokens, with_gradient, sp
         d_logits_TV = jnp.exp(logits_TV - lse_T[:, None]) * share_T - is_target_TV
         d_logits_TV = (d_logits_TV * counted_T[:, None]).astype(dtype)
         d_head_VD += jnp.einsum('TV,TD->VD', d_logits_TV, x_TD, preferred_element_type=jnp.float32)
-        d_x_TD = over_vocab(jnp.einsum('TV,VD->TD', d_logits_TV, weights_VD, preferred_element_type=jnp.float32))
-        return (objective, nll, tokens, d_head_VD), d_x_TD.astype(dtype)
+        d_x_TD = jnp.einsum('TV,VD->TD', d_logits_TV, weights_VD, preferred_element_type=jnp.float32).astype(dtype)
+        return (objective, nll, tokens, d_head_VD), over_vocab(d_x_TD)
 
     zero = jnp.zeros((), jnp.float32)
     d_head_VD = jnp.zeros(weights_VD.shape if with_gradient else (), jnp.float32)
     (objective, nll, tokens, d_head_VD), d_x = jax.lax.scan(
         one_chunk, (zero, zero, zero, d_head_VD), (x_TD.reshape(-1, chunk, width_D), target_T.reshape(-1, chunk)))
-    sums = (objective, nll, tokens)
-    if split:
-        sums = jax.lax.psum(sums, batch_axes)
     if not with_gradient:
-        return sums
+        return objective, nll, tokens
     d_hidden = d_x.reshape(-1, width_D)[:num_tokens].reshape(hidden.shape)
-    if split:
-        others = tuple(axis for axis in batch_axes if axis != embed_axis)
-        d_head_VD = jax.lax.psum_scatter(d_head_VD, embed_axis, scatter_dimension=1, tiled=True)
-        d_head_VD = jax.lax.psum(d_head_VD, others)
-    return *sums, d_hidden, d_head_VD
+    return objective, nll, tokens, d_hidden, d_head_VD.astype(head.dtype)

@@ -85,7 +85,7 @@ class Writers:
     """Progress bar, WORKDIR/metrics.jsonl and WORKDIR/tensorboard; silent on all but the first process.
 
     Records of steps after first_step, left by a run that died beyond its last
-    checkpoint, are dropped, so that metrics.jsonl holds each step once.
+    checkpoint, are dropped, so that metrics.jsonl and TensorBoard hold each step once.
     """
 
     def __init__(self, workdir: pathlib.Path, config: Config, first_step: int):
@@ -104,6 +104,7 @@ class Writers:
         if config.train.tensorboard:
             # Imported here: it costs a second that a run without it need not pay.
             from tensorboard.summary import Writer
+            _drop_later_points(workdir / 'tensorboard', first_step)
             self._tensorboard = Writer(str(workdir / 'tensorboard'))
         self._bar = tqdm(total=config.train.steps, initial=first_step, unit='step', file=sys.stderr, dynamic_ncols=True,
                          disable=not config.train.progress, mininterval=0.5)
@@ -150,6 +151,15 @@ class Writers:
         if self._tensorboard is not None:
             self._tensorboard.close()
             self._tensorboard = None  # it refuses to be closed twice
+
+
+def _drop_later_points(directory: pathlib.Path, step: int) -> None:
+    """Tells TensorBoard to forget what earlier files hold beyond a step, by a second and later mark of a start."""
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+    restart = EventFileWriter(str(directory))
+    restart.add_event(Event(step=step + 1, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START)))
+    restart.close()
 
 
 def _records_up_to(path: pathlib.Path, step: int) -> list[dict]:

@@ -48,7 +48,7 @@ class Block(nnx.Module):
     def __call__(self, x_BLD: jax.Array, **context) -> jax.Array:
         x_BLD = self.mixer_residual(x_BLD, self.mixer(self.mixer_norm(x_BLD), **context))
         x_BLD = self.mlp_residual(x_BLD, self.mlp(self.mlp_norm(x_BLD)))
-        return mesh.constrain(x_BLD, 'batch', None, None)
+        return mesh.constrain(x_BLD, 'batch', 'length', None)
 
     def prefill(self, x_BLD: jax.Array, **context):
         """The fused block's output and its mixer's cache after the rows' last tokens."""
@@ -65,7 +65,7 @@ class Block(nnx.Module):
     def _after_mixer(self, x_BLD, y_BLD):
         x_BLD, u_BLD, factor_BL = layers.measured(self.mixer_residual(x_BLD, y_BLD), self.epsilon)
         x_BLD = self.mlp_residual(x_BLD, self.mlp(u_BLD, factor_BL))
-        return mesh.constrain(x_BLD, 'batch', None, None)
+        return mesh.constrain(x_BLD, 'batch', 'length', None)
 
 
 class LanguageModel(nnx.Module):
@@ -186,8 +186,16 @@ class LanguageModel(nnx.Module):
 
     def _embed(self, tokens_BL):
         # The table is gathered over D before the look-up: looking up split rows would gather activations.
-        table_VD = mesh.constrain(self.embedding[...].astype(self.model.dtype), 'vocab', None)
-        return mesh.constrain(jnp.take(table_VD, tokens_BL, axis=0), 'batch', None, None)
+        table_VD = mesh.gathered(self.embedding[...], ('vocab', 'embed'), self.model.dtype)
+        if names := mesh.splitting('vocab'):
+            # A device has some of the rows; of the others' tokens it gives zeros.
+            rows = table_VD.shape[0]
+            place_BL = tokens_BL - jax.lax.axis_index(names) * rows
+            place_BL = jnp.where(place_BL < 0, rows, place_BL)  # negative places count from the end
+            x_BLD = jnp.take(table_VD, place_BL, axis=0, mode='fill', fill_value=0)
+            return mesh.summed(x_BLD, 'vocab')
+        table_VD = mesh.constrain(table_VD, 'vocab', None)
+        return mesh.constrain(jnp.take(table_VD, tokens_BL, axis=0), 'batch', 'length', None)
 
     def _to_logits(self, hidden_BLD):
         return jnp.einsum('BLD,VD->BLV', hidden_BLD, self.head_VD.astype(hidden_BLD.dtype),
@@ -268,6 +276,8 @@ def _runs(kinds: tuple[str, ...]):
 
 def _remat(body, policy: str):
     """Wraps a layer by what its backward pass recomputes; `hybrid` is this model's own.
+
+    All but none gather what fsdp splits of a layer's weights a second time; none keeps the weights of all layers, whole.
 
     hybrid keeps the mixers' projections, outputs and kernel residuals: 16 KB a
     token and layer at the 1.3B size, where the MLP's gate and up would be 24 KB

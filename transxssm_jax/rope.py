@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
+from transxssm_jax import mesh
 from transxssm_jax.config import Model
 
 Table = Float32[Array, 'B L half']
@@ -43,7 +44,8 @@ def tables(positions_BL: jax.Array, width: int, model: Model, length_B: jax.Arra
         # By row, so that a row's result does not depend on what else is in the batch. It does depend on the
         # longest document of the row, as in the published code: this scaling is for text beyond the training
         # length, one document a row.
-        length = jnp.max(positions, axis=-1, keepdims=True) + 1 if length_B is None else length_B[:, None]
+        length = length_B[:, None] if length_B is not None else mesh.max_over(
+            jnp.max(positions, axis=-1, keepdims=True) + 1, 'length')
         length = jnp.maximum(length.astype(jnp.float32), model.rope_original_length)
         stretch = model.rope_factor * length / model.rope_original_length - (model.rope_factor - 1)
         theta = (theta * stretch ** (width / (width - 2)))[..., None]

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from pallas_kernels.ssd.api import STATES_NAME as SSD_STATES
 from pallas_kernels.ssd.api import rotary_ssd, rotary_ssd_step
+from pallas_kernels.ssd.context import rotary_ssd_in_context
 from transxssm_jax import layers, mesh
 from transxssm_jax.config import Model
 from transxssm_jax.rope import Rope
@@ -21,8 +22,8 @@ from transxssm_jax.rope import Rope
 __all__ = ['SSD_STATES', 'RotarySSD']
 
 # Logical axes of what the scan takes and gives.
-_HEADS, _GROUPS, _TABLE = ('batch', None, 'heads', None), ('batch', None, 'groups', None), ('batch', None, None)
-_SEQUENCE = (_HEADS, ('batch', None, 'heads'), ('heads',), _GROUPS, _GROUPS, (_TABLE, _TABLE))
+_HEADS, _GROUPS, _TABLE = ('batch', 'length', 'heads', None), ('batch', 'length', 'groups', None), ('batch', 'length', None)
+_SEQUENCE = (_HEADS, ('batch', 'length', 'heads'), ('heads',), _GROUPS, _GROUPS, (_TABLE, _TABLE))
 _STATE = ('batch', 'heads', None, None)
 
 
@@ -73,11 +74,14 @@ class RotarySSD(nnx.Module):
     def __call__(self, u_BLD: Float[Array, 'B L D'], *, rope: Rope, scale_BL: Float32[Array, 'B L'] | None,
                  segment_ids_BL: Int32[Array, 'B L']) -> Float[Array, 'B L D']:
         """[B, L, D] -> [B, L, D]; the state restarts where segment_ids change. scale_BL multiplies C."""
-        def scan(x, dt, a, b, c, rope, segment_ids):
-            return rotary_ssd(x, dt, a, b, c, rope, segment_ids=segment_ids,
-                              chunk_size=self.chunk_size, implementation=self.implementation)[0]
+        u_BLD, pieces = mesh.shared(u_BLD, 'heads'), mesh.size_in_use('context')
 
-        y_BLHP = mesh.on_shards(scan, (*_SEQUENCE, ('batch', None)), _HEADS)(
+        def scan(x, dt, a, b, c, rope, segment_ids):
+            return rotary_ssd_in_context(
+                x, dt, a, b, c, rope, axis_name='context', axis_size=pieces, segment_ids=segment_ids,
+                chunk_size=self.chunk_size, implementation=self.implementation)
+
+        y_BLHP = mesh.on_shards(scan, (*_SEQUENCE, mesh.BATCH), _HEADS)(
             *self._inputs(u_BLD, scale_BL), rope, segment_ids_BL)
         return self.out_proj(checkpoint_name(y_BLHP, 'mixer_out'))
 
@@ -114,7 +118,7 @@ class RotarySSD(nnx.Module):
 
     def _inputs(self, u_BLD, scale_BL, factor_BL=None):
         """x, dt, a, B, C of the scan."""
-        dt_bias = self.dt_bias[...] if hasattr(self, 'dt_bias') else jnp.zeros(self.model.num_heads)
+        dt_bias = self.dt_bias[...] if hasattr(self, 'dt_bias') else jnp.zeros_like(self.a_log[...])
         if self.fused:
             model, shape = self.model, u_BLD.shape[:2]
             *_, width = widths = self._widths()
@@ -133,7 +137,8 @@ class RotarySSD(nnx.Module):
             x_BLHP = checkpoint_name(self.x_proj(u_BLD), 'mixer_in')
             b_BLGN = checkpoint_name(self.b_proj(u_BLD), 'mixer_in')
             c_BLGN = checkpoint_name(self.c_proj(u_BLD), 'mixer_in')
-            dt_BLH = checkpoint_name(jax.nn.softplus(self.dt_proj(u_BLD, out_dtype=jnp.float32) + dt_bias), 'mixer_in')
+            # What softplus takes and not what it gives: its gradient would take the projection again.
+            dt_BLH = jax.nn.softplus(checkpoint_name(self.dt_proj(u_BLD, out_dtype=jnp.float32) + dt_bias, 'mixer_in'))
         if scale_BL is not None:
             c_BLGN = (c_BLGN * scale_BL[..., None, None]).astype(c_BLGN.dtype)
         return x_BLHP, dt_BLH, -jnp.exp(self.a_log[...]), b_BLGN, c_BLGN

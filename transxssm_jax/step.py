@@ -19,6 +19,8 @@ from transxssm_jax.model import LanguageModel
 State = dict
 Batch = dict  # tokens, targets, segment_ids, positions: int32 [B, L]
 
+_SUMS = {'nll': (), 'tokens': ()}  # logical axes of what a loss sums
+
 
 def split_model(model: Model, for_decoding: bool = False):
     """(graph definition, State of abstract Params): the one place where the NNX model is split."""
@@ -46,7 +48,7 @@ def state_shardings(config: Config, device_mesh: jax.sharding.Mesh) -> State:
 
 
 def batch_sharding(device_mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
-    return mesh.sharding(device_mesh, ('batch', None))
+    return mesh.sharding(device_mesh, mesh.BATCH)
 
 
 def init_state(config: Config, seed: int | jax.Array) -> State:
@@ -92,7 +94,8 @@ def count_params(model: Model) -> int:
 def _summed_loss(graph, config: Config, params, batch: Batch):
     model = nnx.merge(graph, params)
     hidden_BLD = model(batch['tokens'], segment_ids_BL=batch['segment_ids'], positions_BL=batch['positions'])
-    return next_token_loss(hidden_BLD, model.head_VD, batch['targets'], z_loss=config.optimizer.z_loss,
+    head_VD = mesh.gathered(model.head_VD, ('vocab', 'embed'), hidden_BLD.dtype)
+    return next_token_loss(hidden_BLD, head_VD, batch['targets'], z_loss=config.optimizer.z_loss,
                            chunk_tokens=config.train.loss_chunk_tokens)
 
 
@@ -107,14 +110,13 @@ def train_step(config: Config):
     'learning_rate', and 'grad_norms': each parameter's own, [modules, layers]
     where stacked.
     """
-    graph, _ = split_model(config.model)
     tx = optim.optimizer(config)
     learning_rate = optim.schedule(config)
-    gradient = jax.value_and_grad(functools.partial(_summed_loss, graph, config), has_aux=True)
+    gradient = summed_gradient(config)
 
     def step(state: State, batch: Batch):
         params = state['params']
-        (_, sums), grads = _over_microbatches(functools.partial(gradient, params), batch, config.train.accumulation_steps)
+        sums, grads = gradient(params, batch)
         tokens = jnp.maximum(sums['tokens'], 1.0)
         grads = jax.tree.map(lambda g: g / tokens, grads)
         moments = optax.tree.set(tx.init(params), mu=state['mu'], nu=state['nu'], count=state['step'])
@@ -136,30 +138,68 @@ def _norm_by_layer(path, grad):
     return jnp.sqrt(jnp.sum(jnp.square(grad), axis=tuple(range(stacked, grad.ndim))))
 
 
+def _on_tokens(function, config: Config, out_axes):
+    """function(params, batch) on each device's tokens and its parts of the parameters."""
+    def call(params, batch: Batch):
+        in_axes = param_axes(config.model), dict.fromkeys(batch, mesh.BATCH)
+        return mesh.on_shards(function, in_axes, out_axes)(params, batch)
+    return call
+
+
+def _over_tokens(tree, but=(), dtype='float32'):
+    """The sum of each leaf, float32, over the devices that hold other tokens; it travels in dtype."""
+    names = tuple(name for name in mesh.splitting(*mesh.BATCH) if name not in but)
+    if not names:
+        return tree
+    return jax.tree.map(lambda leaf: jax.lax.psum(leaf.astype(dtype), names).astype(leaf.dtype), tree)
+
+
+def summed_gradient(config: Config):
+    """The function (params, batch) -> (sums, gradients of the summed loss), over the global batch.
+
+    Every device works on its own tokens, over all microbatches, and only then are gradients
+    summed over data and context: once a step. What fsdp splits is gathered, and its gradient
+    scattered, a layer and a microbatch at a time (`mesh.gathered`): no device has room for it
+    whole.
+    """
+    graph, _ = split_model(config.model)
+    gradient = jax.value_and_grad(functools.partial(_summed_loss, graph, config), has_aux=True)
+    accumulation_steps, axes = config.train.accumulation_steps, param_axes(config.model)
+
+    def summed(grad, axes):
+        if 'embed' not in axes:
+            return _over_tokens(grad)
+        # Of one microbatch it is the gradient of a weight in model.dtype.
+        dtype = config.model.dtype if accumulation_steps == 1 else 'float32'
+        return _over_tokens(grad, but=mesh.RULES['embed'], dtype=dtype)
+
+    def of_device(params, batch: Batch):
+        (_, sums), grads = _over_microbatches(functools.partial(gradient, params), batch, accumulation_steps)
+        return _over_tokens(sums), jax.tree.map(summed, grads, axes)
+
+    return _on_tokens(of_device, config, (_SUMS, axes))
+
+
 def _over_microbatches(function, batch: Batch, accumulation_steps: int):
     """Sum of function(microbatch), a tree of arrays, over the microbatches of a batch, one after another."""
     if accumulation_steps == 1:
         return function(batch)
 
-    def microbatches(x_BL):
-        # The rows of a microbatch are taken from every device's rows, so that nothing moves.
-        return x_BL.reshape(-1, accumulation_steps, *x_BL.shape[1:]).swapaxes(0, 1)
-
     def one(total, microbatch):
-        microbatch = jax.tree.map(lambda x_BL: mesh.constrain(x_BL, 'batch', None), microbatch)
         return jax.tree.map(jnp.add, total, function(microbatch)), None
 
+    microbatches = jax.tree.map(lambda x_BL: x_BL.reshape(accumulation_steps, -1, *x_BL.shape[1:]), batch)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, batch))
-    return jax.lax.scan(one, zeros, jax.tree.map(microbatches, batch))[0]
+    return jax.lax.scan(one, zeros, microbatches)[0]
 
 
 def eval_step(config: Config):
     """The function (params, batch) -> {'nll', 'tokens'}: sums in nats and counted tokens."""
     graph, _ = split_model(config.model)
 
-    def step(params, batch: Batch):
+    def of_device(params, batch: Batch):
         # In the train step's microbatches: what fits there fits here.
-        return _over_microbatches(
-            lambda microbatch: _summed_loss(graph, config, params, microbatch)[1], batch, config.train.accumulation_steps)
+        return _over_tokens(_over_microbatches(
+            lambda microbatch: _summed_loss(graph, config, params, microbatch)[1], batch, config.train.accumulation_steps))
 
-    return step
+    return _on_tokens(of_device, config, _SUMS)

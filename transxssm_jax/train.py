@@ -1,30 +1,38 @@
 """Trains a model: python -m transxssm_jax.train --config=configs/1p3b.py --workdir=DIR [--config.a.b=value].
 
 Exit codes: 0 finished; 2 wrong input or a failed write, said in one line; 3 the
-loss is not finite; 75 stopped by SIGTERM and 130 by Ctrl-C, both after saving:
-the same command goes on from there.
+loss is not finite; 69 another process of the run is gone or did not come; 75
+stopped by SIGTERM and 130 by Ctrl-C, both after saving. After 69, 75 and 130
+the same command goes on from the last checkpoint.
+
+On several hosts the same command runs on each. TPU slices, SLURM, Open MPI and
+indexed Kubernetes jobs are recognised; elsewhere --coordinator, --num_processes
+and --process_id, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+JAX_PROCESS_ID, say who is who.
 """
 
 import contextlib
 import functools
+import hashlib
 import logging
 import math
 import pathlib
 import signal
 import sys
 import time
+import traceback
 
 import jax
 from absl import flags
 
-from transxssm_jax import checkpoint, generate, mesh, metrics
+from transxssm_jax import checkpoint, generate, hosts, mesh, metrics
 from transxssm_jax import config as config_lib
 from transxssm_jax import step as step_lib
 from transxssm_jax.config import Config, ConfigError
 from transxssm_jax.data.loader import DataError, check_vocab, make_loader
 from transxssm_jax.data.tokenizer import load_tokenizer
 
-FINISHED, WRONG_INPUT, NOT_FINITE, TERMINATED, INTERRUPTED = 0, 2, 3, 75, 130
+FINISHED, CRASHED, WRONG_INPUT, NOT_FINITE, TERMINATED, INTERRUPTED = 0, 1, 2, 3, 75, 130
 
 PROMPT_TOKENS = 128  # of the document that the sample at the end continues
 
@@ -39,7 +47,7 @@ class StopRequest:
     """Remembers SIGTERM or Ctrl-C until the step in hand is done; a second Ctrl-C ends at once."""
 
     def __init__(self):
-        self.exit_code = None
+        self.exit_code = 0  # none
 
     def install(self) -> None:
         signal.signal(signal.SIGTERM, functools.partial(self._on_signal, TERMINATED))
@@ -75,28 +83,41 @@ class Run:
             raise checkpoint.CheckpointError(
                 f'data.path={config.data.path} is not what the run in {workdir} was trained on; '
                 'point it to the same data or use another --workdir')
+        self._check_alike()
         if config.train.eval_every_steps and config.data.eval_split:
             self._open_split(config.data.eval_split, shuffle=False, repeat=False).close()  # a missing split is said now
         if self.state is None:
             self.state = step_lib.create_state(config, self.mesh)
 
-        shardings = step_lib.state_shardings(config, self.mesh)
-        self._batch_sharding = step_lib.batch_sharding(self.mesh)
+        shardings, batch_sharding = step_lib.state_shardings(config, self.mesh), step_lib.batch_sharding(self.mesh)
+        everywhere = mesh.sharding(self.mesh, ())  # numbers that every process reads
         self._train_step = jax.jit(
             step_lib.train_step(config), donate_argnums=0,
-            in_shardings=(shardings, self._batch_sharding), out_shardings=(shardings, None))
+            in_shardings=(shardings, batch_sharding), out_shardings=(shardings, everywhere))
         self._eval_step = jax.jit(
-            step_lib.eval_step(config), in_shardings=(shardings['params'], self._batch_sharding))
+            step_lib.eval_step(config), in_shardings=(shardings['params'], batch_sharding), out_shardings=everywhere)
         self.writers = metrics.Writers(workdir, config, self.step)
         self.clock = metrics.Clock()
         self._unsettled = None  # (step, metrics) of the step that the devices may still be working on
         self._evaluated_at, self.eval_loss = -1, None
+        self._stop_together, self._stopping = hosts.StopTogether(), 0  # exit code that all processes stop with
 
     def _open_split(self, split: str, **kwargs):
         rows = mesh.rows_of_this_process(self.mesh, self.config.data.global_batch)
         data = self.config.data
         return make_loader(data.path, split, seq_len=data.seq_len, global_batch=data.global_batch, seed=data.seed,
                            rows=rows, **kwargs)
+
+    def _check_alike(self) -> None:
+        """Every process must have been started with the same settings and see the same data."""
+        own = {'settings': config_lib.to_json(self.config), 'data.path': self.loader.fingerprint}
+        digests = {name: hashlib.sha256(str(value).encode()).hexdigest() for name, value in own.items()}
+        everybody = hosts.gather(digests)
+        for name in own:
+            others = [process for process, theirs in enumerate(everybody) if theirs[name] != everybody[0][name]]
+            if others:
+                raise ConfigError(f'{name}: those of process {others[0]} are not those of process 0; start the same command '
+                                  'on every host, with the same files')
 
     def _data_position(self) -> dict:
         return {'next_step': self.step, 'split': self.config.data.train_split, 'fingerprint': self.loader.fingerprint}
@@ -118,9 +139,13 @@ class Run:
         started, first = time.perf_counter(), self.step
         window_start = self.step
         with jax.set_mesh(self.mesh):
-            if 0 < self.step < train.steps and self._evaluation_is_due() and not self.writers.has_evaluation(self.step):
+            self._compile_before_all_start()
+            has_evaluation = hosts.from_first(self.writers.has_evaluation(self.step))
+            if 0 < self.step < train.steps and self._evaluation_is_due() and not has_evaluation:
                 self._evaluate()  # the run was stopped where this evaluation was due
-            while self.step < train.steps and self.stop.exit_code is None:
+                if self._evaluated_at == self.step:
+                    self.checkpoints.evaluated(self.step, self.eval_loss)
+            while self.step < train.steps and not self._told_to_stop():
                 self._profile()
                 with self.clock.input():
                     batch = next(self.loader)
@@ -142,24 +167,40 @@ class Run:
                     window_start = self.step
                 self._evaluate_and_save()
             self._finish_profile()
-            if self.stop.exit_code is not None:
+            if self._stopping:
                 self._settle()
                 self._save()
                 self.checkpoints.wait()
                 self.writers.say(f'stopped at step {self.step} and saved; the same command goes on from there')
-                return self.stop.exit_code
+                return self._stopping
             self.checkpoints.wait()
             if config.data.eval_split and train.eval_every_steps and self._evaluated_at != self.step:
                 self._evaluate()
-                if self.stop.exit_code is not None:
-                    return self.stop.exit_code
+                if self._stopping:
+                    return self._stopping
             self._summarise()
         return FINISHED
 
+    def _compile_before_all_start(self) -> None:
+        """Where processes must start a program together, none starts before all have compiled it, which takes each its time."""
+        if not hosts.several():
+            return
+        data, state = self.config.data, step_lib.abstract_state(self.config, self.mesh)
+        row = jax.ShapeDtypeStruct((data.global_batch, data.seq_len), 'int32', sharding=step_lib.batch_sharding(self.mesh))
+        batch = dict.fromkeys(('tokens', 'targets', 'segment_ids', 'positions'), row)
+        if self.step < self.config.train.steps:
+            self._train_step = self._train_step.lower(state, batch).compile()
+        if data.eval_split and self.config.train.eval_every_steps:
+            self._eval_step = self._eval_step.lower(state['params'], batch).compile()
+        hosts.gather('compiled')
+
+    def _told_to_stop(self) -> bool:
+        """Whether all processes stop now. Called before every step and evaluation batch, as StopTogether asks."""
+        self._stopping = self._stopping or self._stop_together.turn(self.stop.exit_code)
+        return bool(self._stopping)
+
     def _on_devices(self, batch: dict) -> dict:
-        shape = (self.config.data.global_batch, self.config.data.seq_len)
-        return {name: jax.make_array_from_process_local_data(self._batch_sharding, rows_BL, shape)
-                for name, rows_BL in batch.items()}
+        return mesh.global_batch(self.mesh, batch, self.config.data.global_batch)
 
     def _settle(self) -> dict:
         """Waits for the last step and returns its metrics."""
@@ -192,7 +233,7 @@ class Run:
 
     def _evaluate_and_save(self) -> None:
         train = self.config.train
-        evaluate = self._evaluation_is_due() and self.stop.exit_code is None
+        evaluate = self._evaluation_is_due()
         save = self.step == train.steps or self.step % train.checkpoint_every_steps == 0
         if not (evaluate or save):
             return
@@ -209,10 +250,10 @@ class Run:
         loader = self._open_split(self.config.data.eval_split, shuffle=False, repeat=False)
         try:
             for count, batch in enumerate(loader, start=1):
+                if self._told_to_stop():
+                    return
                 sums = self._eval_step(self.state['params'], self._on_devices(batch))
                 total, tokens = total + float(sums['nll']), tokens + float(sums['tokens'])
-                if self.stop.exit_code is not None:
-                    return
                 if count == self.config.train.eval_batches:
                     break
             self._evaluated_at, self.eval_loss = self.step, total / tokens
@@ -241,7 +282,8 @@ class Run:
         devices = jax.devices()
         axes = ' x '.join(f'{name} {size}' for name, size in self.mesh.shape.items())
         say(f'{step_lib.count_params(config.model):,} parameters; {config.tokens_per_step:,} tokens a step; '
-            f'{len(devices)} x {devices[0].device_kind} as {axes}')
+            f'{len(devices)} x {devices[0].device_kind} as {axes}'
+            + (f', {jax.process_count()} processes' if hosts.several() else ''))
         say(f'{self.loader.num_documents:,} documents, {self.loader.num_tokens:,} tokens in '
             f'{config.data.path} ({config.data.train_split}); workdir {self.workdir}')
         if self.step:
@@ -257,7 +299,10 @@ class Run:
     def _summarise(self) -> None:
         config = self.config
         self.writers.close()
-        if config.train.sample_tokens:
+        if config.train.sample_tokens and hosts.several():
+            self.writers.say('no sample: sampling takes one process; run python -m transxssm_jax.generate '
+                             f'--workdir={self.workdir}')
+        elif config.train.sample_tokens:
             tokenizer = load_tokenizer(config.data.path)
             split = config.data.eval_split or config.data.train_split
             with self._open_split(split, shuffle=False, repeat=False) as loader:
@@ -270,10 +315,12 @@ class Run:
         if self.eval_loss is not None:
             line += (f': evaluation loss {self.eval_loss:.4f} nats a token, '
                      f'{self._eval_metrics["eval_bits_per_byte"]:.4f} bits a byte')
-        print(line)
+        self.writers.say(line)
 
     def _profile(self) -> None:
         train = self.config.train
+        if not hosts.is_first():
+            return  # one host's trace shows what the others do too
         if train.profile_steps and self.step == train.profile_start_step:
             self._profiling = True
             jax.profiler.start_trace(str(self.workdir / 'profile'))
@@ -301,45 +348,99 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
     # Orbax logs the traceback of whatever it raises, thread by thread; checkpoint.py says it in one line.
     logging.getLogger('absl').addFilter(_not_of_orbax)
-    flag_values = flags.FlagValues()
-    workdir = flags.DEFINE_string('workdir', None, 'Directory of the run: config, checkpoints, metrics.',
-                                  flag_values=flag_values)
     if {'--help', '-h'} & set(argv[1:]):
-        print(f'{__doc__}\nSettings, with their defaults:\n{config_lib.describe()}')
+        print(f'{__doc__}\nFlags, with their defaults:\n{_describe_flags()}\n\nSettings, with their defaults:\n'
+              f'{config_lib.describe()}')
         return FINISHED
     stop, run = StopRequest(), None
     stop.install()
     try:
+        flag_values = _flags()
         config = config_lib.parse_flags(argv, flag_values)
-        if not workdir.value:
-            raise ConfigError('--workdir=DIR is missing: the directory of the run')
-        run = Run(config, pathlib.Path(workdir.value), stop)
+        workdir = _workdir(flag_values.workdir)
+        hosts.join(**{name: flag_values[name].value for name in _HOST_FLAGS})
+        if not hosts.is_first():
+            logging.getLogger().setLevel(logging.ERROR)  # what concerns all, process 0 says
+        run = Run(config, workdir, stop)
         run.announce()
-        return run.train()
-    except (ConfigError, DataError, checkpoint.CheckpointError, OSError) as error:
-        return _say_error(error, WRONG_INPUT)
+        exit_code = run.train()
+    except (ConfigError, DataError, checkpoint.CheckpointError, hosts.HostsError, OSError) as error:
+        exit_code = _fail(error, WRONG_INPUT)
     except NotFiniteError as error:
-        return _say_error(error, NOT_FINITE)
-    except (NotImplementedError, ValueError) as error:
+        exit_code = _fail(error, NOT_FINITE)
+    except KeyboardInterrupt:
+        exit_code = _fail('interrupted again, nothing more was saved; the same command goes on from the last checkpoint',
+                          INTERRUPTED)
+    except Exception as error:
         if not str(error).startswith('implementation='):
+            _crash(error)
             raise
         # The kernels know which of their implementations there are and what each can serve.
-        return _say_error(f'model.ssd_implementation or model.attention_implementation: {error}', WRONG_INPUT)
-    except KeyboardInterrupt:
-        return _say_error('interrupted again, nothing more was saved; the same command goes on from the last checkpoint',
-                          INTERRUPTED)
+        exit_code = _fail(f'model.ssd_implementation or model.attention_implementation: {error}', WRONG_INPUT)
     finally:
         if run is not None:
             run.close()
+    hosts.part(exit_code)
+    return exit_code
+
+
+_HOST_FLAGS = {
+    'coordinator': ('', 'HOST:PORT of process 0; needed only where the processes are started by hand.'),
+    'num_processes': (0, 'Processes of the run, where they are started by hand.'),
+    'process_id': (-1, 'Which of them this one is, from 0.'),
+    'connect_timeout_seconds': (300, 'How long a process waits for the others.'),
+    'heartbeat_timeout_seconds': (30, 'Silence after which a process counts as gone.'),
+}
+
+
+def _flags() -> flags.FlagValues:
+    flag_values = flags.FlagValues()
+    flags.DEFINE_string('workdir', '', 'Directory of the run: config, checkpoints, metrics.', flag_values=flag_values)
+    for name, (default, meaning) in _HOST_FLAGS.items():
+        define = flags.DEFINE_string if isinstance(default, str) else flags.DEFINE_integer
+        define(name, default, meaning, flag_values=flag_values)
+    return flag_values
+
+
+def _describe_flags() -> str:
+    return '\n'.join(['--config=PATH  Config file.', '--workdir=DIR  Directory of the run: config, checkpoints, metrics.'] + [
+        f'--{name}={default}  {meaning}' for name, (default, meaning) in _HOST_FLAGS.items()])
+
+
+def _workdir(given: str) -> pathlib.Path:
+    if not given:
+        raise ConfigError('--workdir=DIR is missing: the directory of the run')
+    if '://' in given:
+        raise ConfigError(f'--workdir={given} must be a directory; mount the bucket on every host (gcsfuse, say), give its path')
+    return pathlib.Path(given)
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:
     return 'orbax' not in record.pathname
 
 
-def _say_error(error, exit_code: int) -> int:
-    print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
+def _fail(error, exit_code: int) -> int:
+    """Says an error in one line and ends the other processes too."""
+    _await_blame(error)
+    message = ' '.join(str(error).split())
+    print(f'error{hosts.who()}: {message}', file=sys.stderr)
+    hosts.leave(exit_code, message)
     return exit_code
+
+
+def _crash(error: Exception) -> None:
+    """Where there are other processes, says an unexpected error and ends them."""
+    if hosts.several():
+        _await_blame(error)
+        traceback.print_exc()
+        hosts.leave(CRASHED, f'{type(error).__name__}: {error}')
+
+
+def _await_blame(error) -> None:
+    while isinstance(error, BaseException):
+        if isinstance(error, jax.errors.JaxRuntimeError) and 'RESOURCE_EXHAUSTED' not in str(error):
+            return hosts.await_verdict()
+        error = error.__cause__ or error.__context__
 
 
 if __name__ == '__main__':
