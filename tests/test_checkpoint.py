@@ -118,6 +118,35 @@ def test_keep_best_survives_newer_ones_and_a_restart(opened):
     assert_is(checkpoints.restore(abstract()), 9)
 
 
+def test_an_evaluation_made_up_later_counts_among_the_best(opened):
+    settings = dict(train_keep_last=1, train_keep_best=1)
+    checkpoints = opened(**settings)
+    save(checkpoints, 1, 2.0)
+    save(checkpoints, 2)
+    checkpoints.evaluated(2, 1.0)
+    assert checkpoints.steps() == [1, 2], 'nothing goes before the next is saved'
+    save(checkpoints, 3, 5.0)
+    assert checkpoints.steps() == [2, 3]
+    checkpoints = opened(**settings)
+    save(checkpoints, 4)
+    assert checkpoints.steps() == [2, 4]
+
+
+@pytest.mark.parametrize('error', [PermissionError(13, 'Permission denied'), ValueError('UNAVAILABLE: Connection reset'),
+                                   OSError(5, 'Input/output error')], ids=str)
+def test_an_error_that_may_pass_is_no_damage(opened, tmp_path, monkeypatch, error):
+    checkpoints = opened()
+    save(checkpoints, 3)
+
+    def restore(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(checkpoint.ocp.StandardCheckpointHandler, 'restore', restore)
+    with pytest.raises(CheckpointError, match='cannot be read now.*run the same command again'):
+        checkpoints.restore(abstract())
+    assert directory(tmp_path, 3).is_dir(), 'and it is not set aside'
+
+
 def test_an_incomplete_checkpoint_is_skipped_with_a_warning(opened, tmp_path, caplog):
     save(opened(), 3)
     unfinished = tmp_path / 'checkpoints' / '8.orbax-checkpoint-tmp-123'

@@ -25,6 +25,7 @@ from train_fixtures import (
 )
 
 from transxssm_jax import config as config_lib
+from transxssm_jax import metrics
 from transxssm_jax import train as train_lib
 
 
@@ -167,7 +168,7 @@ def test_a_resumed_run_may_change_its_mesh(config, finished, copy, tmp_path):
     assert train(config, same, train__steps=16).code == 0
     result = train(config, copy, train__steps=16, mesh__data=1, mesh__fsdp=4, mesh__tensor=2)
     assert result.code == 0, result
-    assert 'resuming from step 12' in result.out and 'data 1 x fsdp 4 x tensor 2' in result.out
+    assert 'resuming from step 12' in result.out and 'data 1 x fsdp 4 x context 1 x tensor 2' in result.out
     assert losses(copy).keys() == set(range(1, 17))
     for step, loss in losses(same).items():
         assert losses(copy)[step] == pytest.approx(loss, rel=1e-5), step
@@ -228,6 +229,24 @@ def test_tensorboard_holds_the_same_numbers(finished):
             values[name] = {event.step: event.tensor_proto.float_val[0] for event in events.Tensors(name)}
     assert values['loss'] == pytest.approx(losses(finished[0]), rel=1e-6)
     assert values['eval_loss'].keys() == {6, 12}
+
+
+def test_tensorboard_forgets_what_a_killed_run_wrote_beyond_its_checkpoint(config, tmp_path):
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator  # TensorBoard's own
+
+    def write(first_step, steps, value):
+        writers = metrics.Writers(tmp_path, config_lib.load(config, {'train.tensorboard': True}), first_step)
+        for step in steps:
+            writers.write(step, {'loss': value})
+        writers.close()
+
+    write(0, range(1, 10), 1.0)
+    write(6, range(7, 9), 2.0)
+    events = EventAccumulator(str(tmp_path / 'tensorboard'), size_guidance={})
+    events.Reload()
+    values = [(event.step, event.tensor_proto.float_val[0]) for event in events.Tensors('loss')]
+    assert values == [(step, 1.0) for step in range(1, 7)] + [(7, 2.0), (8, 2.0)]
+    assert [(record['step'], record['loss']) for record in records(tmp_path)] == values
 
 
 def test_the_profiler_window_leaves_a_trace(finished):
