@@ -148,8 +148,10 @@ def run(decoder, state, sampling, steps, stop=(), limit=L):
     return state, np.asarray(tokens)
 
 
-def test_a_mesh_changes_nothing():
-    config = tiny(num_heads=4, num_kv_heads=2, d_model=64, mesh_data=2, mesh_fsdp=2, mesh_tensor=2)
+@pytest.mark.parametrize('sizes', [dict(mesh_fsdp=2, mesh_tensor=2), dict(mesh_context=4)], ids=str)
+def test_a_mesh_changes_nothing(sizes):
+    """Nor where the mesh of training splits rows, which decoding does not."""
+    config = tiny(num_heads=4, num_kv_heads=2, d_model=64, mesh_data=2, **sizes)
     params = init(config)
     sampling = Sampling(1.0, top_p=0.95, repetition_penalty=1.1)
 
@@ -159,15 +161,18 @@ def test_a_mesh_changes_nothing():
         return decoder, *run(decoder, state, sampling, 12)
 
     _, whole, tokens = generate()
-    with jax.set_mesh(mesh.build(config)):
+    device_mesh = mesh.build(config)
+    with jax.set_mesh(device_mesh):
         decoder, state, sharded_tokens = generate()
     np.testing.assert_array_equal(sharded_tokens, tokens)
     assert (tokens[:, :12] >= 0).all() and (tokens[:, 12:] == -1).all()
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=3e-5), state, whole)
-    batch = ('data', 'fsdp')
-    assert state['caches'][0].sharding.spec[:2] == (batch, 'tensor')
-    assert all(cache.sharding.spec[:2] == (batch, 'tensor') for cache in state['caches'][1])
-    assert decoder.weights['layers']['0000']['mixer']['in_proj']['kernel'].sharding.spec[:3] == ('tensor', None, 'fsdp')
+
+    def is_split(x, *logical_axes):
+        return x.sharding.is_equivalent_to(mesh.sharding(device_mesh, logical_axes), x.ndim)
+
+    assert all(is_split(cache, 'batch', 'heads') for cache in (state['caches'][0], *state['caches'][1]))
+    assert is_split(decoder.weights['layers']['0000']['mixer']['in_proj']['kernel'], 'groups', None, 'embed')
 
 
 def test_blocks_of_steps_stop_where_rows_do():

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 from ssd_oracle import GRADIENTS, relative_error, with_gradients
 from test_ssd_kernels import DECAYS, assert_close, draw, needs_8_devices
@@ -108,6 +109,12 @@ def test_refuses():
         jax.jit(named).trace(*inputs_of()).lower(lowering_platforms=('tpu',))
 
 
+def test_refuses_another_platforms_interpreter():
+    for implementation, interpret in (('mosaic_gpu', pltpu.InterpretParams()), ('mosaic_tpu', plgpu.InterpretGPUParams())):
+        with pytest.raises(NotImplementedError, match=f"{implementation}' cannot be interpreted with .*; use True or Interpret"):
+            jax.eval_shape(functools.partial(rotary_ssd, implementation=implementation, interpret=interpret), *inputs_of())
+
+
 def test_refuses_to_hang(monkeypatch):
     """JAX's interpreter of GPU kernels waits forever where its warpgroups do not all get a thread."""
     monkeypatch.setenv('NPROC', '7')
@@ -162,6 +169,13 @@ def scan_loss(*values, f=rotary_ssd, **keywords):
     return sum(jnp.sum(v.astype(jnp.float32)) for v in f(*values, **KERNEL, **keywords))
 
 
+def test_saved_states_spare_a_second_forward_walk():
+    """Under a policy that saves them by name; the loss is linear in y, so that nothing else asks for y again."""
+    for policy, kernels in ((jax.checkpoint_policies.save_only_these_names(api.STATES_NAME), 2), (None, 3)):
+        loss = jax.checkpoint(scan_loss, policy=policy)
+        assert count_kernels(jax.value_and_grad(loss, argnums=range(5)), *inputs_of()) == kernels
+
+
 def test_states_lower_without_a_gpu():
     """What a shard of a sequence passes on, and its gradient: no y, no c; in pieces with a walk more."""
     values = inputs_of(H=3, G=1)[:4]
@@ -202,7 +216,8 @@ ends = pytest.mark.timeout(400, method='thread')
 # name: (row of SHAPES as in test_ssd_kernels.py, pieces, decays); da of a few heads: see SEEDS there
 INTERPRETED = {
     'two heads a CTA, ragged, segments across chunks': ((1, 130, 2, 64, 1, 128, 2, True), 1, ('usual', 'mixed', 'strong')),
-    'an odd number of heads, pieces': ((1, 250, 1, 64, 1, 64, 3, True), 2, ('mixed',)),
+    # Pieces of one chunk; a segment starts at the border of two of them.
+    'an odd number of heads, pieces': ((1, 250, 1, 64, 1, 64, 3, True), 4, ('mixed',)),
     'two groups a CTA, no table': ((1, 60, 2, 64, 2, 64, None, False), 1, ('usual',)),
 }  # fmt: skip
 
@@ -301,7 +316,7 @@ def test_pieces_conform_on_gpu(pieces, hopper):
 @pytest.mark.gpu
 @pytest.mark.parametrize('H, G', [(32, 8), (32, 32), (32, 1), (12, 4), (7, 7)])
 def test_long_rows_on_gpu(H, G, hopper):
-    """Against the float32 xla form, which the oracle has judged: all of a multiprocessor's places taken, 64-bit offsets."""
+    """Against the float32 xla form, which the oracle has judged: all of a multiprocessor's places taken, many chunks."""
     inputs = draw((2, 16384, H, 64, G, 128, 2, True), 'bfloat16', 'usual', 0)
     arguments, rope, segments, dy, dfinal = inputs
     wide = {k: v.astype(jnp.float32) for k, v in arguments.items()}
@@ -332,7 +347,7 @@ def test_states_conform_on_gpu(hopper):
 
 @pytest.mark.gpu
 def test_transformed_on_gpu(hopper):
-    """vmap, shard_map and rematerialisation that keeps the states."""
+    """vmap, shard_map of one device and rematerialisation."""
     arguments, rope, segments, _, _ = draw((4, 200, 4, 64, 2, 128, 2, True), 'bfloat16', 'usual', 0)
     values = [arguments[name] for name in GRADIENTS[:5]]
     along = (0, 0, None, 0, 0)

@@ -83,7 +83,7 @@ class Attention(nnx.Module):
             return causal_attention(q, k, v, implementation=self.implementation)
 
         q_BLHK, k_BLGK, v_BLGK = self._inputs(u_BLD, rope, scale_BL, factor_BL)
-        y_BLHK = mesh.on_shards(attend, (_HEADS, _GROUPS, _GROUPS), _HEADS)(q_BLHK, k_BLGK, v_BLGK)
+        y_BLHK = mesh.on_shards(attend, *mesh.of_whole_rows(((_HEADS, _GROUPS, _GROUPS), _HEADS)))(q_BLHK, k_BLGK, v_BLGK)
         return self.out_proj(y_BLHK), (k_BLGK.swapaxes(1, 2), v_BLGK.swapaxes(1, 2))
 
     def step(self, u_B1D: Float[Array, 'B 1 D'], factor_B1: Float32[Array, 'B 1'] | None, cache: Cache, *,

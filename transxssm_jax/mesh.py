@@ -170,6 +170,11 @@ def on_shards(function, in_axes, out_axes):
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
+def of_whole_rows(axes):
+    """Logical axes as `on_shards` takes them, with every row whole on its devices: for what passes nothing along a row."""
+    return jax.tree.map(lambda names: tuple(None if name == 'length' else name for name in names), axes, is_leaf=_is_axes)
+
+
 def _is_axes(node) -> bool:
     return isinstance(node, tuple) and all(axis is None or isinstance(axis, str) for axis in node)
 
@@ -257,9 +262,14 @@ def rows_of_this_process(mesh: Mesh, global_batch: int) -> np.ndarray:
 
     Where rows are split over the devices of several processes (context), each of these reads them whole.
     """
+    return np.array(_rows_of_this_process(mesh, global_batch))
+
+
+@functools.lru_cache  # asked for at every step
+def _rows_of_this_process(mesh, global_batch):
     placement = sharding(mesh, ('batch', None)).addressable_devices_indices_map((global_batch, 1))
     rows = {row for index in placement.values() for row in range(*index[0].indices(global_batch))}
-    return np.array(sorted(rows))
+    return sorted(rows)
 
 
 def global_batch(mesh: Mesh, local: dict[str, np.ndarray], size: int) -> dict[str, jax.Array]:

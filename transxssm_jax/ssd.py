@@ -97,7 +97,8 @@ class RotarySSD(nnx.Module):
 
         x_BLHP, dt_BLH, *rest = self._inputs(u_BLD, scale_BL, factor_BL)
         dt_BLH = jnp.where(is_token_BL[..., None], dt_BLH, 0)
-        y_BLHP, state_BHPN = mesh.on_shards(scan, _SEQUENCE, (_HEADS, _STATE))(x_BLHP, dt_BLH, *rest, rope)
+        y_BLHP, state_BHPN = mesh.on_shards(scan, *mesh.of_whole_rows((_SEQUENCE, (_HEADS, _STATE))))(
+            x_BLHP, dt_BLH, *rest, rope)
         return self.out_proj(y_BLHP), state_BHPN
 
     def step(self, u_B1D: Float[Array, 'B 1 D'], factor_B1: Float32[Array, 'B 1'] | None,

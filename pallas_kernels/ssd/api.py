@@ -191,6 +191,7 @@ def _scan(x, dt, a, b, c, rope, segment_ids, state, chunk_size, implementation, 
     x, dt, a, b, c, rope, run_BL, state = _vary_alike((x, dt, a, b, c, rope, run_BL, state))
     if implementation == 'reference':
         return reference.scan_tokens(x, dt, a, b, c, rope, run_BL, state)
+    _check_interpreter(implementation, interpret)
     if implementation == 'mosaic_tpu':
         plan = tpu.default_plan(tpu.generation(), shape)
         return tpu.scan_chunks(plan, x, dt, a, b, c, rope, run_BL, state, interpret)
@@ -255,11 +256,20 @@ def _unsupported(implementation, device, dtype, chunk_size, shape):
     return None
 
 
+def _check_interpreter(implementation, interpret):
+    kind = {'mosaic_tpu': pltpu.InterpretParams, 'mosaic_gpu': plgpu.InterpretGPUParams}.get(implementation)
+    if kind and not isinstance(interpret, bool | kind):
+        raise NotImplementedError(
+            f'implementation={implementation!r} cannot be interpreted with interpret={type(interpret).__name__}; '
+            f'use True or {kind.__name__}'
+        )
+
+
 def _gpu_interpreter(interpret):
     """Its parameters. Refuses where it would hang: each warpgroup blocks a thread of JAX's CPU client."""
-    needed = 8  # 4 warpgroups, the program that launches them, and room
+    needed = 8  # 4 warpgroups of one device, the program that launches them, and room
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    threads = max(int(os.environ.get('NPROC', cores)), jax.local_device_count())
+    threads = max(int(os.environ.get('NPROC') or cores), jax.local_device_count())
     if jax.default_backend() == 'cpu' and threads < needed:
         raise NotImplementedError(
             f"implementation='mosaic_gpu' cannot be interpreted here: JAX's CPU client has {threads} threads and its "

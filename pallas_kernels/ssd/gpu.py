@@ -1,7 +1,7 @@
 """The rotary scan as Pallas Mosaic GPU kernels for Hopper: decays, cuts, gradients.
 
-Legend: B batch, L length, H heads, G groups, R heads a group, P head width, N state width,
-C chunks, Q position in a chunk, W pieces of a row that are walked side by side.
+Legend: B batch, L length, H heads, G groups, P head width, N state width, C chunks,
+Q and S positions in a chunk (query and source side), W pieces of a row that are walked side by side.
 """
 
 import functools
@@ -21,6 +21,7 @@ from pallas_kernels.ssd.platforms import only_on
 from pallas_kernels.ssd.residuals import STATES_NAME
 from pallas_kernels.ssd.rotation import rotate_heads, unrotate_heads
 
+MULTIPROCESSORS = 132  # of an H100 SXM and an H200
 WIDTH = 64  # of a head's piece: wider heads are several with one dt
 STATES = (64, 128)  # N that are served
 # exp2 of it is 0 in float32. Log-decays are clipped to it, one step each.
@@ -35,11 +36,11 @@ class Plan(typing.NamedTuple):
     pieces: int = 1  # W
 
 
-def default_plan(shape: tuple[int, ...], multiprocessors: int = 132) -> Plan:
-    """Cuts rows until the walks fill the device, two to a multiprocessor; shape (B, L, H, P, G, N)."""
+def default_plan(shape: tuple[int, ...]) -> Plan:
+    """Cuts rows until the walks, two to a multiprocessor, fill the device; shape (B, L, H, P, G, N)."""
     B, L, H, P, _, _ = shape
     walks, chunks, pieces = B * H * (P // WIDTH), -(-L // CHUNK), 1
-    while walks * pieces * 2 <= 2 * multiprocessors and chunks >= 16 * pieces:
+    while walks * pieces <= MULTIPROCESSORS and chunks >= 16 * pieces:
         pieces *= 2
     return Plan(pieces)
 
@@ -122,7 +123,8 @@ def _scan_bwd(static, residuals, cotangents):
     r = gpu_backward.walk(*map(cut, (x, vectors, b, c, starts, states, dy)), dfinals, interpret=interpret)
     dinitial = join(r['dinitial'])[:, 0]
 
-    def by_group(v):  # the inverse rotation before rounding
+    def by_group(v):
+        # Each head's was rounded once, in the kernel; their sum and its inverse rotation are float32 up to the second rounding.
         v = jnp.sum(v.reshape(B, L, G, H // G, N), axis=3, dtype=jnp.float32)
         return unrotate_heads(v, rope).astype(b.dtype)
 

@@ -49,7 +49,8 @@ LEAVING, WITHIN, LATER = range(3)
 #   TAKEN: its pairs with earlier sources, and what it takes from the chunk's first state
 #   PASSED: in the place of p, the sum over n of what the chunk's first state adds to its last
 TAKEN, PASSED = range(2)
-REGISTERS = {'work': 232, 'fetch': 40}  # a thread; 2 x 232 + 40 <= 512
+# A thread's: 2 x 232 + 40 is the 3 x 168 that a launch of 384 threads is given; to ask for more would wait for ever.
+REGISTERS = {'work': 232, 'fetch': 40}
 BY_SOURCE, BY_QUERY, FETCH = range(3)  # warpgroups
 
 
@@ -64,7 +65,8 @@ def walk(x, vectors, b, c, starts, states, dy, dfinal, *, interpret=False):
 
     Returns:
       dict of dx [B, L, H, P], db and dc [B, L, H, N] (rotated, of each head) in bfloat16; by_source
-      [B, C, H, 3, S], by_query [B, C, H, 2, Q] and dinitial [B, H, P, N] float32.
+      [B, C, H, 3, S], by_query [B, C, H, 2, Q] and dinitial [B, H, P, N] float32. Without dy there is no dc, and of the
+      sums only LEAVING and PASSED are written.
     """
     B, L, H, P = x.shape
     G, N = b.shape[2:]
@@ -127,10 +129,9 @@ def walk(x, vectors, b, c, starts, states, dy, dfinal, *, interpret=False):
                 plgpu.copy_gmem_to_smem(r[name].at[source[name]], r[name + '_s'].at[slot], r['fetched'].at[slot])
 
         def arrived(slot):
-            """The slot's inputs: name -> reference, 'vector' and 'start'."""
+            """Waits for the slot's inputs: name -> reference."""
             plgpu.barrier_wait(r['fetched'].at[slot])
-            here = {name: r[name + '_s'].at[slot] for name in loads}
-            return here | {'start': here.get('starts')}
+            return {name: r[name + '_s'].at[slot] for name in loads}
 
         def by_source(step, _):
             i, rows, slot = place(step)
@@ -138,13 +139,13 @@ def walk(x, vectors, b, c, starts, states, dy, dfinal, *, interpret=False):
             vector, dstate_s = s['vectors'], r['dstate_s'].at[slot]
             if dy is not None:
                 scores_SQ, dpairs_SQ = products(interpret, (s['b'], transposed(s['c'])), (s['x'], transposed(s['dy'])))
-                decay = decay_SQ(vector, s['start'])
-                decayed = scores_SQ * decay
-                both = decayed * dpairs_SQ
-                within = both.sum(axis=1)
-                later = jnp.where(places(1) > places(0), both, 0.0).sum(axis=1) * column(vector.at[DT])
+                decays_SQ = decay_SQ(vector, s.get('starts'))
+                decayed_SQ = scores_SQ * decays_SQ
+                pairs_SQ = decayed_SQ * dpairs_SQ
+                within = pairs_SQ.sum(axis=1)
+                later = jnp.where(places(1) > places(0), pairs_SQ, 0.0).sum(axis=1) * column(vector.at[DT])
                 dt = of_rows(vector.at[DT], CHUNK)
-                weights_SQ, dscores_SQ = (decayed * dt).astype(bfloat16), (dpairs_SQ * decay * dt).astype(bfloat16)
+                weights_SQ, dscores_SQ = (decayed_SQ * dt).astype(bfloat16), (dpairs_SQ * decays_SQ * dt).astype(bfloat16)
             plgpu.barrier_wait(r['dstate_written'].at[slot])
             (dscaled_SP,) = products(interpret, (s['b'], transposed(dstate_s)))
             x_SP = load_matrix(s['x'])
@@ -185,7 +186,7 @@ def walk(x, vectors, b, c, starts, states, dy, dfinal, *, interpret=False):
             if dy is not None:
                 dstate = add_product(interpret, dstate, transposed(r['dyscaled_s']), s['c'])
                 scores_QS, dpairs_QS = products(interpret, (s['c'], transposed(s['b'])), (s['dy'], transposed(s['x'])))
-                dscores_QS = dpairs_QS * decay_QS(vector, s['start']) * of_columns(vector.at[DT], CHUNK)
+                dscores_QS = dpairs_QS * decay_QS(vector, s.get('starts')) * of_columns(vector.at[DT], CHUNK)
                 taken = jnp.where(places(0) > places(1), dscores_QS * scores_QS, 0.0).sum(axis=1)
                 (dc_QN,) = products(interpret, (r['dyscaled_s'], s['states']))
                 taken = taken + (dc_QN * load_matrix(s['c'])).sum(axis=1)

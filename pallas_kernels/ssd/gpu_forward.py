@@ -46,7 +46,7 @@ def walk(x, vectors, b, c, starts, initial, *, with_states=False, interpret=Fals
       with_states: whether to write the state before each chunk.
 
     Returns:
-      dict of y [B, L, H, P], final [B, H, P, N] float32, states [B, C, H, P, N] bfloat16.
+      dict of y [B, L, H, P], final [B, H, P, N] float32, and with_states states [B, C, H, P, N] bfloat16.
     """
     B, L, H, P = x.shape
     G, N = b.shape[2:]
@@ -181,7 +181,7 @@ def walk(x, vectors, b, c, starts, initial, *, with_states=False, interpret=Fals
 def walk_states(x, vectors, b, initial, *, scale=SCALE, reverse=False, with_states=False, interpret=False):
     """The walk without y: one warpgroup a head, several CTAs a multiprocessor.
 
-    Args and results as `walk`, besides:
+    Args and results as `walk`, without c, starts and y, besides:
       scale: which vector multiplies x where it enters the state.
       reverse: from the last chunk to the first.
     """
