@@ -39,6 +39,14 @@ check_training() {
     case " $* " in *" --workdir="*) ;; *) refuse "--workdir=DIR is missing after --" ;; esac
 }
 
+# Whether the arguments after the first set the flag that is the first.
+gives() {
+    local flag=$1
+    shift
+    case " $* " in *" $flag="* | *" $flag "*) return 0 ;; esac
+    return 1
+}
+
 # A value that must be a whole number of at least 1.
 check_count() {
     case $2 in '' | *[!0-9]* | 0) refuse "$1=$2 must be a whole number, at least 1" ;; esac

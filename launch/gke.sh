@@ -13,7 +13,7 @@
 #   --base_image=IMAGE    image with Python 3.12 or 3.13 (default python:3.12); the project is installed when it starts
 #   --storage=NAME        storage attached to the cluster (xpk storage attach), which holds --workdir and the data
 #   --priority=LEVEL      very-low, low, medium, high or very-high (default medium)
-#   --grace_seconds=N     between SIGTERM and SIGKILL, to save in (default 120)
+#   --grace_seconds=N     between SIGTERM and SIGKILL; must cover two more steps and a checkpoint (default 120)
 #   --max_restarts=N      how often to start again (default 100)
 #   --dry-run             print the command instead of running it
 set -euo pipefail
@@ -51,8 +51,8 @@ check_count --slices "$slices"
 check_count --grace_seconds "$grace_seconds"
 check_count --max_restarts "$max_restarts"
 check_training "$@"
-if [ "$slices" -gt 1 ]; then
-    set -- --config.mesh.slices="$slices" "$@"
+if [ "$slices" -gt 1 ] && ! gives --config.mesh.slices "$@"; then
+    set -- "$@" --config.mesh.slices="$slices"
 fi
 
 # exec: SIGTERM of an eviction must reach Python, not the shell.

@@ -11,7 +11,7 @@
 #   --partition=NAME, --account=NAME, --qos=NAME
 #   --python=PATH         Python with this project installed (default .venv/bin/python)
 #   --log=PATH            (default: slurm-JOB.out here)
-#   --grace_seconds=N     before the end of the time, to save in (default 120)
+#   --grace_seconds=N     before the end of the time; must cover two more steps and a checkpoint (default 120)
 #   --max_restarts=N      how often to go back into the queue (default 100)
 #   --dry-run             print the job and how it would be submitted
 #
@@ -44,9 +44,9 @@ check_count --gpus "$gpus"
 check_count --grace_seconds "$grace_seconds"
 check_count --max_restarts "$max_restarts"
 check_training "$@"
-if [ "$nodes" -gt 1 ]; then
+if [ "$nodes" -gt 1 ] && ! gives --config.mesh.slices "$@"; then
     # JAX counts the GPUs of a host as a slice.
-    set -- --config.mesh.slices="$nodes" "$@"
+    set -- "$@" --config.mesh.slices="$nodes"
 fi
 
 job=$(cat <<JOB

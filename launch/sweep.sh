@@ -26,6 +26,7 @@ while [ $# -gt 0 ]; do
         --help | -h) usage; exit 0 ;;
         --) shift; break ;;
         --*) refuse "unknown option $1" ;;
+        *[[:space:]/]*) refuse "$1 must be without spaces and /: its values are names of directories" ;;
         ?*.?*=?*) varied+=("$1") ;;
         *) refuse "$1 must be SETTING=VALUE,VALUE,... with the setting's whole name, e.g. optimizer.learning_rate=1e-4,3e-4" ;;
     esac

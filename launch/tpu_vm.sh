@@ -17,7 +17,9 @@
 #   --keep                leave the TPUs up at the end; they cost until they are deleted
 #   --dry-run             print the commands instead of running them
 #
-# The source is what git has committed here. Run it where it may stay for as long as training does (tmux, say).
+# The source is what git has committed here. Run it where it may stay for as long as training does (tmux, say). Training
+# itself goes on when the connection breaks or this script is stopped; called again, the script waits for it to end before it
+# starts the command anew. The TPUs cost until the script, or gcloud, deletes them.
 # /mnt/BUCKET or another directory that all workers share must hold --workdir and the data.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -51,6 +53,7 @@ done
 check_count --slices "$slices"
 check_count --max_restarts "$max_restarts"
 [ "$spot" = no ] || [ -z "$reservation" ] || refuse "--spot and --reservation exclude each other"
+case $mount in *[!a-z0-9._-]*) refuse "--mount=$mount must be the name of a bucket: a-z, 0-9, . _ -" ;; esac
 check_training "$@"
 if [ -z "$runtime" ]; then
     case $accelerator in
@@ -61,14 +64,15 @@ if [ -z "$runtime" ]; then
         *) refuse "--accelerator=$accelerator: its runtime is not known here; give --runtime=VERSION" ;;
     esac
 fi
-if [ "$slices" -gt 1 ]; then
-    set -- --config.mesh.slices="$slices" "$@"
+if [ "$slices" -gt 1 ] && ! gives --config.mesh.slices "$@"; then
+    set -- "$@" --config.mesh.slices="$slices"
 fi
 
 where=(--zone="$zone")
 [ -z "$project" ] || where+=(--project="$project")
 everywhere=(--worker=all --node=all)
-create=(gcloud compute tpus queued-resources create "$name" "${where[@]}"
+tpus=(gcloud compute tpus queued-resources)
+create=("${tpus[@]}" create "$name" "${where[@]}"
     --accelerator-type="$accelerator" --runtime-version="$runtime")
 if [ "$slices" -gt 1 ]; then
     create+=(--node-prefix="$name" --node-count="$slices")
@@ -78,7 +82,7 @@ fi
 [ "$spot" = no ] || create+=(--spot)
 [ -z "$reservation" ] || create+=(--reservation="$reservation")
 
-setup='rm -rf ~/transxssm && mkdir ~/transxssm && tar -xzf ~/transxssm.tar.gz -C ~/transxssm'
+setup='rm -rf ~/transxssm ~/exit_code && mkdir ~/transxssm && tar -xzf ~/transxssm.tar.gz -C ~/transxssm'
 setup+=' && { [ -x ~/.local/bin/uv ] || curl -LsSf https://astral.sh/uv/install.sh | sh; }'
 setup+=' && { [ -x ~/venv/bin/python ] || ~/.local/bin/uv venv --quiet --python 3.12 ~/venv; }'
 setup+=' && cd ~/transxssm && ~/.local/bin/uv pip install --quiet --python ~/venv/bin/python -e ".[tpu]"'
@@ -86,17 +90,35 @@ if [ -n "$mount" ]; then
     setup+=" && sudo mkdir -p /mnt/$mount && sudo chmod 777 /mnt/$mount"
     setup+=" && { mountpoint -q /mnt/$mount || gcsfuse --implicit-dirs --rename-dir-limit=100000 $mount /mnt/$mount; }"
 fi
-# ssh to many workers does not pass on how the command ended; worker 0 writes it down. Training that outlived a broken
-# connection has the lock until it ends.
-train="cd ~/transxssm; rm -f ~/exit_code; flock ~/transxssm.lock ~/venv/bin/python -m transxssm_jax.train $(quoted "$@"); code=\$?"
-train+="; echo \$code > ~/exit_code; exit \$code"
+# Training has the lock on each worker for as long as it runs, whether or not anybody still looks on; until then its source stays.
+lock='flock --close ~/transxssm.lock'
+setup="flock --nonblock ~/transxssm.lock true || echo 'training still runs here; waiting for its end'; $lock bash -c ${setup@Q}"
+# Training writes into a file: a broken connection must not reach it. Its exit code too: ssh to many workers does not pass it on.
+job="cd ~/transxssm && ~/venv/bin/python -m transxssm_jax.train $(quoted "$@"); echo \$? > ~/exit_code"
+train="setsid nohup $lock bash -c ${job@Q} > ~/train.log 2>&1 < /dev/null & tail -n +1 -F --pid=\$! ~/train.log"
+ask="flock ~/transxssm.lock true & tail -n 0 -F --pid=\$! ~/train.log >&2; cat ~/exit_code"
 
+# The archive of the source, and what gcloud says.
+if [ "$dry_run" = yes ]; then
+    scratch=/tmp/transxssm
+else
+    scratch=$(mktemp -d)
+    trap 'rm -rf "$scratch"' EXIT
+fi
+
+# What the queued resource is; MISSING only where gcloud says that there is none.
 state() {
-    gcloud compute tpus queued-resources describe "$name" "${where[@]}" --format='value(state.state)' 2>/dev/null || echo MISSING
+    if ! "${tpus[@]}" describe "$name" "${where[@]}" --format='value(state.state)' 2>"$scratch/said"; then
+        if grep -q NOT_FOUND "$scratch/said"; then
+            echo MISSING
+        else
+            echo "not known: $(tail -n 1 "$scratch/said")"
+        fi
+    fi
 }
 
 delete() {
-    run gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet
+    run "${tpus[@]}" delete "$name" "${where[@]}" --force --quiet
 }
 
 # Waits until the TPUs are there; asks for them, again if they were taken away.
@@ -110,39 +132,52 @@ acquire() {
         [ "$now" = "$before" ] || echo "$(date +%T) queued resource $name: $now"
         before=$now
         case $now in
-            MISSING) run "${create[@]}" ;;
-            SUSPENDING | DELETING) ;;
-            SUSPENDED | FAILED) delete ;;
+            # What is refused at the first start is wrong; later the service may be at fault.
+            MISSING) run "${create[@]}" || [ "$start" -gt 0 ] ;;
+            SUSPENDED | FAILED) delete || true ;;
         esac
         sleep 30
     done
 }
 
 install() {
-    run git -C "$here/.." archive --format=tar.gz --output=/tmp/transxssm.tar.gz HEAD &&
-        run gcloud compute tpus queued-resources scp /tmp/transxssm.tar.gz "$name:transxssm.tar.gz" "${where[@]}" "${everywhere[@]}" &&
-        run gcloud compute tpus queued-resources ssh "$name" "${where[@]}" "${everywhere[@]}" --command="$setup"
+    run "${tpus[@]}" scp "$scratch/source.tar.gz" "$name:transxssm.tar.gz" "${where[@]}" "${everywhere[@]}" &&
+        run "${tpus[@]}" ssh "$name" "${where[@]}" "${everywhere[@]}" --command="$setup"
 }
 
-# Ends with training's exit code, or 69 where it cannot be asked for: the workers are gone.
+# Sets code to training's exit code, or to 69 where it cannot be asked for: the workers are gone.
 train() {
-    if run gcloud compute tpus queued-resources ssh "$name" "${where[@]}" "${everywhere[@]}" --command="$train"; then
-        return 0
-    fi
-    local code
-    code=$(gcloud compute tpus queued-resources ssh "$name" "${where[@]}" --worker=0 --node=0 --command='cat ~/exit_code' || true)
-    return "${code:-69}"
+    code=0
+    run "${tpus[@]}" ssh "$name" "${where[@]}" "${everywhere[@]}" --command="$train" || true
+    [ "$dry_run" = no ] || return 0
+    # Worker 0 answers when its training has ended: the connection may have broken before.
+    code=$("${tpus[@]}" ssh "$name" "${where[@]}" --worker=0 --node=0 --command="$ask" | tail -n 1) || true
+    case $code in '' | *[!0-9]*) code=69 ;; esac
 }
 
+run git -C "$here/.." archive --format=tar.gz --output="$scratch/source.tar.gz" HEAD
+failed=0
 for ((start = 0; start <= max_restarts; start++)); do
     acquire
-    # 69: a process was lost; 75: stopped by SIGTERM; both go on from the last checkpoint.
-    code=0
-    { install || (exit 69); } && train || code=$?
+    if install; then
+        failed=0
+        train
+    else
+        code=69
+        sleep 30  # until a pre-emption shows
+        [ "$(state)" != ACTIVE ] || failed=$((failed + 1))
+        if [ "$failed" -eq 3 ]; then
+            echo "error: the TPUs are there, and installing failed 3 times; what the workers said is above" >&2
+            code=1
+        fi
+    fi
+    # 69: a process was lost; 75: stopped by SIGTERM; 137, 255: killed. All go on from the last checkpoint.
     case $code in
-        69 | 75) echo "$(date +%T) training was interrupted (exit code $code); starting again"; sleep 30 ;;
+        69 | 75 | 137 | 255) echo "$(date +%T) training was interrupted (exit code $code); starting again"; sleep 30 ;;
         *) break ;;
     esac
 done
-[ "$keep" = yes ] || delete
+if [ "$keep" = no ] && ! delete; then
+    echo "error: queued resource $name could not be deleted; it costs until it is" >&2
+fi
 exit "$code"

@@ -1,12 +1,12 @@
 """Several processes of one run on this machine, and what each of them does in the tests of hosts.py."""
 
-import contextlib
 import os
 import pathlib
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import typing
 
@@ -18,7 +18,7 @@ class Ended(typing.NamedTuple):
     code: int
     out: str
     err: str
-    seconds: float  # from the call of `finish`
+    seconds: float  # from the call of `Processes.finish`
 
     def error(self) -> str:
         """The last line that says an error, beneath what JAX's own client may have logged."""
@@ -31,41 +31,73 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(program: list[str], process: int, processes: int, port: int, devices: int = 1, **flags) -> subprocess.Popen:
-    """A process of a run: python PROGRAM with the flags that say who it is."""
-    environment = {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'}
-    environment |= {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices), 'PYTHONUNBUFFERED': '1',
-                    'XLA_FLAGS': '--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0'}
-    flags = dict(coordinator=f'localhost:{port}', num_processes=processes, process_id=process) | flags
-    return subprocess.Popen([sys.executable, *program, *(f'--{name}={value}' for name, value in flags.items())], cwd=ROOT,
-                            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+class Process(subprocess.Popen):
+    """A process of a run: python PROGRAM with the flags that say who it is. What it says goes to files, which are never full."""
+
+    def __init__(self, program: list[str], process: int, processes: int, port: int, devices: int = 1, **flags):
+        environment = {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'}
+        environment |= {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices), 'PYTHONUNBUFFERED': '1',
+                        'XLA_FLAGS': '--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0'}
+        flags = dict(coordinator=f'localhost:{port}', num_processes=processes, process_id=process) | flags
+        self._files = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115, they go with this object
+        super().__init__([sys.executable, *program, *(f'--{name}={value}' for name, value in flags.items())], cwd=ROOT,
+                         env=environment, stdout=self._files[0], stderr=self._files[1])
+
+    def output(self) -> tuple[str, str]:
+        """(stdout, stderr) so far."""
+        # pread: the process writes where the offset of the file is.
+        return tuple(os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode() for file in self._files)
 
 
-def start_all(program: list[str], processes: int, devices: int = 1, **flags) -> list[subprocess.Popen]:
-    port = free_port()
-    return [start(program, process, processes, port, devices, **flags) for process in range(processes)]
+class Processes(list):
+    """Processes of one run, killed where a `with` block of them is left."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self:
+            process.kill()
+        for process in self:
+            process.wait()
+
+    def until(self, condition, seconds: float = 240) -> None:
+        """Waits for a condition; fails where it does not come in time, or one of the processes ends before."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            ended = [process.output() for process in self if process.poll() is not None]
+            assert not ended, ended
+            assert time.monotonic() < deadline, [process.output() for process in self]
+            time.sleep(0.05)
+
+    def until_said(self, line: str, *who: int) -> None:
+        """Waits until those processes (none named: all) have printed a line that starts so."""
+        for process in [self[index] for index in who] or self:
+            self.until(lambda process=process: any(said.startswith(line) for said in process.output()[0].splitlines()))
+
+    def finish(self, timeout: float = 300) -> list[Ended]:
+        """Waits for all; where one does not end in time, all are killed, and the test fails."""
+        started, ended = time.monotonic(), {}
+        with self:
+            while len(ended) < len(self):
+                for index, process in enumerate(self):
+                    if index not in ended and process.poll() is not None:
+                        ended[index] = Ended(process.returncode, *process.output(), time.monotonic() - started)
+                assert time.monotonic() < started + timeout, [process.output() for process in self]
+                time.sleep(0.05)
+        return [ended[index] for index in range(len(self))]
 
 
-def finish(running: list[subprocess.Popen], timeout: float = 300) -> list[Ended]:
-    """Waits for all; those that do not end in time are killed, and the test fails."""
-    started, ended = time.monotonic(), []
-    try:
-        for process in running:
-            out, err = process.communicate(timeout=max(timeout - (time.monotonic() - started), 1))
-            ended.append(Ended(process.returncode, out, err, time.monotonic() - started))
-    finally:
-        for process in running:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-    return ended
+def start(programs: list[list[str]], **settings) -> Processes:
+    """Starts one process for each program, as one run."""
+    running, port = Processes(), free_port()
+    for process, program in enumerate(programs):
+        running.append(Process(program, process, len(programs), port, **settings))
+    return running
 
 
-def said(process: subprocess.Popen, line: str) -> None:
-    """Waits until a process prints a line that starts so."""
-    for got in process.stdout:
-        if got.startswith(line):
-            return
-    raise AssertionError(f'the process ended before it said {line!r}: {process.communicate()[1]}')
+def start_all(program: list[str], processes: int, **settings) -> Processes:
+    return start([program] * processes, **settings)
 
 
 # ---- what the processes do, without training: python hosts_fixtures.py WHAT FLAGS ----
@@ -89,7 +121,9 @@ def agree(hosts) -> int:
 
 
 def wait(hosts) -> int:
-    print('joined', flush=True)
+    while not hosts._us.first_seen:  # from then on the others are watched
+        time.sleep(0.05)
+    print('watched', flush=True)
     time.sleep(100)
     return 0
 

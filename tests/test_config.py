@@ -179,6 +179,16 @@ def test_overrides_by_flag(path):
         'train.steps', 'train.progress', 'optimizer.learning_rate'}
 
 
+def test_the_file_and_its_overrides_come_in_any_order(path):
+    expected = parse(f'--config={path}', '--config.train.steps=2000', '--config.mesh.slices=2')
+    for file in ([f'--config={path}'], ['--config', path], ['-config', path]):
+        for argv in (['--config.mesh.slices=2', *file, '--config.train.steps=2000'],
+                     ['--config.mesh.slices=2', '--config.train.steps', '2000', *file]):
+            assert parse(*argv) == expected
+    with pytest.raises(ConfigError, match='unexpected argument --config=other.py'):
+        parse(f'--config={path}', '--', '--config=other.py')
+
+
 @pytest.mark.parametrize('name, value, message', [
     ('model.d_modle', 1, 'unknown setting model.d_modle; did you mean model.d_model?'),
     ('data.d_model', 1, 'unknown setting data.d_model; did you mean model.d_model?'),
@@ -202,6 +212,7 @@ def test_a_wrong_override_is_refused(path, name, value, message):
     (['--config=PATH', 'train.steps=3'], 'unexpected argument train.steps=3; settings are given as --config.name=value'),
     (['--config=PATH', '--steps=3'], "Unknown command line flag 'steps'"),
     (['--config'], 'Missing value for flag --config'),
+    (['--config.train.steps=2000', '--config'], 'Missing value for flag --config'),
 ])
 def test_a_wrong_command_line_is_refused(path, argv, message):
     with pytest.raises(ConfigError) as error:

@@ -4,12 +4,13 @@ import json
 import os
 import shutil
 import signal
-import time
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
-from hosts_fixtures import TESTS, finish, free_port, said, start, start_all
+from hosts_fixtures import TESTS, Process, Processes, free_port, start, start_all
 from train_fixtures import arguments, call, checkpoint_steps, prepare_bytes, records, train, write_config
 
 from transxssm_jax import checkpoint, hosts
@@ -23,7 +24,7 @@ def doing(what):
 
 
 def test_processes_agree_and_stop_at_the_same_turn():
-    ended = finish(start_all(doing('agree'), 3))
+    ended = start_all(doing('agree'), 3).finish()
     for process in ended:
         assert process.code == 75, process
         assert process.out.splitlines() == [
@@ -46,7 +47,7 @@ def test_one_process_needs_nobody():
 
 @pytest.mark.parametrize('failing', [1, 0])
 def test_a_failure_ends_all_and_says_whose_it_is(failing):
-    ended = finish(start_all(doing(f'fail{failing}'), 3))
+    ended = start_all(doing(f'fail{failing}'), 3).finish()
     for process, end in enumerate(ended):
         assert end.code == 2 and end.seconds < 60, end
         if process != failing:
@@ -56,29 +57,41 @@ def test_a_failure_ends_all_and_says_whose_it_is(failing):
 
 @pytest.mark.parametrize('lost', [2, 0], ids=['a process', 'the coordinator'])
 def test_a_killed_process_is_missed(lost):
-    running = start_all(doing('wait'), 3, heartbeat_timeout_seconds=10)
-    for process in running:
-        said(process, 'joined')
-    time.sleep(3)
-    running[lost].kill()
-    for process, end in enumerate(finish(running)):
+    with start_all(doing('wait'), 3, heartbeat_timeout_seconds=10) as running:
+        running.until_said('watched')
+        running[lost].kill()
+        ended = running.finish()
+    for process, end in enumerate(ended):
         if process == lost:
             assert end.code == -signal.SIGKILL
             continue
-        assert end.code == hosts.LOST and end.seconds < 40, end
+        assert end.code == hosts.LOST and end.seconds < 60, end
         assert f'process {lost} of 3' in end.error() and 'is gone' in end.error() and 'same command again' in end.error()
 
 
 def test_a_process_that_was_killed_and_started_again_is_another():
     """Its place is taken, so its heartbeat comes; the others must notice all the same, and all start anew."""
     port, flags = free_port(), dict(heartbeat_timeout_seconds=10, connect_timeout_seconds=30)
-    running = [start(doing('wait'), process, 3, port, **flags) for process in range(3)]
-    for process in running:
-        said(process, 'joined')
-    time.sleep(3)
-    running[2].kill()
-    running.append(start(doing('wait'), 2, 3, port, **flags))
-    assert [end.code for end in finish(running)] == [hosts.LOST, hosts.LOST, -signal.SIGKILL, hosts.LOST]
+    with Processes() as running:
+        for process in range(3):
+            running.append(Process(doing('wait'), process, 3, port, **flags))
+        running.until_said('watched')
+        running[2].kill()
+        running.append(Process(doing('wait'), 2, 3, port, **flags))
+        assert [end.code for end in running.finish()] == [hosts.LOST, hosts.LOST, -signal.SIGKILL, hosts.LOST]
+
+
+def test_output_that_nobody_reads_does_not_keep_a_process():
+    program = ('import sys, threading, time; from transxssm_jax import hosts\n'
+               'threading.Thread(target=lambda: [print("x" * 999) for _ in range(9999)], daemon=True).start()\n'
+               'time.sleep(1); hosts._end(hosts.LOST, "process 1 is gone")')
+    with subprocess.Popen([sys.executable, '-c', program], cwd=TESTS.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          env=os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONUNBUFFERED': ''}) as process:
+        try:
+            assert process.wait(60) == hosts.LOST
+            assert process.stderr.read() == b'error: process 1 is gone\n'
+        finally:
+            process.kill()
 
 
 # ---- joining ---------------------------------------------------------------
@@ -86,9 +99,9 @@ def test_a_process_that_was_killed_and_started_again_is_another():
 
 def test_who_does_not_come_is_not_waited_for_for_ever():
     port, unused = free_port(), free_port()
-    alone = start(doing('wait'), 0, 2, port, connect_timeout_seconds=3)
-    lonely = start(doing('wait'), 1, 2, unused, connect_timeout_seconds=3)
-    first, second = finish([alone, lonely])
+    alone = Process(doing('wait'), 0, 2, port, connect_timeout_seconds=3)
+    lonely = Process(doing('wait'), 1, 2, unused, connect_timeout_seconds=3)
+    first, second = Processes([alone, lonely]).finish()
     assert first.code == second.code == hosts.LOST
     assert 'not all processes of the run came within 3 s' in first.error() and f'localhost:{port}' in first.error()
     assert 'process 0 does not answer' in second.error() and f'--coordinator=localhost:{unused}' in second.error()
@@ -150,7 +163,7 @@ def test_where_processes_are_found(monkeypatch, environment, expected):
 
     def initialize(initialization_timeout, heartbeat_timeout_seconds, **how):
         asked.append(how)
-        raise RuntimeError('as far as this test goes')
+        raise ValueError('as far as this test goes')
 
     monkeypatch.setattr(hosts, '_has_tpu', lambda: 'TPU' in environment)
     monkeypatch.setattr(hosts, '_us', hosts._Membership())
@@ -166,6 +179,27 @@ def test_where_processes_are_found(monkeypatch, environment, expected):
         assert asked == [expected]
 
 
+@pytest.mark.parametrize('error', [RuntimeError('UNAVAILABLE: no route'), OSError('no answer of the metadata server')])
+def test_what_may_pass_ends_as_lost(monkeypatch, capfd, error):
+    """A launcher starts again after LOST, not after wrong input."""
+    def fail(*_, **how):
+        raise error
+
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(hosts, '_us', hosts._Membership())
+    monkeypatch.setattr(hosts, '_catch_abort', lambda: None)
+    monkeypatch.setattr(jax.distributed, 'initialize', fail)
+    monkeypatch.setattr(jax.config, 'update', lambda name, value: None)
+    monkeypatch.setattr(os, '_exit', leave)
+    with pytest.raises(SystemExit) as ended:
+        hosts.join('a:1', num_processes=2, process_id=0)
+    assert ended.value.code == hosts.LOST
+    said = capfd.readouterr().err
+    assert said.startswith('error: the processes of this run could not be joined') and str(error) in said, said
+
+
 # ---- training: 4 processes x 2 devices, one killed; the same again, told to stop; 2 processes x 4 devices to the end ----
 
 SETTINGS = dict(train__checkpoint_every_steps=4, train__eval_every_steps=3, train__eval_batches=1)
@@ -174,14 +208,6 @@ EXTRA_STEPS = 4  # after the stop
 
 def trainer(config, workdir, **settings):
     return ['-m', 'transxssm_jax.train', *arguments(config, workdir, **SETTINGS, **settings)[1:]]
-
-
-def wait_for(condition, processes, seconds=240):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline and all(process.poll() is None for process in processes), [
-            process.communicate() for process in processes if process.poll() is not None]
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope='module')
@@ -194,21 +220,21 @@ def config(tmp_path_factory):
 def killed(config, tmp_path_factory):
     """(workdir, ends, highest step recorded) of four processes that lose one."""
     workdir = tmp_path_factory.mktemp('many') / 'workdir'
-    running = start_all(trainer(config, workdir, mesh__data=1, mesh__fsdp=8, train__steps=400), 4, devices=2,
-                        heartbeat_timeout_seconds=10)
-    wait_for(lambda: (workdir / 'checkpoints' / '4').exists(), running)
-    running[3].kill()
-    return workdir, finish(running), max(record['step'] for record in records(workdir))
+    with start_all(trainer(config, workdir, mesh__data=1, mesh__fsdp=8, train__steps=400), 4, devices=2,
+                   heartbeat_timeout_seconds=10) as running:
+        running.until(lambda: (workdir / 'checkpoints' / '4').exists())
+        running[3].kill()
+        return workdir, running.finish(), max(record['step'] for record in records(workdir))
 
 
 @pytest.fixture(scope='module')
 def stopped(config, killed):
     """(workdir, ends) of the same command again; one process is told to stop."""
     workdir = killed[0]
-    running = start_all(trainer(config, workdir, mesh__data=1, mesh__fsdp=8, train__steps=400), 4, devices=2)
-    said(running[0], 'first step after')
-    running[2].send_signal(signal.SIGTERM)
-    ends = finish(running)
+    with start_all(trainer(config, workdir, mesh__data=1, mesh__fsdp=8, train__steps=400), 4, devices=2) as running:
+        running.until_said('first step after', 0)
+        running[2].send_signal(signal.SIGTERM)
+        ends = running.finish()
     return shutil.copytree(workdir, workdir.parent / 'stopped'), ends
 
 
@@ -217,8 +243,9 @@ def finished(config, stopped):
     """(workdir, ends, steps) of two processes that go on to the end, each row's tokens over both of them."""
     workdir = shutil.copytree(stopped[0], stopped[0].parent / 'finished')
     steps = checkpoint_steps(workdir)[-1] + EXTRA_STEPS
-    return workdir, finish(start_all(
-        trainer(config, workdir, mesh__data=1, mesh__context=8, train__steps=steps, train__sample_tokens=5), 2, devices=4)), steps
+    running = start_all(
+        trainer(config, workdir, mesh__data=1, mesh__context=8, train__steps=steps, train__sample_tokens=5), 2, devices=4)
+    return workdir, running.finish(), steps
 
 
 @pytest.fixture(scope='module')
@@ -244,8 +271,8 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(killed, stopped):
     assert [end.code for end in ends] == [75] * 4, ends
     step = checkpoint_steps(workdir)[-1]
     assert f'stopped at step {step} and saved' in ends[0].out
-    resumed = int(ends[0].out.partition('resuming from step ')[2].split()[0]) if 'resuming' in ends[0].out else None
-    assert resumed is None or 4 <= resumed <= step
+    resumed = int(ends[0].out.partition('resuming from step ')[2].split()[0])
+    assert 4 <= resumed < step
     for end in ends[1:]:
         assert 'Traceback' not in end.err
         assert all(line.startswith('[Gloo]') for line in end.out.splitlines()), 'process 0 speaks for all'
@@ -276,14 +303,11 @@ def test_one_process_goes_on_where_four_stopped(config, stopped, finished, tmp_p
 
 def test_different_commands_and_workdirs_are_refused(config, tmp_path):
     """Four processes of a pod where one is not like the others: each kind of mistake is said by all."""
-    port = free_port()
-    commands = [trainer(config, tmp_path / 'shared', data__seed=process) for process in range(2)]
-    ends = finish([start(command, process, 2, port) for process, command in enumerate(commands)])
+    ends = start([trainer(config, tmp_path / 'shared', data__seed=process) for process in range(2)]).finish()
     assert [end.code for end in ends] == [2, 2], ends
     assert any('settings: those of process 1 are not those of process 0' in end.error() for end in ends)
 
-    port = free_port()
-    ends = finish([start(trainer(config, tmp_path / f'own{process}'), process, 2, port) for process in range(2)])
+    ends = start([trainer(config, tmp_path / f'own{process}') for process in range(2)]).finish()
     assert [end.code for end in ends] == [2, 2], ends
     assert any('is not the directory of process 0' in end.error() for end in ends)
 
@@ -300,7 +324,8 @@ def test_a_checkpoint_that_one_process_cannot_read_is_used_by_none(config, stopp
             path.write_bytes(path.read_bytes()[:10])
             break
     before = checkpoint_steps(workdir)[-2]
-    ends = finish(start_all(trainer(config, workdir, mesh__data=1, mesh__fsdp=2, train__steps=before, train__sample_tokens=0), 2))
+    running = start_all(trainer(config, workdir, mesh__data=1, mesh__fsdp=2, train__steps=before, train__sample_tokens=0), 2)
+    ends = running.finish()
     assert [end.code for end in ends] == [0, 0], ends
     assert f'resuming from step {before}' in ends[0].out
     assert 'skipping unreadable checkpoint' in ends[0].err

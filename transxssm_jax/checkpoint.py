@@ -5,6 +5,7 @@ that name only when it is complete. The state is stored as the plain nested
 dict it is; nothing of NNX is in it, so it outlives library upgrades.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -250,10 +251,11 @@ class Checkpoints:
     def _restore_step(self, step: int, abstract_state: dict) -> tuple[dict, dict]:
         """(state, data position), read without a word to the other processes, who may fail to read theirs."""
         path = self.directory / str(step)
-        read_json = ocp.JsonCheckpointHandler().restore
-        _check_fits(f'checkpoint {path}', config_lib.from_json(json.dumps(read_json(path / 'config'))), self.config)
-        state = ocp.StandardCheckpointHandler().restore(path / 'state', args=ocp.args.StandardRestore(abstract_state))
-        return jax.block_until_ready(state), read_json(path / 'data')
+        closing = contextlib.closing
+        with closing(ocp.JsonCheckpointHandler()) as texts, closing(ocp.StandardCheckpointHandler()) as arrays:
+            _check_fits(f'checkpoint {path}', config_lib.from_json(json.dumps(texts.restore(path / 'config'))), self.config)
+            state = arrays.restore(path / 'state', args=ocp.args.StandardRestore(abstract_state))
+            return jax.block_until_ready(state), texts.restore(path / 'data')
 
     def _set_aside(self, steps: list[int]) -> None:
         for step in steps if hosts.is_first() else []:

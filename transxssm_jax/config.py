@@ -224,12 +224,13 @@ def load(path, overrides: dict[str, Any] | None = None) -> Config:
 
 
 def parse_flags(argv: list[str], flag_values: flags.FlagValues) -> Config:
-    """Parses a command line: --config=PATH, --config.a.b=VALUE, and the flags already in flag_values.
+    """Parses a command line: --config=PATH, --config.a.b=VALUE, and the flags already in flag_values, in any order.
 
     Raises:
       ConfigError: see `load`; also for an unknown flag.
     """
     types = {name: field.type for name, field in _settings(Config)}
+    argv = _file_first(argv)
     for argument in argv[1:]:
         name = argument.lstrip('-').partition('=')[0]
         if name.startswith('config.') and name.removeprefix('config.') not in types:
@@ -253,6 +254,21 @@ def parse_flags(argv: list[str], flag_values: flags.FlagValues) -> Config:
     if not holder.present:
         raise ConfigError('--config=PATH is missing, e.g. --config=configs/tiny.py')
     return resolve(holder.value)
+
+
+def _file_first(argv: list[str]) -> list[str]:
+    """The command line with --config=PATH in front of the overrides, where ml_collections wants it."""
+    file, others, arguments = [], [], iter(argv[1:])
+    for argument in arguments:
+        if argument == '--':
+            others += [argument, *arguments]
+        elif argument in ('--config', '-config'):
+            value = next(arguments, None)
+            # Without a value it stays where it is, for absl to say so.
+            (others if value is None else file).append(argument if value is None else f'{argument}={value}')
+        else:
+            (file if re.match('--?config=', argument) else others).append(argument)
+    return [*argv[:1], *file, *others]
 
 
 def _read_file(path: str) -> Config:

@@ -58,6 +58,7 @@ class _Membership:
     parting: bool = False  # from here on it is no news that others are gone
     exit_code: int = 0  # once this process is leaving
     sayings: itertools.count = dataclasses.field(default_factory=itertools.count)  # agreements so far, alike in all
+    first_seen: dict = dataclasses.field(default_factory=dict)  # process -> a number of its own, once all were seen
 
 
 _us = _Membership()
@@ -95,7 +96,7 @@ def join(coordinator: str = '', num_processes: int = 0, process_id: int = -1, co
     Raises:
       HostsError: an argument that is missing or out of range.
 
-    Where the others do not come in time, this process ends with `LOST`.
+    Where the others do not come in time, or do not answer, this process ends with `LOST`.
     """
     coordinator = coordinator or os.environ.get('JAX_COORDINATOR_ADDRESS', '')
     how = {}
@@ -133,7 +134,10 @@ def join(coordinator: str = '', num_processes: int = 0, process_id: int = -1, co
     try:
         jax.distributed.initialize(initialization_timeout=connect_timeout_seconds,
                                    heartbeat_timeout_seconds=heartbeat_timeout_seconds, **how)
-    except (RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, OSError) as error:  # of the network or another process: to be tried again
+        _end(LOST, f'the processes of this run could not be joined ({_one_line(error)}); start the same command again on '
+                   'every host')
+    except ValueError as error:
         raise HostsError(f'the processes of this run could not be joined ({_one_line(error)}); see --help for '
                          '--coordinator, --num_processes and --process_id') from error
     state = distributed.global_state
@@ -346,15 +350,15 @@ def _hear_of_failure() -> None:
 
 def _miss_the_lost() -> None:
     """A thread that asks, together with those of the others, who is still there."""
-    everybody, first_seen = list(range(_us.processes)), {}
+    everybody = list(range(_us.processes))
     while not _us.parting:
         try:
             # Process -> a number of its own: one that was started again while we run is another.
             seen = _client().get_live_nodes(everybody)
         except jax.errors.JaxRuntimeError:
             return  # process 0 is gone, which _hear_of_failure says
-        first_seen = first_seen or seen
-        lost = {process for process in everybody if process not in seen or seen[process] != first_seen.get(process)}
+        _us.first_seen = _us.first_seen or seen
+        lost = {process for process in everybody if process not in seen or seen[process] != _us.first_seen.get(process)}
         if lost:
             time.sleep(1)  # a process that said why it ended is not lost
             if not _us.parting:
@@ -372,7 +376,8 @@ def _gone(lost: list[int]) -> str:
 def _catch_abort() -> None:
     """Says in one line what JAX's client aborts the process for: process 0 is gone, or the others did not come.
 
-    The client ends the process from C++, with SIGABRT, where Python's own handlers never run.
+    The client ends the process from C++, with SIGABRT, where Python's own handlers never run. This one needs the
+    interpreter's lock: it comes as soon as no other thread is in Python, and not at all where a library holds the lock for ever.
     """
     libc = ctypes.CDLL(None)
     handler_type = ctypes.CFUNCTYPE(None, ctypes.c_int)
@@ -419,16 +424,21 @@ def _say(message: str) -> None:
 
 def _end(exit_code: int, message: str) -> None:
     _us.parting, _us.exit_code = True, exit_code
-    _say(message)
-    _exit(exit_code)
+    _exit(exit_code, message)
 
 
-def _exit(exit_code: int) -> None:
-    """Ends the process at once: a thread may wait for ever for a process that is gone."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):
-            stream.flush()
+def _exit(exit_code: int, message: str = '') -> None:
+    """Ends the process at once: a thread may wait for ever for a process that is gone, or a write for a reader."""
+    last_words = threading.Thread(target=_finish_output, args=[message], daemon=True)
+    last_words.start()
+    last_words.join(5)
     os._exit(exit_code)
+
+
+def _finish_output(message: str) -> None:
+    for finish in (lambda: message and _say(message), sys.stdout.flush, sys.stderr.flush):
+        with contextlib.suppress(Exception):
+            finish()
 
 
 def _one_line(error: BaseException) -> str:

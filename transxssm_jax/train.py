@@ -265,7 +265,7 @@ class Run:
             loader.close()
 
     def _save(self) -> None:
-        if self.step in self.checkpoints.steps():
+        if self.step in hosts.from_first(self.checkpoints.steps()):  # all save or none: a listing may come late to one
             return
         eval_loss = self.eval_loss if self._evaluated_at == self.step else None
         self.checkpoints.save(self.step, self.state, self._data_position(), eval_loss)
@@ -423,7 +423,8 @@ def _fail(error, exit_code: int) -> int:
     """Says an error in one line and ends the other processes too."""
     _await_blame(error)
     message = ' '.join(str(error).split())
-    print(f'error{hosts.who()}: {message}', file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody may read it any more; the others must hear of it all the same
+        print(f'error{hosts.who()}: {message}', file=sys.stderr)
     hosts.leave(exit_code, message)
     return exit_code
 
@@ -432,7 +433,8 @@ def _crash(error: Exception) -> None:
     """Where there are other processes, says an unexpected error and ends them."""
     if hosts.several():
         _await_blame(error)
-        traceback.print_exc()
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
         hosts.leave(CRASHED, f'{type(error).__name__}: {error}')
 
 
