@@ -16,6 +16,12 @@ DGX H100 and B200, 200 Gb/s in DGX A100.
 import dataclasses
 
 GB, GIB, MIB = 10**9, 2**30, 2**20
+
+# Environment in which libtpu compiles for TPUs that are not attached; it would otherwise ask the cloud which this machine has.
+COMPILE_ONLY = {
+    'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
+    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+}
 SMALL, LARGE = 2 * 128**2, 4 * 256**2  # bf16 FLOPs of one MXU in a cycle; a large one takes two rows
 
 

@@ -33,8 +33,8 @@ import jax
 import numpy as np
 
 from pallas_kernels import tpu_traffic
+from pallas_kernels.chips import COMPILE_ONLY, Tpu
 from pallas_kernels.chips import TPUS as CHIPS
-from pallas_kernels.chips import Tpu
 
 UNITS = ('MXU', 'XLU', 'VALU', 'VPOP', 'EUP', 'VLOAD', 'VLOAD:FILL', 'VSTORE', 'VSTORE:SPILL', 'SALU')
 DELAY_SLOTS = 4  # bundles after a branch that still belong to it
@@ -62,9 +62,7 @@ def profile(chip: str, case: str, *arguments, keep: str = '') -> 'Profile':
             'xla_jf_dump_llo_pass_label_regex': 'packed-bundles-post-ra.*|pre-delay.*|deduplication-map.*',
         }
         environment = {
-            **os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': os.pathsep.join(sys.path),
-            'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
-            'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+            **os.environ, **COMPILE_ONLY, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': os.pathsep.join(sys.path),
             'LIBTPU_INIT_ARGS': ' '.join(f'--{name}={value}' for name, value in flags.items()),
         }
         command = [sys.executable, '-m', 'pallas_kernels.tpu_profile', chip, str(directory), case, json.dumps(arguments)]

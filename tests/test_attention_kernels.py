@@ -6,8 +6,6 @@ Shapes: B batch, L length, H heads, G key/value heads, K head width.
 import functools
 import importlib.util
 import logging
-import os
-import subprocess
 import sys
 import types
 
@@ -18,6 +16,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from tpu_compiler import run_alone
 
 from pallas_kernels.attention import api, causal_attention, cudnn, save_residuals, splash
 
@@ -609,19 +608,8 @@ def test_splash_lowers(variant, G):
 def test_compiles_for_v5e(implementation):
     if importlib.util.find_spec('libtpu') is None:
         pytest.skip('libtpu is not installed: pip install jax[tpu]')
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    # A process of its own: libtpu reads its settings when it is loaded.
-    environment = os.environ | {
-        'PYTHONPATH': os.pathsep.join([root, os.environ.get('PYTHONPATH', '')]),
-        'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost',
-        'TPU_ACCELERATOR_TYPE': 'v5litepod-4', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, __file__, implementation], env=environment, text=True,
-        capture_output=True, timeout=900, cwd=root,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count('compiled') == 4, done.stdout
+    said = run_alone(__file__, implementation)
+    assert said.count('compiled') == 4, said
 
 
 def compile_for_v5e(implementation):

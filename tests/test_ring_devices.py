@@ -1,9 +1,7 @@
 """Ring attention on devices: the real TPU compiler for a pod that need not be here, and NVIDIA GPUs."""
 
 import importlib.util
-import os
 import re
-import subprocess
 import sys
 
 import jax
@@ -13,6 +11,7 @@ import pytest
 import test_ring_attention as on_cpu
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from tpu_compiler import run_alone
 
 from pallas_kernels.attention import cudnn, ring_attention, xla
 
@@ -24,17 +23,7 @@ from pallas_kernels.attention import cudnn, ring_attention, xla
 def test_compiles_for_v5e(variant):
     if importlib.util.find_spec('libtpu') is None:
         pytest.skip('libtpu is not installed: pip install jax[tpu]')
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    # A process of its own: libtpu reads its settings when it is loaded.
-    environment = os.environ | {
-        'PYTHONPATH': os.pathsep.join([root, os.environ.get('PYTHONPATH', '')]),
-        'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost',
-        'TPU_ACCELERATOR_TYPE': 'v5litepod-4', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-    }  # fmt: skip
-    done = subprocess.run([sys.executable, __file__, variant], env=environment, text=True, capture_output=True,
-                          timeout=900, cwd=root)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert 'compiled' in done.stdout
+    assert 'compiled' in run_alone(__file__, variant)
 
 
 def sent(hlo, turns):

@@ -6,7 +6,7 @@ memory) on small shapes, which replaces the accumulating products of gpu_chunk.p
 only a GPU shows is behind the marker gpu: the machine code, the layouts, the asynchronous products
 and copies as they are, the speed.
 
-  JAX_PLATFORMS=cuda python -m pytest -m gpu tests/test_ssd_gpu.py
+  JAX_PLATFORMS=cuda,cpu python -m pytest -m gpu tests/test_ssd_gpu.py
 
 Legend: B batch, L length, H heads, G groups, P head width, N state width.
 """

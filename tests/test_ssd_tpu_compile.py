@@ -13,8 +13,6 @@ Legend: B batch, L length, H heads, G groups, P head width, N state width.
 
 import functools
 import importlib.util
-import os
-import subprocess
 import sys
 
 import jax
@@ -22,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from tpu_compiler import run_alone
 
 from pallas_kernels import tpu_profile
 from pallas_kernels.ssd import rotary_ssd, rotary_ssd_state, tpu
@@ -200,17 +199,7 @@ def test_saved_states_spare_a_forward_pass(saves):
 @pytest.mark.tpu_compile_full
 @pytest.mark.parametrize('groups', [32, 8, 1])
 def test_compiles_on_a_pod(groups):
-    """In a process of its own, because libtpu reads its settings when it is loaded."""
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    environment = os.environ | {
-        'PYTHONPATH': os.pathsep.join([root, *sys.path]), 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '',
-        'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
-        'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-    }  # fmt: skip
-    command = [sys.executable, __file__, f'--pod={groups}']
-    done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout == 'generation v5e, kernels 2, other devices asked for: all-reduce\n'
+    assert run_alone(__file__, f'--pod={groups}') == 'generation v5e, kernels 2, other devices asked for: all-reduce\n'
 
 
 def compile_for_pod(groups):

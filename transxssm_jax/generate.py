@@ -168,7 +168,7 @@ class Generator:
             yield
 
     def _prefill(self, state, rows, totals_B):
-        shards, count = _row_shards(), len(rows)
+        shards, count = mesh.parts_in_use('batch'), len(rows)
         longest = bucket(max(len(row.prompt) for row in rows))
         while count * longest > PREFILL_TOKENS * shards and count % 2 == 0 and count // 2 % shards == 0:
             count //= 2
@@ -183,7 +183,7 @@ class Generator:
 
     def _batch_size(self, num_rows: int) -> int:
         """Few sizes, and a multiple of the devices that split a batch."""
-        shards = _row_shards()
+        shards = mesh.parts_in_use('batch')
         return math.ceil(min(1 << (num_rows - 1).bit_length(), max(num_rows, self.batch)) / shards) * shards
 
 
@@ -191,11 +191,6 @@ def bucket(length: int) -> int:
     """The least of 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, ... that is not below length."""
     step = max(8, 1 << max((length - 1).bit_length() - 3, 0))
     return max(32, math.ceil(length / step) * step)
-
-
-def _row_shards() -> int:
-    axes = dict(jax.sharding.get_abstract_mesh().shape)
-    return math.prod(axes.get(axis, 1) for axis in mesh.RULES['batch'])
 
 
 def sample(params: dict, config: Config, tokenizer, *, prompt: str, num_tokens: int, temperature: float = 0.8,

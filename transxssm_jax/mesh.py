@@ -131,6 +131,11 @@ def size_in_use(axis: str) -> int:
     return dict(jax.sharding.get_abstract_mesh().shape).get(axis, 1)
 
 
+def parts_in_use(logical_axis: str) -> int:
+    """Parts into which the mesh in use cuts a logical axis; 1 without a mesh."""
+    return math.prod(map(size_in_use, RULES[logical_axis]))
+
+
 def manual_axes() -> tuple[str, ...]:
     """Axes of the mesh in use over which the function being traced sees only its device's part, see `on_shards`."""
     return tuple(axis for axis in AXES if axis in jax.sharding.get_abstract_mesh().manual_axes)

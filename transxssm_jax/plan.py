@@ -25,7 +25,7 @@ import jax
 from absl import flags
 
 from pallas_kernels import tpu_traffic
-from pallas_kernels.chips import CHIPS, TPUS, Chip, Tpu
+from pallas_kernels.chips import CHIPS, COMPILE_ONLY, TPUS, Chip, Tpu
 from transxssm_jax import bounds, flops, hlo, mesh, search, step
 from transxssm_jax import config as config_lib
 from transxssm_jax.config import Config, ConfigError
@@ -87,9 +87,7 @@ class Topology:
 
         if importlib.util.find_spec('libtpu') is None:
             raise ConfigError(f'--topology={self.name}: the TPU compiler is not installed; pip install -e .[tpu]')
-        # The compiler would otherwise ask the cloud which TPU this machine has.
-        for name, value in dict(TPU_SKIP_MDS_QUERY='1', TPU_ACCELERATOR_TYPE='v5litepod-4', TPU_WORKER_HOSTNAMES='localhost',
-                                ALLOW_MULTIPLE_LIBTPU_LOAD='1').items():
+        for name, value in COMPILE_ONLY.items():
             os.environ.setdefault(name, value)
         options = {'num_slices': self.slices} if self.slices > 1 else {}
         try:

@@ -11,6 +11,7 @@ must be its left operand, and an accumulator is never transposed. The decays of 
 bits, because the gradient of a decay is a difference of sums of the one and of the other.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -30,7 +31,6 @@ from pallas_kernels.ssd.gpu_chunk import (
     decay_QS,
     decay_SQ,
     launch,
-    like,
     load_matrix,
     of_columns,
     of_rows,
@@ -74,9 +74,10 @@ def walk(x, vectors, b, c, starts, states, dy, dfinal, *, interpret=False):
     bfloat16 = x.dtype
     inputs = {'x': x, 'vectors': vectors, 'b': b, 'states': states, 'dfinal': dfinal}
     outputs = {
-        'dx': like(x, x.shape, bfloat16), 'db': like(x, (B, L, H, N), bfloat16),
-        'by_source': like(x, (B, C, H, 3, CHUNK), jnp.float32), 'by_query': like(x, (B, C, H, 2, CHUNK), jnp.float32),
-        'dinitial': like(x, (B, H, P, N), jnp.float32),
+        'dx': jax.ShapeDtypeStruct(x.shape, bfloat16), 'db': jax.ShapeDtypeStruct((B, L, H, N), bfloat16),
+        'by_source': jax.ShapeDtypeStruct((B, C, H, 3, CHUNK), jnp.float32),
+        'by_query': jax.ShapeDtypeStruct((B, C, H, 2, CHUNK), jnp.float32),
+        'dinitial': jax.ShapeDtypeStruct((B, H, P, N), jnp.float32),
     }  # fmt: skip
     scratch = {
         'x_s': tiles(SLOTS, CHUNK, P), 'b_s': tiles(SLOTS, CHUNK, N),
@@ -87,7 +88,7 @@ def walk(x, vectors, b, c, starts, states, dy, dfinal, *, interpret=False):
     }  # fmt: skip
     if dy is not None:
         inputs |= {'c': c, 'dy': dy}
-        outputs['dc'] = like(x, (B, L, H, N), bfloat16)
+        outputs['dc'] = jax.ShapeDtypeStruct((B, L, H, N), bfloat16)
         scratch |= {
             'c_s': tiles(SLOTS, CHUNK, N), 'dy_s': tiles(SLOTS, CHUNK, P),
             'dyscaled_s': tiles(CHUNK, P), 'dc_s': tiles(CHUNK, N),

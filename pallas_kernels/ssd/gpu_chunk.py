@@ -121,8 +121,3 @@ def launch(body, grid, name, outputs, scratch, interpret, warpgroups=1):
         **(dict(num_threads=warpgroups, thread_name='warpgroup') if warpgroups > 1 else {}),
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
     )
-
-
-def like(example, shape, dtype):
-    """An output that varies over the same axes of a shard_map."""
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(example).manual_axis_type)

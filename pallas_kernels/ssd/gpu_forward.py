@@ -4,6 +4,7 @@ Legend: B rows, L length, H heads, G groups, R heads a group, P head width, N st
 C chunks, Q position in a chunk (query side), S position in the same chunk (source side).
 """
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -20,7 +21,6 @@ from pallas_kernels.ssd.gpu_chunk import (
     add_product,
     decay_QS,
     launch,
-    like,
     load_matrix,
     of_columns,
     of_rows,
@@ -54,9 +54,9 @@ def walk(x, vectors, b, c, starts, initial, *, with_states=False, interpret=Fals
     heads = 2 if H % 2 == 0 else 1  # of a CTA
     groups = 1 if R % heads == 0 else heads
     inputs = {'x': x, 'vectors': vectors, 'b': b, 'c': c, 'initial': initial}
-    outputs = {'y': like(x, x.shape, x.dtype), 'final': like(x, (B, H, P, N), jnp.float32)}
+    outputs = {'y': jax.ShapeDtypeStruct(x.shape, x.dtype), 'final': jax.ShapeDtypeStruct((B, H, P, N), jnp.float32)}
     if with_states:
-        outputs['states'] = like(x, (B, C, H, P, N), x.dtype)
+        outputs['states'] = jax.ShapeDtypeStruct((B, C, H, P, N), x.dtype)
     scratch = {
         'x_s': tiles(SLOTS, heads, CHUNK, P), 'vectors_s': plgpu.SMEM((SLOTS, heads, FORWARD_VECTORS, CHUNK), jnp.float32),
         'b_s': tiles(SLOTS, groups, CHUNK, N), 'c_s': tiles(SLOTS, groups, CHUNK, N),
@@ -189,14 +189,14 @@ def walk_states(x, vectors, b, initial, *, scale=SCALE, reverse=False, with_stat
     G, N = b.shape[2:]
     C, R = L // CHUNK, H // G
     inputs = {'x': x, 'vectors': vectors, 'b': b, 'initial': initial}
-    outputs = {'final': like(x, (B, H, P, N), jnp.float32)}
+    outputs = {'final': jax.ShapeDtypeStruct((B, H, P, N), jnp.float32)}
     scratch = {
         'x_s': tiles(SLOTS, CHUNK, P), 'b_s': tiles(SLOTS, CHUNK, N),
         'vectors_s': plgpu.SMEM((SLOTS, FORWARD_VECTORS, CHUNK), jnp.float32), 'scaled_s': tiles(CHUNK, P),
         'fetched': plgpu.Barrier(num_arrivals=3, num_barriers=SLOTS),
     }  # fmt: skip
     if with_states:
-        outputs['states'], scratch['state_s'] = like(x, (B, C, H, P, N), x.dtype), tiles(P, N)
+        outputs['states'], scratch['state_s'] = jax.ShapeDtypeStruct((B, C, H, P, N), x.dtype), tiles(P, N)
     names = (*inputs, *outputs, *scratch)
 
     def body(*references):

@@ -3,7 +3,6 @@
 Shape legend: B rows, L length, D model, V vocabulary, R tokens whose probability is read.
 """
 
-import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -107,7 +106,7 @@ class Scorer:
             first += count
 
     def _score_batch(self, rows, reads):
-        shards = math.prod(dict(jax.sharding.get_abstract_mesh().shape).get(axis, 1) for axis in mesh.RULES['batch'])
+        shards = mesh.parts_in_use('batch')
         length = bucket(len(rows[0]))
         # As many rows as a full batch has, or a power of two: a batch of a new size is a compilation.
         count = min(2 ** (len(rows) - 1).bit_length(), max(self.batch_tokens // length, 1))
