@@ -76,6 +76,21 @@ def segments(batches):
                 yield batch['tokens'][row][own == segment], batch['targets'][row][own == segment]
 
 
+def pairs(batches):
+    """How often each (input, target) comes."""
+    return collections.Counter(
+        pair for tokens, targets in segments(batches) for pair in zip(tokens.tolist(), targets.tolist(), strict=True)
+    )
+
+
+def pairs_of_documents(documents):
+    found = collections.Counter()
+    for text in documents:
+        tokens = ids(text).tolist()
+        found.update(zip(tokens, tokens[1:] + [-1], strict=True))
+    return found
+
+
 def test_batches_have_the_stated_form(data):
     for batch in load(data, 50):
         assert batch.keys() == NAMES
@@ -129,17 +144,9 @@ def test_every_token_once_an_epoch(data, documents):
         targets = sum(int((batch['targets'] >= 0).sum()) for batch in epochs[0])
         assert loader.packing_efficiency == targets / (loader.rows_per_epoch * SEQ_LEN)
         assert targets == loader.num_tokens - loader.num_documents
-    orders = []
     for batches in epochs:
-        stream = np.concatenate([tokens for tokens, _ in segments(batches)])
-        found = [
-            tuple(part) + (256,)
-            for part in np.split(stream, np.flatnonzero(stream == 256) + 1)[:-1]
-            for part in [part[:-1]]
-        ]
-        assert collections.Counter(found) == collections.Counter(tuple(ids(text).tolist()) for text in documents)
-        orders.append(found)
-    assert orders[0] != orders[1]
+        assert pairs(batches) == pairs_of_documents(documents)
+    assert not np.array_equal(epochs[0][0]['tokens'], epochs[1][0]['tokens'])
 
 
 def test_targets_of_rows_that_end_inside_a_document(data):
@@ -171,20 +178,19 @@ def test_mixture_is_exact(data):
         return set(((row[row < 256] - ord('a')) // 4).tolist())
 
     batches = load(data, 100, 'mixture', global_batch=10)
-    streams = [[], [], []]
+    found = [[], [], []]
     for batch in batches:
-        for tokens, segment_ids in zip(batch['tokens'], batch['segment_ids'], strict=True):
-            (source,) = sources(tokens[segment_ids > 0])  # a row is of one source
-            streams[source].append(tokens[segment_ids > 0])
-        assert [len(rows) % n for rows, n in zip(streams, (5, 3, 2), strict=True)] == [0, 0, 0]
-    assert [len(rows) for rows in streams] == [500, 300, 200]
-    for source, rows in enumerate(streams):  # each in epochs of its own: nothing again before everything once
-        stream = np.concatenate(rows)
-        documents = collections.Counter(tuple(ids(text).tolist()) for text in mixture_texts(source))
-        size = sum(len(document) * count for document, count in documents.items())
-        assert len(stream) > size
-        found = np.split(stream[:size], np.flatnonzero(stream[:size] == 256) + 1)[:-1]
-        assert collections.Counter(tuple(document.tolist()) for document in found) == documents
+        for row in range(10):
+            one = {name: values[row : row + 1] for name, values in batch.items()}
+            (source,) = sources(one['tokens'][one['segment_ids'] > 0])  # a row is of one source
+            found[source].append(one)
+        assert [len(rows) % n for rows, n in zip(found, (5, 3, 2), strict=True)] == [0, 0, 0]
+    assert [len(rows) for rows in found] == [500, 300, 200]
+    for source, rows in enumerate(found):  # each in epochs of its own: nothing again before everything once
+        expected = pairs_of_documents(mixture_texts(source))
+        rows_per_epoch = -(-expected.total() // SEQ_LEN)
+        assert len(rows) > rows_per_epoch
+        assert pairs(rows[:rows_per_epoch]) == expected
     # One pass ignores the weights: every document once.
     stream = np.concatenate([tokens for tokens, _ in segments(load(data, None, 'mixture', repeat=False))])
     assert (stream == 256).sum() == 20 + 30 + 40

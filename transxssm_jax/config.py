@@ -144,7 +144,7 @@ class Data(Section):
     eval_split: str = setting('validation', 'Split to evaluate on; empty: no evaluation.')
     seq_len: int = setting(4096, 'Tokens a row.', minimum=1, of_checkpoint=True)
     global_batch: int = setting(512, 'Rows a step, over all hosts and accumulation steps.', minimum=1, of_checkpoint=True)
-    seed: int = setting(0, 'Seed of the order of documents.', minimum=0, of_checkpoint=True)
+    seed: int = setting(0, 'Seed of the order of documents and of rows.', minimum=0, of_checkpoint=True)
     num_workers: int = setting(0, 'Loader processes a host; 0: threads in this process.', minimum=0)
     prefetch_batches: int = setting(4, 'Batches read ahead.', minimum=1)
 
@@ -172,7 +172,7 @@ class Train(Section):
     seed: int = setting(0, 'Seed of the initial parameters.', minimum=0, of_checkpoint=True)
     log_every_steps: int = setting(10, 'Steps between metrics records.', minimum=1)
     eval_every_steps: int = setting(1000, 'Steps between evaluations; one more comes at the end. 0: none.', minimum=0)
-    eval_batches: int = setting(0, 'Global batches an evaluation; 0: the whole split.', minimum=0)
+    eval_batches: int = setting(0, 'Global batches per evaluation, a fixed sample of the split; 0: the whole split.', minimum=0)
     checkpoint_every_steps: int = setting(1000, 'Steps between checkpoints; one more comes at the end.', minimum=1)
     keep_last: int = setting(2, 'Newest checkpoints to keep.', minimum=1)
     keep_best: int = setting(1, 'Checkpoints with the lowest evaluation loss to keep.', minimum=0)

@@ -105,8 +105,8 @@ class Run:
     def _open_split(self, split: str, **kwargs):
         rows = mesh.rows_of_this_process(self.mesh, self.config.data.global_batch)
         data = self.config.data
-        return make_loader(data.path, split, seq_len=data.seq_len, global_batch=data.global_batch, seed=data.seed,
-                           rows=rows, **kwargs)
+        return make_loader(data.path, split, **dict(
+            seq_len=data.seq_len, global_batch=data.global_batch, seed=data.seed, rows=rows) | kwargs)
 
     def _check_alike(self) -> None:
         """Every process must have been started with the same settings and see the same data."""
@@ -247,7 +247,8 @@ class Run:
     def _evaluate(self) -> None:
         """Mean cross-entropy of the evaluation split, in nats a token; gives up when told to stop."""
         total, tokens = 0.0, 0.0
-        loader = self._open_split(self.config.data.eval_split, shuffle=False, repeat=False)
+        # The first batches of a split in order would be of one source or book. Seed 0: the same sample whatever data.seed.
+        loader = self._open_split(self.config.data.eval_split, shuffle=self.config.train.eval_batches > 0, seed=0, repeat=False)
         try:
             for count, batch in enumerate(loader, start=1):
                 if self._told_to_stop():

@@ -120,14 +120,14 @@ def make_loader(
       path, split: what prepare.py wrote.
       seq_len: inputs of a row.
       global_batch: rows of a step over all hosts.
-      seed: of the document permutations.
+      seed: of the permutations of documents and of rows.
       start_step: step of the first batch.
       rows: indices within the global batch that this host loads; default all.
       num_workers: processes that read; 0 reads in threads of this one, which is enough unless
         this process is busy in Python.
       num_threads: threads that read, in each process.
       prefetch: batches kept ready.
-      shuffle: a new permutation of the documents each epoch; False keeps their order.
+      shuffle: new permutations of the documents and of the rows each epoch; False keeps their order.
       repeat: go on for ever, through a mixture's sources by weight. False: one pass over every
         document, whatever the weights; the last row and the last batch are padded with
         segment 0 and target -1.

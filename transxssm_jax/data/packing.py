@@ -5,10 +5,15 @@ and cut every `seq_len` tokens; the last row of an epoch is padded. A row reads
 one token more than its inputs, the target of the last of them. Every token is
 the input of exactly one row of an epoch.
 
-An epoch's permutation is made once a process, when its first row is asked for:
-1.4 s of one core and 25 bytes a document at 10 million documents, 15 s and 2.4
-GB at 100 million, which is the intended limit (2**32 the hard one). Two epochs
-are kept, of 12 bytes a document each.
+The rows are then permuted. In packing order the rows of a long document follow
+one another, so that a batch would hold one book: the same model on books ends
+9% higher in held-out loss.
+
+An epoch's permutations are made once per process, when its first row is asked
+for: 1.4 s of one core and 25 bytes per document at 10 million documents, 15 s
+and 2.4 GB at 100 million, which is the intended limit (2**32 the hard one), and
+as much again per row. Two epochs are kept, of 12 bytes per document and 4 per
+row each.
 """
 
 import collections
@@ -18,6 +23,7 @@ import numpy as np
 
 _MASK = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
+_OF_ROWS = 1  # ends the key of an epoch's permutation of rows
 
 
 def _mix(z: np.ndarray) -> np.ndarray:
@@ -74,7 +80,7 @@ class Epochs:
       lengths: uint32 [documents], tokens of each document with its eos.
       seq_len: inputs of a row.
       key: integers that the permutations depend on, besides the epoch.
-      shuffle: False keeps the documents in order.
+      shuffle: False keeps documents and rows in order.
     """
 
     def __init__(self, lengths: np.ndarray, seq_len: int, *, key: tuple[int, ...], shuffle: bool):
@@ -84,17 +90,18 @@ class Epochs:
         self._epochs = collections.OrderedDict()
         self._lock = threading.Lock()
 
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(documents in order, stream position where each ends)."""
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | range]:
+        """(documents in order, stream position where each ends, rows in order)."""
         if not self._shuffle:
             epoch = 0
         with self._lock:  # threads that need a new epoch wait for the one that makes it
             if epoch not in self._epochs:
                 if self._shuffle:
                     order = permutation(len(self._lengths), *self._key, epoch)
+                    rows = permutation(self.rows, *self._key, epoch, _OF_ROWS)
                 else:
-                    order = np.arange(len(self._lengths))
-                self._epochs[epoch] = order, np.cumsum(self._lengths[order], dtype=np.int64)
+                    order, rows = np.arange(len(self._lengths)), range(self.rows)
+                self._epochs[epoch] = order, np.cumsum(self._lengths[order], dtype=np.int64), rows
                 if len(self._epochs) > 2:  # prefetch straddles two at most
                     self._epochs.popitem(last=False)
             return self._epochs[epoch]
@@ -102,11 +109,11 @@ class Epochs:
     def spans(self, row: int) -> list[tuple[int, int, int]]:
         """(document, first token, past last token) of the seq_len + 1 tokens of `row`, in order.
 
-        Fewer tokens at the end of an epoch. Rows go on through the epochs.
+        Fewer tokens in the row that ends an epoch's stream. Rows go on through the epochs.
         """
         epoch, row = divmod(row, self.rows)
-        order, ends = self._epoch(epoch)
-        start = row * self._seq_len
+        order, ends, rows = self._epoch(epoch)
+        start = int(rows[row]) * self._seq_len
         stop = min(start + self._seq_len + 1, self.tokens)
         first = int(np.searchsorted(ends, start, side='right'))
         last = int(np.searchsorted(ends, stop, side='left'))
