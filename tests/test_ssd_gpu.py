@@ -85,7 +85,9 @@ def test_none_picks_it_on_hopper(capability, kernels, monkeypatch):
     assert count_kernels(rotary_ssd, *inputs_of()) == kernels
     assert count_kernels(rotary_ssd, *inputs_of(N=32)) == 0
     if not kernels:
-        with pytest.raises(NotImplementedError, match=f"'mosaic_gpu' cannot serve.* compute capability {capability}, but"):
+        with pytest.raises(
+            NotImplementedError, match=f"'mosaic_gpu' cannot serve.* compute capability {capability}, but"
+        ):
             jax.eval_shape(functools.partial(rotary_ssd, **KERNEL), *inputs_of())
 
 
@@ -98,7 +100,9 @@ def test_refuses():
         ({}, {'chunk_size': 128}, 'chunk_size=128, but its chunks are of 64; leave'),
     ):
         for f, n in ((rotary_ssd, 5), (rotary_ssd_state, 4)):
-            with pytest.raises(NotImplementedError, match="implementation='mosaic_gpu' cannot serve this call: " + message):
+            with pytest.raises(
+                NotImplementedError, match="implementation='mosaic_gpu' cannot serve this call: " + message
+            ):
                 jax.eval_shape(functools.partial(f, **KERNEL, **keywords), *inputs_of(**change)[:n])
     values = [jnp.ones(v.shape, v.dtype) for v in inputs_of(L=4)]
     named = functools.partial(rotary_ssd, **KERNEL)
@@ -110,16 +114,25 @@ def test_refuses():
 
 
 def test_refuses_another_platforms_interpreter():
-    for implementation, interpret in (('mosaic_gpu', pltpu.InterpretParams()), ('mosaic_tpu', plgpu.InterpretGPUParams())):
-        with pytest.raises(NotImplementedError, match=f"{implementation}' cannot be interpreted with .*; use True or Interpret"):
-            jax.eval_shape(functools.partial(rotary_ssd, implementation=implementation, interpret=interpret), *inputs_of())
+    for implementation, interpret in (
+        ('mosaic_gpu', pltpu.InterpretParams()),
+        ('mosaic_tpu', plgpu.InterpretGPUParams()),
+    ):
+        with pytest.raises(
+            NotImplementedError, match=f"{implementation}' cannot be interpreted with .*; use True or Interpret"
+        ):
+            jax.eval_shape(
+                functools.partial(rotary_ssd, implementation=implementation, interpret=interpret), *inputs_of()
+            )
 
 
 def test_refuses_to_hang(monkeypatch):
     """JAX's interpreter of GPU kernels waits forever where its warpgroups do not all get a thread."""
     monkeypatch.setenv('NPROC', '7')
     monkeypatch.setattr(jax, 'local_device_count', lambda: 1)
-    with pytest.raises(NotImplementedError, match="JAX's CPU client has 7 threads and its warpgroups need 8; set .*NPROC=8"):
+    with pytest.raises(
+        NotImplementedError, match="JAX's CPU client has 7 threads and its warpgroups need 8; set .*NPROC=8"
+    ):
         jax.eval_shape(functools.partial(rotary_ssd, **KERNEL, interpret=True), *inputs_of())
     monkeypatch.setenv('NPROC', '8')
     jax.eval_shape(functools.partial(rotary_ssd, **KERNEL, interpret=True), *inputs_of())
@@ -141,7 +154,9 @@ def both_ways(arguments, rope, segments, dy, dfinal, *, plan=None, interpret=Fal
         if plan is None:
             more = {'implementation': implementation, 'interpret': interpret}
             return rotary_ssd(x, dt, a, b, c, rope, segment_ids=segments, initial_state=state, **more)
-        run = None if segments is None else jnp.cumsum(jnp.diff(segments, prepend=segments[:, :1]) != 0, 1, dtype='int32')
+        run = (
+            None if segments is None else jnp.cumsum(jnp.diff(segments, prepend=segments[:, :1]) != 0, 1, dtype='int32')
+        )
         tables = None if rope is None else tuple(t if t.ndim == 3 else t[None] for t in rope)
         return gpu.scan_chunks(plan, x, dt, a, b, c, tables, run, state, interpret)
 

@@ -216,7 +216,9 @@ def test_xla_plans_conform(plan):
 def test_mosaic_tpu_plans_conform(shape, dtype):
     """Several blocks of heads: of one group, whose gradients are then summed, and of groups of their own."""
     for decay in DECAYS:
-        out = outputs_and_gradients(*draw_named(shape, dtype, decay), implementation='mosaic_tpu', plan=tpu.Plan(heads=8))
+        out = outputs_and_gradients(
+            *draw_named(shape, dtype, decay), implementation='mosaic_tpu', plan=tpu.Plan(heads=8)
+        )
         assert_close(out, oracle(shape, dtype, decay), TOLERANCE[dtype], f'{shape}, {decay}')
 
 
@@ -235,7 +237,6 @@ def test_defaults(implementation):
     ref = with_gradients(arguments, None, None, dy, dfinal)
     names = GRADIENTS[:5]
     for chunk_size in (None,) if implementation == 'mosaic_tpu' else (None, 256):
-
         more = {**keywords(implementation), 'chunk_size': chunk_size}
 
         @jax.jit
