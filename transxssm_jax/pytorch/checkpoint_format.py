@@ -250,7 +250,7 @@ def shapes_of(model: Model) -> dict[tuple[str, ...], tuple[int, ...]]:
 
 def tensors_of(model: Model) -> dict[str, Tensor]:
     """Every published tensor of a model by name, layer by layer."""
-    tensors, kinds = [], model.layer_kinds
+    tensors, kinds = [], model.layer_pattern
     for path, shape in shapes_of(model).items():
         if path[0] != 'layers':
             tensors.append(
