@@ -223,7 +223,8 @@ def test_a_step_neither_copies_caches_nor_weights():
     state = decoder.empty(rows, length)
     plan, numbers = GREEDY.plan(96), GREEDY.numbers()
     memory = (
-        decoder.run_function(state, plan, 16).lower(
+        decoder.run_function(state, plan, 16)
+        .lower(
             decoder.weights,
             state,
             settings_of(range(rows), length),
