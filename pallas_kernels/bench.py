@@ -31,8 +31,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import bench_peers, bench_tpu
+from pallas_kernels.chips import TPUS
 from pallas_kernels.ssd import IMPLEMENTATIONS, rotary_ssd, rotary_ssd_step, xla
-from pallas_kernels.tpu_profile import CHIPS
 
 
 class Shape(typing.NamedTuple):
@@ -59,10 +59,10 @@ SHAPES = {
 DEFAULT_SHAPES = {
     'cpu': ('small',),
     'gpu': ('1p3b_g32', '1p3b_g8', '1p3b_g1', '1p3b_16k', '1p3b_128k', 'decode'),
-    **dict.fromkeys(CHIPS, ('1p3b_g8',)),
+    **dict.fromkeys(TPUS, ('1p3b_g8',)),
 }
 DEFAULT_IMPLEMENTATIONS = {
-    'cpu': ('xla',), 'gpu': ('xla', 'mosaic_gpu', *bench_peers.PEERS), **dict.fromkeys(CHIPS, ('xla', 'mosaic_tpu')),
+    'cpu': ('xla',), 'gpu': ('xla', 'mosaic_gpu', *bench_peers.PEERS), **dict.fromkeys(TPUS, ('xla', 'mosaic_tpu')),
 }  # fmt: skip
 BOUNDARY = 128  # tokens a boundary state, in the contract's least work
 # Measured ceilings of one H200 (design.md section 3): bytes/s, FLOP/s. None known for CPU.
@@ -132,7 +132,6 @@ def candidates(names, variants: bool):
         for chunk in (64, 128, 256):
             result[f'xla {chunk}'] = functools.partial(planned, plan=xla.Plan(chunk=chunk))
     return result
-
 
 
 def directed(f, direction):
@@ -265,7 +264,9 @@ def show(row):
     if 'failed' in row:
         return f'{head} failed: {row["failed"]}'
     of_bandwidth, of_peak = (f'{row[name]:5.1%}' if name in row else '    -' for name in ('of_bandwidth', 'of_peak'))
-    temp_mb, compile_s = (f'{row[name]:8.{n}f}' if name in row else '       -' for name, n in (('temp_mb', 0), ('compile_s', 1)))
+    temp_mb, compile_s = (
+        f'{row[name]:8.{n}f}' if name in row else '       -' for name, n in (('temp_mb', 0), ('compile_s', 1))
+    )
     return (
         f'{head} {row["ms"]:9.3f} {row["spread_ms"]:8.3f} {row["gb_s"]:7.0f} {of_bandwidth} {row["tflop_s"]:8.2f} {of_peak} '
         f'{temp_mb} {compile_s}  {row["error"]:.1e} {row["worst"]}'
@@ -277,11 +278,13 @@ def main(argv=None):
     parser.add_argument('--target', choices=sorted(DEFAULT_SHAPES), required=True)
     parser.add_argument('--shapes', default='', help=f'comma-separated, of {", ".join(SHAPES)}')
     parser.add_argument(
-        '--implementations', default='',
+        '--implementations',
+        default='',
         help=f'comma-separated, of {", ".join((*IMPLEMENTATIONS, *bench_peers.PEERS))}; those of the target',
     )
     parser.add_argument(
-        '--directions', default='',
+        '--directions',
+        default='',
         help='comma-separated, of forward, forward+backward; for a TPU of ' + ', '.join(bench_tpu.DIRECTIONS),
     )
     parser.add_argument('--all-kernels', action='store_true', help='for a TPU: a row for every kernel')
@@ -291,7 +294,7 @@ def main(argv=None):
     flags = parser.parse_args(argv)
 
     names = [n for n in flags.shapes.split(',') if n] or DEFAULT_SHAPES[flags.target]
-    tpu = flags.target in CHIPS
+    tpu = flags.target in TPUS
     implementations = [n for n in flags.implementations.split(',') if n] or DEFAULT_IMPLEMENTATIONS[flags.target]
     known = (*IMPLEMENTATIONS, *(bench_peers.PEERS if flags.target == 'gpu' else ()))
     known_directions = bench_tpu.DIRECTIONS if tpu else ('forward', 'forward+backward')
@@ -307,7 +310,9 @@ def main(argv=None):
         bench_tpu.run(flags.target, shapes, implementations, directions, least_work, flags.all_kernels, flags.out)
         return
     if jax.default_backend() != flags.target:
-        parser.error(f'--target={flags.target}, but JAX runs on {jax.default_backend()}; set JAX_PLATFORMS or the target')
+        parser.error(
+            f'--target={flags.target}, but JAX runs on {jax.default_backend()}; set JAX_PLATFORMS or the target'
+        )
 
     print(f'{jax.devices()[0].device_kind}, jax {jax.__version__}')
     print(
@@ -321,7 +326,9 @@ def main(argv=None):
         print(show(row), flush=True)
         if flags.out:
             with open(flags.out, 'w') as file:
-                json.dump({'device': jax.devices()[0].device_kind, 'jax': jax.__version__, 'rows': rows}, file, indent=1)
+                json.dump(
+                    {'device': jax.devices()[0].device_kind, 'jax': jax.__version__, 'rows': rows}, file, indent=1
+                )
 
     for shape_name in names:
         if SHAPES[shape_name].L == 1:

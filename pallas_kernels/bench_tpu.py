@@ -10,7 +10,7 @@ rows of a sum. Those rows stand for the whole program; their MXU share is of all
 
 Directions: forward also writes the boundary states; backward starts from the inputs, these and
 dy, so that the two add up to a training step; state is `rotary_ssd_state`. See tpu_profile.py
-for what is counted and tpu_traffic.py for the bytes.
+for what is counted and hlo.py for the bytes.
 
 Legend: B batch, L length, H heads, G groups, P head width, N state width.
 """
@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import tpu_profile
+from pallas_kernels.chips import TPUS
 from pallas_kernels.ssd import rotary_ssd, rotary_ssd_state, rotary_ssd_step, xla
 
 DIRECTIONS = ('forward', 'backward', 'state')
@@ -102,22 +103,36 @@ def rows_of(profile, least, all_kernels):
     shown = [k for k in ordered if all_kernels or seconds(k) >= SHOWN * whole]
     for k in shown:
         yield {
-            'kernel': k.name, 'cycles': k.step_cycles, 'steps': k.steps, 'ms': 1e3 * seconds(k),
-            'by': 'core' if k.cycles / profile.chip.clock == seconds(k) else 'HBM', 'busy': k.busy,
-            'spills': k.spills, 'fills': k.fills, 'vmem_mib': k.vmem / 2**20, 'hbm_mb': k.hbm / 1e6,
+            'kernel': k.name,
+            'cycles': k.step_cycles,
+            'steps': k.steps,
+            'ms': 1e3 * seconds(k),
+            'by': 'core' if k.cycles / profile.chip.clock == seconds(k) else 'HBM',
+            'busy': k.busy,
+            'spills': k.spills,
+            'fills': k.fills,
+            'vmem_mib': k.vmem / 2**20,
+            'hbm_mb': k.hbm / 1e6,
         }
     if others := ordered[len(shown) :]:
         yield {
-            'kernel': f'{len(others)} others', 'ms': 1e3 * sum(seconds(k) for k in others if k.cycles),
-            'spills': sum(k.spills for k in others), 'fills': sum(k.fills for k in others),
+            'kernel': f'{len(others)} others',
+            'ms': 1e3 * sum(seconds(k) for k in others if k.cycles),
+            'spills': sum(k.spills for k in others),
+            'fills': sum(k.fills for k in others),
             'hbm_mb': sum(k.hbm for k in others) / 1e6,
         }
     core = sum(k.cycles for k in ordered) / profile.chip.clock
     yield {
-        'kernel': f'all {len(ordered)}', 'ms': 1e3 * whole,
-        'by': 'HBM' if profile.hbm / profile.chip.bandwidth > core else 'core', 'busy': {'MXU': profile.mxu_share},
-        'spills': sum(k.spills for k in ordered), 'fills': sum(k.fills for k in ordered),
-        'vmem_mib': max(k.vmem for k in ordered) / 2**20, 'hbm_mb': profile.hbm / 1e6, 'least': profile.hbm / least,
+        'kernel': f'all {len(ordered)}',
+        'ms': 1e3 * whole,
+        'by': 'HBM' if profile.hbm / profile.chip.bandwidth > core else 'core',
+        'busy': {'MXU': profile.mxu_share},
+        'spills': sum(k.spills for k in ordered),
+        'fills': sum(k.fills for k in ordered),
+        'vmem_mib': max(k.vmem for k in ordered) / 2**20,
+        'hbm_mb': profile.hbm / 1e6,
+        'least': profile.hbm / least,
     }
 
 
@@ -139,7 +154,7 @@ def show(row):
 
 def run(chip, shapes, implementations, directions, least_work, all_kernels, out):
     """Prints the table. shapes: name -> the bench's Shape; out: a JSON file for the rows, or ''."""
-    device = tpu_profile.CHIPS[chip]
+    device = TPUS[chip]
     versions = f'jax {jax.__version__}, libtpu {importlib.metadata.version("libtpu")}'
     print(
         f'{chip}, a device: {device.cores} core(s) of {device.clock / 1e9:.2f} GHz, {device.peak / 1e12:.0f} TFLOP/s, '
@@ -164,7 +179,11 @@ def run(chip, shapes, implementations, directions, least_work, all_kernels, out)
         cases = [(i, d) for i in implementations for d in directions] if s.L > 1 else [('step', 'forward')]
         for implementation, direction in cases:
             labels = {'shape': name, 'implementation': implementation, 'direction': direction}
-            case = ('step_case', s.B, s.H, s.P, s.N, s.G, s.dtype) if s.L == 1 else ('scan_case', implementation, direction, *s)
+            case = (
+                ('step_case', s.B, s.H, s.P, s.N, s.G, s.dtype)
+                if s.L == 1
+                else ('scan_case', implementation, direction, *s)
+            )
             try:
                 profile = tpu_profile.profile(chip, f'{__name__}:{case[0]}', *case[1:])
             except RuntimeError as error:
@@ -174,8 +193,13 @@ def run(chip, shapes, implementations, directions, least_work, all_kernels, out)
                 add({**labels, **row})
         for implementation in implementations:
             # What a training step takes, for comparing implementations.
-            parts = [r for r in rows if (r['shape'], r['implementation']) == (name, implementation) and 'least' in r
-                     and r['direction'] in ('forward', 'backward')]
+            parts = [
+                r
+                for r in rows
+                if (r['shape'], r['implementation']) == (name, implementation)
+                and 'least' in r
+                and r['direction'] in ('forward', 'backward')
+            ]
             if len(parts) == 2:
                 total = {key: sum(part[key] for part in parts) for key in ('ms', 'spills', 'fills', 'hbm_mb')}
                 least = sum(part['hbm_mb'] / part['least'] for part in parts)

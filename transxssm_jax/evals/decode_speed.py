@@ -32,7 +32,7 @@ from transxssm_jax import config as config_lib
 from transxssm_jax.config import Config, ConfigError, Model
 from transxssm_jax.inference.decode import Decoder
 from transxssm_jax.inference.sampling import Sampling
-from transxssm_jax.model import parameters
+from transxssm_jax.model import costs, parameters
 
 FINISHED, WRONG_INPUT = 0, 2
 MEMORY_SHARE = 0.94  # of the device's, for weights, caches and what a step works in
@@ -42,7 +42,7 @@ ROWS_STEP = 8  # reduced batches are multiples of this
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Bytes of decoding: of all weights, of a row's states, and of a row's keys and values a token."""
+    """Bytes of decoding: all weights, the states of one row, and the cache of one row per token."""
 
     weights: int
     states: int
@@ -50,11 +50,12 @@ class Sizes:
 
     @classmethod
     def of(cls, model: Model) -> 'Sizes':
-        width = jnp.dtype(model.dtype).itemsize
-        kinds = model.layer_kinds * (model.num_layers // len(model.layer_kinds))
-        states = kinds.count('ssd') * model.num_heads * model.head_dim * model.d_state * 4
-        cache = kinds.count('attention') * 2 * model.num_kv_heads * model.head_dim * width
-        return cls(parameters.count_params(model) * width, states, cache)
+        layers = costs.layer_costs(model)
+        return cls(
+            weights=parameters.count_params(model) * costs.dtype_bytes(model),
+            states=sum(count * layer.state_bytes for _, count, layer in layers),
+            cache_per_token=sum(count * layer.cache_bytes for _, count, layer in layers),
+        )
 
     def held(self, rows: int, context: int, model: Model) -> int:
         """Bytes in memory: besides the above, scores of one layer and logits, both float32 with a copy or two."""
