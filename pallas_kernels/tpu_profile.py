@@ -80,14 +80,14 @@ def profile(chip: str, case: str, *arguments, keep: str = '') -> 'Profile':
         ]
         run = subprocess.run(command, env=environment, capture_output=True, text=True)
         if run.returncode:
-            said = re.findall(r'^[\w.]+(?:Error|Exception): .*(?:\n\S.*){0,2}', run.stderr, re.MULTILINE)
-            reason = ' '.join((said or ['no reason given'])[-1].split())
+            errors = re.findall(r'^[\w.]+(?:Error|Exception): .*(?:\n\S.*){0,2}', run.stderr, re.MULTILINE)
+            reason = ' '.join((errors or ['no reason given'])[-1].split())
             raise RuntimeError(f'{case}{arguments} does not compile for {chip}: {reason}\n{run.stderr[-4000:]}')
         return read(TPUS[chip], directory)
 
 
 def compile_here(chip, directory, case, arguments):
-    """The child's part: writes hlo.txt and pallas.json beside the compiler's dumps."""
+    """What the child process does: writes hlo.txt and pallas.json beside the compiler's dumps."""
     from jax.experimental import topologies
 
     module, name = case.split(':')
@@ -96,7 +96,7 @@ def compile_here(chip, directory, case, arguments):
     ).devices
     mesh = jax.sharding.Mesh(np.array(devices)[:1], ('device',))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    # The mesh tells pltpu.get_tpu_info() which TPU this is for.
+    # pltpu.get_tpu_info() reads from the mesh which TPU this is for.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         f, args = getattr(importlib.import_module(module), name)(*arguments)
         args = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), args)
@@ -131,8 +131,8 @@ class Code(typing.NamedTuple):
     def work(self, first: int, end: int) -> np.ndarray:
         """[1 + UNITS] cycles and busy slots of these bundles, loops inside multiplied by their trips.
 
-        What stands under a branch of a kernel's body counts nothing: how often it is taken is not
-        in the code, and first and last steps are what such branches are for.
+        Bundles under a branch of a kernel's body count nothing: the code does not tell how often it is
+        taken, and such branches are for first and last steps.
         """
         times = np.ones(len(self.slots))
         for start, stop in self.rare:
@@ -211,7 +211,7 @@ class Kernel(typing.NamedTuple):
     steps: int  # of that loop on one core, without the steps that only fill the pipeline
     busy: dict[str, float]  # unit -> busy share of its slots in that step
     spills: int  # instructions that store a vector register for want of room
-    fills: int  # and load it again
+    fills: int  # instructions that load it again
     vmem: int  # scoped VMEM, bytes
     hbm: float  # bytes, all runs and cores
 

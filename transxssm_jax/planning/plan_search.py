@@ -100,13 +100,15 @@ def nearest_that_fits(
 
 def _variants(config: Config, meshes):
     """(config, mesh sizes) of every mesh, number of microbatches and remat policy that the batch divides by."""
+    counts = [2**i for i in range(int(math.log2(config.data.global_batch)) + 1)]
+    configs = {microbatches: [_with(config, remat, microbatches) for remat in REMAT] for microbatches in counts}
     for sizes in meshes:
         shards = sizes['data'] * sizes['fsdp']
-        for microbatches in (2**i for i in range(int(math.log2(config.data.global_batch)) + 1)):
+        for microbatches in counts:
             if config.data.global_batch % (microbatches * shards):
                 break
-            for remat in REMAT:
-                yield _with(config, remat, microbatches), sizes
+            for tried in configs[microbatches]:
+                yield tried, sizes
 
 
 def _settings(config: Config, sizes: dict[str, int]) -> dict[str, int | str]:
