@@ -522,6 +522,8 @@ def test_a_refused_step_is_judged_by_what_the_compiler_said_it_needs():
         assert not result['fits'] and used in text and 'f32[512,512]' in text and text.endswith('it does not fit')
         fits.append(result['nearest'])
     assert fits[0]['overrides'] == '--config.train.accumulation_steps=2' and fits[1] == {}
+    unnumbered = topology_lib.DoesNotFitError('RESOURCE_EXHAUSTED: it does not fit', [])
+    assert report_lib.refused_report(config, topology, unnumbered)['nearest']['overrides'] == fits[0]['overrides']
 
 
 def test_the_table_of_chips(capsys):

@@ -67,11 +67,11 @@ def compiled_report(config: Config, topology: Topology, device_mesh: jax.shardin
 
 def refused_report(config: Config, topology: Topology, error: DoesNotFitError) -> dict:
     """The report of a step that the compiler refused: its message, the largest temporaries, the nearest that fits."""
-    result = report(config, topology)
-    scale = 1.0
-    if needed := re.search(r'Used ([\d.]+)([MG]) of', str(error)):
-        # The computed memory is not the compiler's; by how much they differ, the refused step shows.
-        scale = float(needed[1]) * {'M': 2**20, 'G': GIB}[needed[2]] / result['expected_memory_bytes']
+    result, needed = report(config, topology), 1.01 * topology.chip.usable
+    if used := re.search(r'Used ([\d.]+)([MG]) of', str(error)):
+        needed = float(used[1]) * {'M': 2**20, 'G': GIB}[used[2]]
+    # The computed memory is not the compiler's; the refused step shows by how much they differ.
+    scale = needed / result['expected_memory_bytes']
 
     def needs(tried, sizes):
         return scale * estimate.expected_memory_bytes(tried, sizes)
@@ -171,8 +171,8 @@ def show(result: dict) -> str:
         return ', '.join(f'{name} {1e3 * s:.0f} ms' for name, s in seconds.items() if s)
 
     lines += [
-        f'TFLOP           {result["model_flops"] / 1e12:.2f}; with what is computed again '
-        f'{result["executed_flops"] / 1e12:.2f} per device',
+        f'TFLOP           {result["model_flops"] / 1e12:.2f} per device where one document fills every row; with what is '
+        f'computed again {result["executed_flops"] / 1e12:.2f}',
         f'HBM traffic     {result["hbm_bytes"] / 1e9:.1f} GB per device',
         f'lower bounds    {milliseconds(result["seconds"])}',
         f'bound           no step can take less than {1e3 * result["bound_seconds"]:.0f} ms ({result["bound_by"]}): below '
