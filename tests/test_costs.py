@@ -185,19 +185,6 @@ def test_layers_are_counted_by_kind():
     assert [(kind, count) for kind, count, _ in costs.layer_costs(transformer)] == [('attention', 8)]
 
 
-@pytest.mark.parametrize('kind', costs.COSTS)
-def test_stated_widths_and_caches_are_those_of_the_mixer(kind):
-    """What the mixer itself makes: the decoding cache, and the rope tables of its width."""
-    config = small_config(model_attention_period=1 if kind == 'attention' else 0, model_attention_offset=0)
-    model, layer = config.model, costs.costs_of(config.model, kind)
-    decoder = jax.eval_shape(
-        lambda: language_model.MIXERS[kind](model, rngs=nnx.Rngs(0)).empty_cache(3, 64, jnp.float32)
-    )
-    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(decoder))
-    assert held == 3 * (layer.state_bytes + 64 * layer.cache_bytes)
-    assert layer.rope_width == {'ssd': model.d_state, 'attention': model.head_dim}[kind]
-
-
 @pytest.mark.parametrize('remat', costs.REMAT)
 @pytest.mark.parametrize('kind', costs.COSTS)
 def test_saved_bytes_are_those_of_the_traced_step(kind, remat):

@@ -9,8 +9,10 @@ import importlib.util
 import json
 import math
 import pathlib
+import re
 import subprocess
 import sys
+import threading
 import types
 
 import jax
@@ -220,7 +222,7 @@ ENTRY %main (x: f32[16,128]) -> f32[16,128] {
 # ---- what is computed ------------------------------------------------------
 
 
-def test_least_bytes_of_fsdp_are_three_times_the_parameters():
+def test_min_bytes_of_fsdp_are_three_times_the_parameters():
     config = small_config()
     sizes = dict(data=1, fsdp=4, context=1, tensor=1)
     least = roofline.min_comm_bytes(config, sizes)
@@ -234,7 +236,7 @@ def test_least_bytes_of_fsdp_are_three_times_the_parameters():
     assert twice == least | {'parameters': 2 * least['parameters']}, 'gradients travel once a step'
 
 
-def test_least_bytes_of_tensor_and_context():
+def test_min_bytes_of_tensor_and_context():
     config = small_config()
     model, tokens = config.model, config.tokens_per_step
     tensor = roofline.min_comm_bytes(config, dict(data=1, fsdp=1, context=1, tensor=2))
@@ -264,7 +266,7 @@ def test_executed_work_is_that_of_the_traced_step(without_kernels, remat):  # no
     assert jaxpr_flops(jaxpr) == pytest.approx(config.tokens_per_step * executed, rel=1e-6)
 
 
-def test_least_memory_counts_the_state_of_a_shard():
+def test_min_memory_counts_the_state_of_a_shard():
     config = small_config()
     one = roofline.min_memory_bytes(config, dict.fromkeys(mesh.AXES, 1))
     assert one['state'] == 12 * parameters.count_params(config.model)
@@ -327,8 +329,18 @@ def test_expected_scaling_is_that_of_measured_meshes(axis, efficiency):
 def test_expected_memory_is_that_of_measured_steps(rows, length, remat, temporaries, tolerance):
     config = measured('1p3b', rows, length, model_remat=remat)
     state = roofline.min_memory_bytes(config, ONE)['state']
-    expected = (estimate.expected_memory_bytes(config, ONE) - state) / 1e9
+    expected = (estimate.expected_memory_bytes(config, ONE, chips.GPUS['h200']) - state) / 1e9
     assert expected == pytest.approx(temporaries, rel=tolerance)
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'configs' / 'pods').glob('*v*.py')), ids=lambda path: path.stem)
+def test_expected_memory_is_that_of_the_steps_compiled_for_tpus(path):
+    config = config_lib.load(path)
+    topology = re.search(r'--topology=(v\w+:\w+)', path.read_text())[1]
+    sizes = mesh.axis_sizes(config, topology_lib.Topology(topology, 1).num_devices)
+    peak = float(re.search(r'([\d.]+) of [\d.]+ GiB', path.read_text())[1])
+    expected = estimate.expected_memory_bytes(config, sizes, chips.CHIPS[topology.partition(':')[0]])
+    assert expected / chips.GIB == pytest.approx(peak, rel=0.07)
 
 
 def fake_slices(shape, slices=1):
@@ -447,7 +459,7 @@ def test_wrong_input(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_gpu_host_is_computed_and_says_so(capsys):
+def test_a_gpu_host_is_computed_and_labelled_so(capsys):
     arguments = ['plan', f'--config={ROOT}/configs/pods/1p3b_h200_8.py', '--topology=h200:8']
     assert plan.main(arguments) == plan.FITS
     text = capsys.readouterr().out
@@ -509,19 +521,23 @@ def test_what_fits_by_the_bound_alone_is_not_promised(capsys):
     assert result['nearest']['overrides'] in lines[-2]
 
 
-def test_a_refused_step_is_judged_by_what_the_compiler_said_it_needs():
-    """Its message has the memory that the step needs: half of that fits, by half of the microbatch."""
+def test_a_refused_step_is_judged_by_the_memory_in_the_compilers_message():
+    """The message names the memory that the step needs: 17.5 GiB fit after halving the microbatch, 400 never do."""
     config = config_lib.load(ROOT / 'configs' / 'pods' / '1p3b_v5e_256.py', {'model.remat': 'full'})
     topology = topology_lib.Topology('v5e:16x16', 1)
-    message = 'RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used {}G of 15.75G hbm.'
-    fits = []
-    for used in ('17.5', '400.0'):
-        error = topology_lib.DoesNotFitError(message.format(used), ['1.00 MiB  f32[512,512]'])
-        result = report_lib.refused_report(config, topology, error)
-        text = report_lib.show(result)
-        assert not result['fits'] and used in text and 'f32[512,512]' in text and text.endswith('it does not fit')
-        fits.append(result['nearest'])
-    assert fits[0]['overrides'] == '--config.train.accumulation_steps=2' and fits[1] == {}
+    forms = (
+        'RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used {}G of 15.75G hbm.',
+        'RESOURCE_EXHAUSTED: the total memory required for HLO temporaries ({}G) exceeds available HBM (15.75G).',
+    )
+    for form in forms:
+        fits = []
+        for used in ('17.5', '400.0'):
+            error = topology_lib.DoesNotFitError(form.format(used), ['1.00 MiB  f32[512,512]'])
+            result = report_lib.refused_report(config, topology, error)
+            text = report_lib.show(result)
+            assert not result['fits'] and used in text and 'f32[512,512]' in text and text.endswith('it does not fit')
+            fits.append(result['nearest'])
+        assert fits[0]['overrides'] == '--config.train.accumulation_steps=2' and fits[1] == {}
     unnumbered = topology_lib.DoesNotFitError('RESOURCE_EXHAUSTED: it does not fit', [])
     assert report_lib.refused_report(config, topology, unnumbered)['nearest']['overrides'] == fits[0]['overrides']
 
@@ -561,6 +577,20 @@ def test_without_the_compiler(capsys):
     assert 'pip install -e .[tpu]' in capsys.readouterr().err
 
 
+def test_a_stage_that_takes_long_is_announced_again(monkeypatch):
+    monkeypatch.setattr(topology_lib, 'REMINDER_SECONDS', 0.0)
+    lines, reminded = [], threading.Event()
+
+    def write(line):
+        lines.append(line.split('] ')[1])
+        if lines.count('still compiling') == 2:
+            reminded.set()
+
+    with topology_lib.Progress(write).stage('compiling'):
+        assert reminded.wait(600)
+    assert lines[0] == 'compiling' and set(lines[1:]) == {'still compiling'}
+
+
 def test_largest_temporaries_are_what_the_forward_pass_keeps():
     config = small_config(data_global_batch=64)
     device_mesh = mesh.build(config)
@@ -571,7 +601,7 @@ def test_largest_temporaries_are_what_the_forward_pass_keeps():
         }
         traced = jax.jit(step.train_step(config)).trace(step.abstract_state(config, device_mesh), batch)
     largest = topology_lib.largest_temporaries(traced.jaxpr.jaxpr)
-    # Two modules, two state-space layers one after the other, eight rows a device, what the MLP keeps of 48 tokens.
+    # Two periods, two consecutive state-space layers, eight rows per device, what the MLP keeps of 48 tokens.
     assert largest[0].split() == [f'{2 * 2 * 8 * 48 * 96 * 4 / 2**20:.2f}', 'MiB', 'f32[2,2,8,48,96]'], largest
     sizes = [float(line.split()[0]) for line in largest]
     assert sizes == sorted(sizes, reverse=True) and len(sizes) == 8

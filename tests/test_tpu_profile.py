@@ -17,7 +17,7 @@ ROWS, INNER, COLUMNS = 512, 256, 256  # a block of the matmuls below
 
 
 def matmul_case(kind='plain', M=2048, N=512, dtype='bfloat16'):
-    """A matmul of M / ROWS x N / COLUMNS grid steps: in one piece a step, or in a loop of four."""
+    """A matmul of M / ROWS x N / COLUMNS grid steps: whole in each step, or in a loop of four."""
 
     def plain(a_ref, b_ref, out_ref):
         out_ref[...] = jnp.dot(a_ref[...], b_ref[...], preferred_element_type=jnp.float32).astype(out_ref.dtype)
@@ -110,8 +110,8 @@ def test_table_of_the_scan(compiler, capsys):
     np.testing.assert_allclose(both['ms'], sums['forward']['ms'] + sums['backward']['ms'])
     np.testing.assert_allclose(both['least'], both['hbm_mb'] / (bench.least_work(shape, 'forward+backward')[0] / 1e6))
     for direction, row in sums.items():
-        parts = [r for r in rows if r['direction'] == direction and r is not row]
-        np.testing.assert_allclose(sum(r['hbm_mb'] for r in parts), row['hbm_mb'])
+        kernels = [r for r in rows if r['direction'] == direction and r is not row]
+        np.testing.assert_allclose(sum(r['hbm_mb'] for r in kernels), row['hbm_mb'])
         assert row['least'] > 1 and 0 < row['busy']['MXU'] < 1
     assert sums['state']['ms'] < sums['forward']['ms'] < sums['backward']['ms']
     assert capsys.readouterr().out.count('tiny') == len(rows) + 1

@@ -34,7 +34,7 @@ def report(config: Config, topology: Topology) -> dict:
         hbm_bytes=roofline.min_hbm_bytes(config, sizes),
         usable_bytes=chip.usable,
         min_memory_bytes=memory,
-        expected_memory_bytes=estimate.expected_memory_bytes(config, sizes),
+        expected_memory_bytes=estimate.expected_memory_bytes(config, sizes, chip),
         min_comm_bytes=comm,
         fits=sum(memory.values()) <= chip.usable,
     )
@@ -42,7 +42,7 @@ def report(config: Config, topology: Topology) -> dict:
     if topology.slices > 1:
         network['DCN'] = roofline.min_dcn_bytes(config, sizes) / chip.dcn
     if result['expected_memory_bytes'] > chip.usable:
-        result['nearest'] = _nearest(config, chip, sizes, estimate.expected_memory_bytes)
+        result['nearest'] = _nearest(config, chip, sizes)
     return _with_times(result, config, chip, network)
 
 
@@ -68,20 +68,21 @@ def compiled_report(config: Config, topology: Topology, device_mesh: jax.shardin
 def refused_report(config: Config, topology: Topology, error: DoesNotFitError) -> dict:
     """The report of a step that the compiler refused: its message, the largest temporaries, the nearest that fits."""
     result, needed = report(config, topology), 1.01 * topology.chip.usable
-    if used := re.search(r'Used ([\d.]+)([MG]) of', str(error)):
-        needed = float(used[1]) * {'M': 2**20, 'G': GIB}[used[2]]
+    if used := re.search(r'Used ([\d.]+)([MG]) of|\(([\d.]+)([MG])\) exceeds available', str(error)):
+        size, unit = used[1] or used[3], used[2] or used[4]
+        needed = max(needed, float(size) * {'M': 2**20, 'G': GIB}[unit])
     # The computed memory is not the compiler's; the refused step shows by how much they differ.
     scale = needed / result['expected_memory_bytes']
-
-    def needs(tried, sizes):
-        return scale * estimate.expected_memory_bytes(tried, sizes)
-
-    nearest = _nearest(config, topology.chip, result['mesh'], needs)
+    nearest = _nearest(config, topology.chip, result['mesh'], scale)
     return result | dict(fits=False, message=str(error), largest=error.largest, nearest=nearest)
 
 
-def _nearest(config, chip, sizes, needs):
+def _nearest(config, chip, sizes, scale=1.0):
     """The overrides of the nearest setting that fits, and what is expected of it; {} where nothing fits."""
+
+    def needs(tried, sizes):
+        return scale * estimate.expected_memory_bytes(tried, sizes, chip)
+
     found = plan_search.nearest_that_fits(config, chip, sizes, needs)
     if not found:
         return {}
