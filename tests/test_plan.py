@@ -33,7 +33,7 @@ from transxssm_jax.planning import hlo as planning_hlo
 from transxssm_jax.planning import report as report_lib
 from transxssm_jax.planning import topology as topology_lib
 from transxssm_jax.planning.hlo import Collective, collectives, step_hbm_bytes
-from transxssm_jax.training import step
+from transxssm_jax.training import gradient, step
 
 ROOT = pathlib.Path(__file__).parents[1]
 SIZES = dict(data=2, fsdp=2, context=1, tensor=2)
@@ -253,11 +253,9 @@ def test_min_bytes_of_tensor_and_context():
 def test_executed_work_is_that_of_the_traced_step(without_kernels, remat):  # noqa: F811
     config = small_config(model_remat=remat, optimizer_z_loss=0.0)
     params = jax.eval_shape(lambda: parameters.init_params(config.model, 0))
-    graph, _ = parameters.split_model(config.model)
     shape = (config.data.global_batch, config.data.seq_len)
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ('tokens', 'targets', 'segment_ids', 'positions')}
-    loss = functools.partial(step._summed_loss, graph, config)
-    jaxpr = jax.make_jaxpr(jax.grad(loss, has_aux=True))(params, batch).jaxpr
+    jaxpr = jax.make_jaxpr(gradient.summed_gradient(config))(params, batch).jaxpr
     model, L = config.model, config.data.seq_len
     kernels = costs.kernel_flops_per_token(model, costs.row_attended(L))
     # The kernels are replaced by stubs without products: three runs of theirs, and those that remat adds.

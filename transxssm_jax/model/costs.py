@@ -32,7 +32,6 @@ class LayerCosts:
     """What the mixer of one layer costs. All heads count together, so a tensor shard has its share of every figure.
 
     Attributes:
-      rope_width: width that the rotary embedding rotates in each head.
       in_proj_flops: forward FLOPs per token of the linear maps of the mixer's input.
       out_proj_flops: forward FLOPs per token of the output projection.
       kernel_flops: mean attended tokens (see `mean_attended`) -> forward FLOPs per token of the sequence kernel.
@@ -48,7 +47,6 @@ class LayerCosts:
         training step, forward and backward.
     """
 
-    rope_width: int
     in_proj_flops: int
     out_proj_flops: int
     kernel_flops: Callable[[float], float]
@@ -75,7 +73,6 @@ def ssd_costs(model: Model) -> LayerCosts:
     size = dtype_bytes(model)
     state = FLOAT32 * H * P * N
     return LayerCosts(
-        rope_width=N,
         in_proj_flops=2 * D * (H * P + 2 * G * N + H),  # x; B and C; dt
         out_proj_flops=2 * H * P * D,
         # Scores and scores times x over half a chunk; state in and state out.
@@ -98,7 +95,6 @@ def attention_costs(model: Model) -> LayerCosts:
     D, H, K, G = model.d_model, model.num_heads, model.head_dim, model.num_kv_heads
     size = dtype_bytes(model)
     return LayerCosts(
-        rope_width=K,
         in_proj_flops=2 * D * (H * K + 2 * G * K),
         out_proj_flops=2 * H * K * D,
         kernel_flops=lambda attended: 4 * H * K * attended,  # QK^T and PV
@@ -134,9 +130,8 @@ def costs_of(model: Model, kind: str) -> LayerCosts:
 
 def layer_costs(model: Model) -> list[tuple[str, int, LayerCosts]]:
     """(kind, how many layers of it the model has, costs of one) of every kind in the model."""
-    pattern = model.layer_kinds
-    counts = collections.Counter(pattern)
-    return [(kind, count * (model.num_layers // len(pattern)), costs_of(model, kind)) for kind, count in counts.items()]
+    counts = collections.Counter(model.layer_pattern)
+    return [(kind, count * model.num_periods, costs_of(model, kind)) for kind, count in counts.items()]
 
 
 def dtype_bytes(model: Model) -> int:
