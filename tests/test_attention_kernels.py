@@ -18,7 +18,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tpu_compiler import run_alone
 
-from pallas_kernels.attention import api, causal_attention, cudnn, save_residuals, splash
+from pallas_kernels import dispatch
+from pallas_kernels.attention import causal_attention, cudnn, save_residuals, splash
 
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 5e-3}
 NAMES = ('out', 'dq', 'dk', 'dv')
@@ -299,7 +300,7 @@ def test_no_square_array(implementation, variant, monkeypatch):
 def test_none_is_xla_on_cpu(caplog):
     if jax.default_backend() != 'cpu':
         pytest.skip('about hosts without an accelerator')
-    api._log_once.cache_clear()
+    dispatch.log_once.cache_clear()
     q, k, v, _ = make(L=8)
     with caplog.at_level(logging.INFO, logger='pallas_kernels'):
         first, second = (causal_attention(q, k, v) for _ in range(2))
@@ -341,7 +342,7 @@ def test_no_cudnn_library():
     if jax.default_backend() == 'gpu':
         pytest.skip('about hosts without cuDNN')
     x = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
-    with pytest.raises(NotImplementedError, match='cuDNN is not detected'):
+    with pytest.raises(dispatch.UnsupportedError, match='cuDNN is not detected'):
         causal_attention(x, x, x, implementation='cudnn')
 
 
@@ -357,7 +358,7 @@ def test_no_cudnn_library():
 )
 def test_cannot_serve(implementation, shape, dtype, message):
     x = jnp.zeros(shape, dtype)
-    with pytest.raises(NotImplementedError, match=message):
+    with pytest.raises(dispatch.UnsupportedError, match=message):
         causal_attention(x, x, x, implementation=implementation)
 
 
@@ -373,7 +374,7 @@ def test_moved_internals_are_named(monkeypatch):
 
     monkeypatch.delattr(fused, '_dot_product_attention_bwd_p')
     x = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
-    with pytest.raises(NotImplementedError, match='JAX internals .*implementation=.xla'):
+    with pytest.raises(dispatch.UnsupportedError, match='JAX internals .*implementation=.xla'):
         causal_attention(x, x, x, segment_ids=jnp.zeros((1, 8), jnp.int32), implementation='cudnn')
 
 

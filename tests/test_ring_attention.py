@@ -15,7 +15,8 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.attention import api, causal_attention, cudnn, ring, ring_attention, save_residuals, splash, xla
+from pallas_kernels import dispatch
+from pallas_kernels.attention import causal_attention, cudnn, ring, ring_attention, save_residuals, splash, xla
 
 NAMES = ('y', 'dq', 'dk', 'dv')
 LENGTH = 48  # shards of 24, 12 and 6 tokens, pieces of 12, 6 and 3
@@ -52,8 +53,11 @@ def mesh(**axes):
 
 def on_ring(n, *, segmented, check_vma=False, **options):
     """attention(q, k, v, ids) over n shards of the length."""
+
     def attend(q, k, v, ids):
-        return ring_attention(q, k, v, axis_name='context', axis_size=n, segment_ids=ids if segmented else None, **options)
+        return ring_attention(
+            q, k, v, axis_name='context', axis_size=n, segment_ids=ids if segmented else None, **options
+        )
 
     rows = P(None, 'context')
     return jax.shard_map(attend, mesh=mesh(context=n), in_specs=(rows,) * 4, out_specs=rows, check_vma=check_vma)
@@ -121,8 +125,13 @@ def test_with_other_axes():
     def attend(q, k, v, ids):
         return ring_attention(q, k, v, axis_name='context', axis_size=2, segment_ids=ids)
 
-    sharded = jax.shard_map(attend, mesh=mesh(data=2, context=2, tensor=2), check_vma=True,
-                            in_specs=(heads, heads, heads, P('data', 'context')), out_specs=heads)
+    sharded = jax.shard_map(
+        attend,
+        mesh=mesh(data=2, context=2, tensor=2),
+        check_vma=True,
+        in_specs=(heads, heads, heads, P('data', 'context')),
+        out_specs=heads,
+    )
     check(value_and_grads(sharded, q, k, v, ids, dy), value_and_grads(on_one, q, k, v, ids, dy), 1e-5)
 
 
@@ -168,8 +177,12 @@ class CudnnModel:
     def forward_of(cls, q, k, v, lengths, key_lengths, causal, scale):
         s = cls.scores(q, k, lengths, key_lengths, causal, scale)
         lse = jax.nn.logsumexp(s, axis=-1)
-        out = jnp.einsum('bhls,bshk->blhk', jax.nn.softmax(s, axis=-1), jnp.repeat(v, q.shape[2] // k.shape[2], 2),
-                         precision='highest')
+        out = jnp.einsum(
+            'bhls,bshk->blhk',
+            jax.nn.softmax(s, axis=-1),
+            jnp.repeat(v, q.shape[2] // k.shape[2], 2),
+            precision='highest',
+        )
         known = (jnp.arange(q.shape[1]) < lengths[:, None])[:, None]
         return cls.undefined_past(out, lengths), jnp.where(known, lse, jnp.nan)
 
@@ -289,7 +302,9 @@ def test_every_step_is_the_same_work(n):
 def test_blocks_without_a_shared_document_are_skipped(is_before):
     def shared(ids, key_ids):
         ids, key_ids = (jnp.array([x]).reshape(1, 2, 2) for x in (ids, key_ids))
-        return bool(ring._if_shared(jnp.array(is_before), ids, key_ids, lambda: jnp.array(True), lambda: jnp.array(False)))
+        return bool(
+            ring._if_shared(jnp.array(is_before), ids, key_ids, lambda: jnp.array(True), lambda: jnp.array(False))
+        )
 
     if is_before:  # key pieces 0 and 7, query pieces 1 and 6
         assert not shared([[1, 1], [5, 6]], [[0, 0], [6, 6]])
@@ -311,15 +326,30 @@ def equations(jaxpr, times=1):
             yield from equations(sub, inner)
 
 
-COLLECTIVES = {'ppermute', 'psum', 'psum2', 'psum_invariant', 'all_gather', 'all_gather_invariant', 'all_to_all',
-               'reduce_scatter', 'pmax', 'pmin', 'pbroadcast'}
+COLLECTIVES = {
+    'ppermute',
+    'psum',
+    'psum2',
+    'psum_invariant',
+    'all_gather',
+    'all_gather_invariant',
+    'all_to_all',
+    'reduce_scatter',
+    'pmax',
+    'pmin',
+    'pbroadcast',
+}
 
 
 def collectives(function, *args):
     """[(name, bytes a device)] of a function over shards, one entry a run."""
-    return [(equation.primitive.name, x.aval.size * x.aval.dtype.itemsize)
-            for equation, times in equations(jax.make_jaxpr(function)(*args).jaxpr)
-            if equation.primitive.name in COLLECTIVES for x in equation.invars for _ in range(times)]
+    return [
+        (equation.primitive.name, x.aval.size * x.aval.dtype.itemsize)
+        for equation, times in equations(jax.make_jaxpr(function)(*args).jaxpr)
+        if equation.primitive.name in COLLECTIVES
+        for x in equation.invars
+        for _ in range(times)
+    ]
 
 
 @pytest.mark.parametrize('n, implementation', [(2, 'xla'), (8, 'xla'), (5, 'splash'), (4, 'cudnn')])
@@ -381,10 +411,10 @@ def test_policy_saves_the_second_ring():
 
 @pytest.mark.parametrize('change, error, message', [
     ({'L': 2 * 33}, ValueError, r"length 33 on each of 2 shards of 'context'; it must be even.* such as 64 or 68"),
-    ({'implementation': 'reference'}, NotImplementedError, "'reference' holds all scores of a row"),
+    ({'implementation': 'reference'}, dispatch.UnsupportedError, "'reference' holds all scores of a row"),
     ({'implementation': 'flash'}, ValueError, "implementation='flash'"),
-    ({'implementation': 'splash', 'L': 2 * 192, 'dtype': jnp.bfloat16}, NotImplementedError, 'multiples of 128, got 96'),
-    ({'implementation': 'splash', 'L': 2 * 256}, NotImplementedError, 'takes bfloat16, got float32'),
+    ({'implementation': 'splash', 'L': 2 * 192, 'dtype': jnp.bfloat16}, dispatch.UnsupportedError, 'multiples of 128, got 96'),
+    ({'implementation': 'splash', 'L': 2 * 256}, dispatch.UnsupportedError, 'takes bfloat16, got float32'),
     ({'axis_size': 0}, ValueError, r"axis_size=0; .* mesh axis 'context'"),
 ])  # fmt: skip
 def test_errors(change, error, message):
@@ -402,7 +432,7 @@ def test_errors(change, error, message):
 def test_none_is_xla_on_cpu(caplog):
     if jax.default_backend() != 'cpu':
         pytest.skip('about hosts without an accelerator')
-    api._log_once.cache_clear()
+    dispatch.log_once.cache_clear()
     q, k, v, _ = make(B=1)
     with caplog.at_level(logging.INFO, logger='pallas_kernels'):
         jax.make_jaxpr(on_ring(2, segmented=False))(q, k, v, None)

@@ -29,7 +29,7 @@ def test_compiles_for_v5e(variant):
 def sent(hlo, turns):
     """Bytes that a device sends in a compiled program of collective permutes, whose one loop runs `turns` times."""
     sizes = {'bf16': 2, 'f32': 4, 's32': 4}
-    loop, = re.findall(r' while\(.*body=%([\w.\-]+)', hlo)
+    (loop,) = re.findall(r' while\(.*body=%([\w.\-]+)', hlo)
     total = 0
     for text in re.split(r'\n(?=(?:ENTRY )?%[\w.\-]+ \()', hlo):
         times = turns if text.startswith(f'%{loop} ') else 1
@@ -48,8 +48,15 @@ def compile_for_v5e(variant):
     rows = P('data', 'context')
 
     def attend(q, k, v, ids):
-        return ring_attention(q, k, v, axis_name='context', axis_size=n, implementation='splash',
-                              segment_ids=ids if variant == 'segments' else None)
+        return ring_attention(
+            q,
+            k,
+            v,
+            axis_name='context',
+            axis_size=n,
+            implementation='splash',
+            segment_ids=ids if variant == 'segments' else None,
+        )
 
     attention = jax.shard_map(attend, mesh=devices, in_specs=(rows,) * 4, out_specs=rows, check_vma=False)
 
@@ -114,11 +121,15 @@ def test_cudnn_blocks_on_gpu(name, causal):
         *arrays, y, lse, dy = cut(*wide[:3], y, lse.swapaxes(1, 2), wide[3])
         lse, delta = lse.swapaxes(1, 2), xla.row_products(y, dy)
         segments = segments if causal or ids is None else (ids[:, S:], ids[:, :S])
-        want = (*xla.forward(*arrays, segments, scale, 256, causal=causal),
-                *xla.backward(*arrays, segments, scale, 256, lse, delta, dy, causal=causal))
+        want = (
+            *xla.forward(*arrays, segments, scale, 256, causal=causal),
+            *xla.backward(*arrays, segments, scale, 256, lse, delta, dy, causal=causal),
+        )
         arrays, y, dy = ([x.astype(jnp.bfloat16) for x in arrays], *(x.astype(jnp.bfloat16) for x in (y, dy)))
-        got = (*cudnn.block_forward(*arrays, segments, scale, causal),
-               *cudnn.block_backward(*arrays, segments, scale, causal, lse, y, dy))
+        got = (
+            *cudnn.block_forward(*arrays, segments, scale, causal),
+            *cudnn.block_backward(*arrays, segments, scale, causal, lse, y, dy),
+        )
         return got, want
 
     for got, want in zip(*run(*narrow), strict=True):
@@ -141,8 +152,13 @@ def test_ring_on_gpus(name):
     def attend(q, k, v, ids):
         return ring_attention(q, k, v, axis_name='context', axis_size=2, segment_ids=ids, implementation='cudnn')
 
-    sharded = jax.shard_map(attend, mesh=devices, in_specs=(rows, rows, rows, None if ids is None else rows),
-                            out_specs=rows, check_vma=False)
+    sharded = jax.shard_map(
+        attend,
+        mesh=devices,
+        in_specs=(rows, rows, rows, None if ids is None else rows),
+        out_specs=rows,
+        check_vma=False,
+    )
     wide = [x.astype(jnp.float32) for x in (q, k, v, dy)]
     want = on_cpu.value_and_grads(on_cpu.on_one, *wide[:3], ids, wide[3])
     got = on_cpu.value_and_grads(sharded, q, k, v, ids, dy)

@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec
 from ssd_oracle import GRADIENTS, relative_error, with_gradients
 from test_ssd_kernels import DECAYS, assert_close, draw, needs_8_devices
 
+from pallas_kernels import dispatch
 from pallas_kernels.ssd import api, gpu, rotary_ssd, rotary_ssd_state, rotary_ssd_step
 
 TOLERANCE = 5e-3
@@ -43,7 +44,6 @@ KERNEL = {'implementation': 'mosaic_gpu'}
         ({'H': 7, 'G': 7}, 'mosaic_gpu', 'the fused kernel'),
         ({'chunk_size': 128}, 'xla', 'chunk_size=128, but its chunks are of 64; leave chunk_size to None'),
         ({'dtype': 'float32'}, 'xla', 'x is float32, but it is for bfloat16; cast x, b and c'),
-        ({'dtype': 'float64'}, 'xla', 'float64'),
         ({'P': 96}, 'xla', 'P=96 and N=128, but it is for P a multiple of 64 and N of 64 or 128'),
         ({'N': 256}, 'xla', 'P=64 and N=256'),
         ({'capability': '8.0'}, 'xla', 'has compute capability 8.0, but it is for 9.x (Hopper)'),
@@ -55,11 +55,11 @@ KERNEL = {'implementation': 'mosaic_gpu'}
 )  # fmt: skip
 def test_choice(change, chosen, reason, caplog):
     v = {'dtype': 'bfloat16', 'chunk_size': None, 'H': 32, 'P': 64, 'G': 8, 'N': 128, 'capability': '9.0', **change}
-    device = api._Device('gpu', f'kind {change}', v['capability'])
+    device = dispatch.Device('gpu', f'kind {change}', v['capability'])
     with caplog.at_level(logging.INFO, logger='pallas_kernels'):
         for _ in range(2):
             shape = (8, 4096, v['H'], v['P'], v['G'], v['N'])
-            assert api._choose(device, v['dtype'], v['chunk_size'], shape) == chosen
+            assert api.OPERATOR.choose(None, api.Call(v['dtype'], v['chunk_size'], shape), device) == chosen
     (record,) = caplog.records  # once
     assert f': {chosen}, ' in record.getMessage() and reason in record.getMessage()
 
@@ -85,7 +85,9 @@ def test_none_picks_it_on_hopper(capability, kernels, monkeypatch):
     assert count_kernels(rotary_ssd, *inputs_of()) == kernels
     assert count_kernels(rotary_ssd, *inputs_of(N=32)) == 0
     if not kernels:
-        with pytest.raises(NotImplementedError, match=f"'mosaic_gpu' cannot serve.* compute capability {capability}, but"):
+        with pytest.raises(
+            dispatch.UnsupportedError, match=f"'mosaic_gpu' cannot serve.* compute capability {capability}, but"
+        ):
             jax.eval_shape(functools.partial(rotary_ssd, **KERNEL), *inputs_of())
 
 
@@ -98,28 +100,39 @@ def test_refuses():
         ({}, {'chunk_size': 128}, 'chunk_size=128, but its chunks are of 64; leave'),
     ):
         for f, n in ((rotary_ssd, 5), (rotary_ssd_state, 4)):
-            with pytest.raises(NotImplementedError, match="implementation='mosaic_gpu' cannot serve this call: " + message):
+            with pytest.raises(
+                dispatch.UnsupportedError, match="implementation='mosaic_gpu' cannot serve this call: " + message
+            ):
                 jax.eval_shape(functools.partial(f, **KERNEL, **keywords), *inputs_of(**change)[:n])
     values = [jnp.ones(v.shape, v.dtype) for v in inputs_of(L=4)]
     named = functools.partial(rotary_ssd, **KERNEL)
     for call in (named, jax.jit(named), jax.grad(lambda *v: jnp.sum(named(*v)[1]))):
-        with pytest.raises(NotImplementedError, match='it is lowered for cpu and runs on NVIDIA GPUs only; use'):
+        with pytest.raises(dispatch.UnsupportedError, match='it is lowered for cpu and runs on NVIDIA GPUs only; use'):
             call(*values)
-    with pytest.raises(NotImplementedError, match='it is lowered for tpu and runs on NVIDIA GPUs only; use'):
+    with pytest.raises(dispatch.UnsupportedError, match='it is lowered for tpu and runs on NVIDIA GPUs only; use'):
         jax.jit(named).trace(*inputs_of()).lower(lowering_platforms=('tpu',))
 
 
 def test_refuses_another_platforms_interpreter():
-    for implementation, interpret in (('mosaic_gpu', pltpu.InterpretParams()), ('mosaic_tpu', plgpu.InterpretGPUParams())):
-        with pytest.raises(NotImplementedError, match=f"{implementation}' cannot be interpreted with .*; use True or Interpret"):
-            jax.eval_shape(functools.partial(rotary_ssd, implementation=implementation, interpret=interpret), *inputs_of())
+    for implementation, interpret in (
+        ('mosaic_gpu', pltpu.InterpretParams()),
+        ('mosaic_tpu', plgpu.InterpretGPUParams()),
+    ):
+        with pytest.raises(
+            dispatch.UnsupportedError, match=f"{implementation}' cannot be interpreted with .*; use True or Int"
+        ):
+            jax.eval_shape(
+                functools.partial(rotary_ssd, implementation=implementation, interpret=interpret), *inputs_of()
+            )
 
 
 def test_refuses_to_hang(monkeypatch):
     """JAX's interpreter of GPU kernels waits forever where its warpgroups do not all get a thread."""
     monkeypatch.setenv('NPROC', '7')
     monkeypatch.setattr(jax, 'local_device_count', lambda: 1)
-    with pytest.raises(NotImplementedError, match="JAX's CPU client has 7 threads and its warpgroups need 8; set .*NPROC=8"):
+    with pytest.raises(
+        dispatch.UnsupportedError, match='CPU client has 7 threads and its warpgroups need 8; set .*NPROC=8'
+    ):
         jax.eval_shape(functools.partial(rotary_ssd, **KERNEL, interpret=True), *inputs_of())
     monkeypatch.setenv('NPROC', '8')
     jax.eval_shape(functools.partial(rotary_ssd, **KERNEL, interpret=True), *inputs_of())
@@ -141,7 +154,9 @@ def both_ways(arguments, rope, segments, dy, dfinal, *, plan=None, interpret=Fal
         if plan is None:
             more = {'implementation': implementation, 'interpret': interpret}
             return rotary_ssd(x, dt, a, b, c, rope, segment_ids=segments, initial_state=state, **more)
-        run = None if segments is None else jnp.cumsum(jnp.diff(segments, prepend=segments[:, :1]) != 0, 1, dtype='int32')
+        run = (
+            None if segments is None else jnp.cumsum(jnp.diff(segments, prepend=segments[:, :1]) != 0, 1, dtype='int32')
+        )
         tables = None if rope is None else tuple(t if t.ndim == 3 else t[None] for t in rope)
         return gpu.scan_chunks(plan, x, dt, a, b, c, tables, run, state, interpret)
 

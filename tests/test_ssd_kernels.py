@@ -17,6 +17,7 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import NamedSharding, PartitionSpec
 from ssd_oracle import GRADIENTS, recurrence, relative_error, with_gradients
 
+from pallas_kernels import dispatch
 from pallas_kernels.ssd import api, rotary_ssd, rotary_ssd_state, rotary_ssd_step, tpu, xla
 
 IMPLEMENTATIONS = ['reference', 'xla', 'mosaic_tpu']
@@ -160,8 +161,9 @@ def test_reference_runs_in_float64():
             *(jnp.asarray(v) for v in (x, dt, a, b, c)), wide, segment_ids=segments,
             initial_state=jnp.asarray(state), implementation='reference',
         )  # fmt: skip
-        for implementation in ('xla', 'mosaic_tpu'):
-            with pytest.raises(NotImplementedError, match=f"implementation='{implementation}' .* x is float64"):
+        for implementation in ('xla', 'mosaic_tpu', 'mosaic_gpu', None):
+            named = implementation or 'xla'  # the last that None tries
+            with pytest.raises(dispatch.UnsupportedError, match=f"^implementation='{named}' .* x is float64"):
                 rotary_ssd(*(jnp.asarray(v) for v in (x, dt, a, b, c)), implementation=implementation)
     ref = recurrence(x, dt, a, b, c, rope, segments, state)
     assert relative_error(y, ref[0]) < 1e-12 and relative_error(final, ref[1]) < 1e-12
@@ -216,7 +218,9 @@ def test_xla_plans_conform(plan):
 def test_mosaic_tpu_plans_conform(shape, dtype):
     """Several blocks of heads: of one group, whose gradients are then summed, and of groups of their own."""
     for decay in DECAYS:
-        out = outputs_and_gradients(*draw_named(shape, dtype, decay), implementation='mosaic_tpu', plan=tpu.Plan(heads=8))
+        out = outputs_and_gradients(
+            *draw_named(shape, dtype, decay), implementation='mosaic_tpu', plan=tpu.Plan(heads=8)
+        )
         assert_close(out, oracle(shape, dtype, decay), TOLERANCE[dtype], f'{shape}, {decay}')
 
 
@@ -235,7 +239,6 @@ def test_defaults(implementation):
     ref = with_gradients(arguments, None, None, dy, dfinal)
     names = GRADIENTS[:5]
     for chunk_size in (None,) if implementation == 'mosaic_tpu' else (None, 256):
-
         more = {**keywords(implementation), 'chunk_size': chunk_size}
 
         @jax.jit
@@ -446,7 +449,6 @@ def test_choice_is_logged_once(caplog):
         ({'P': 256, 'N': 256}, 'mosaic_tpu', 'the fused kernel'),
         ({'chunk_size': 64}, 'xla', 'chunk_size=64'),
         ({'dtype': 'float32'}, 'xla', 'for bfloat16'),
-        ({'dtype': 'float64'}, 'xla', 'float64'),
         ({'P': 48}, 'xla', 'pad P=48 or N=128'),
         ({'N': 64}, 'xla', 'pad P=64 or N=64'),
         ({'backend': 'rocket'}, 'xla', 'no kernel for rocket'),
@@ -458,8 +460,8 @@ def test_choice(change, chosen, reason, caplog):
     with caplog.at_level(logging.INFO, logger='pallas_kernels'):
         shape = (8, 4096, 32, v['P'], 8, v['N'])
         # A device kind of this test's own, because each choice is logged once a process.
-        device = api._Device(v['backend'], f'kind {change}')
-        assert api._choose(device, v['dtype'], v['chunk_size'], shape) == chosen
+        device = dispatch.Device(v['backend'], f'kind {change}')
+        assert api.OPERATOR.choose(None, api.Call(v['dtype'], v['chunk_size'], shape), device) == chosen
     (record,) = caplog.records
     assert f': {chosen}, ' in record.getMessage() and reason in record.getMessage()
 
@@ -591,7 +593,7 @@ def test_mosaic_tpu_refuses():
             f = functools.partial(f, implementation='mosaic_tpu', **more)
             for call in (f, jax.jit(f), jax.vmap(f)):
                 stacked = [v[None] for v in values] if call is not f and not hasattr(call, 'lower') else values
-                with pytest.raises(NotImplementedError, match=message):
+                with pytest.raises(dispatch.UnsupportedError, match=message):
                     call(*stacked)
 
 

@@ -27,6 +27,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
 
 from pallas_kernels.attention import xla
+from pallas_kernels.dispatch import UnsupportedError
 
 # (f, m): up to B f m documents of up to L / f tokens. Statistics take m float32 a query head.
 PACKED_SHAPES = ((1, 8), (4, 16), (1, 32))
@@ -43,7 +44,7 @@ def _private():
             fused.AttentionLayout.BTNH.value,
         )
     except (ImportError, AttributeError) as error:
-        raise NotImplementedError(
+        raise UnsupportedError(
             f"implementation='cudnn' with segment_ids uses JAX internals that jax {jax.__version__}"
             f" does not have ({error}); use implementation='xla' or jax 0.11.2"
         ) from error
@@ -95,7 +96,7 @@ def unsupported(q_BLHK, k_BLGK, segment_ids_BL):
         return f'packed cuDNN attention takes fewer than 2**31 elements of q, got {q_BLHK.shape}'
     try:
         _private()
-    except NotImplementedError as error:
+    except UnsupportedError as error:
         return str(error)
     return None
 
@@ -123,7 +124,7 @@ def attention(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, scale):
         try:
             return jax.nn.dot_product_attention(*even, scale=scale, is_causal=True, implementation='cudnn')[:, :L]
         except RuntimeError as error:  # JAX asks for the library while tracing
-            raise NotImplementedError(
+            raise UnsupportedError(
                 f"implementation='cudnn' without segment_ids: {error} Use implementation='xla' or install jax[cuda13]"
             ) from error
     return _packed(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, scale)
@@ -338,7 +339,9 @@ def _reach(ids_BL, key_ids_BT):
     the queries, or not in both.
     """
     last = key_ids_BT[:, -1:]
-    queries, keys = (lax.cummin((ids == last).astype(jnp.int32), axis=1).sum(1) for ids in (ids_BL, key_ids_BT[:, ::-1]))
+    queries, keys = (
+        lax.cummin((ids == last).astype(jnp.int32), axis=1).sum(1) for ids in (ids_BL, key_ids_BT[:, ::-1])
+    )
     return queries, keys
 
 

@@ -15,15 +15,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-IMPLEMENTATIONS = ('xla', 'cudnn')
+from pallas_kernels import dispatch
 
 
-def write_token(cache_BGSK: Float[Array, 'B G S K'], x_BGK: Float[Array, 'B G K'],
-                position_B: Int32[Array, 'B']) -> Float[Array, 'B G S K']:
+def write_token(
+    cache_BGSK: Float[Array, 'B G S K'], x_BGK: Float[Array, 'B G K'], position_B: Int32[Array, 'B']
+) -> Float[Array, 'B G S K']:
     """The cache with x as the token at each row's own position, in place where the cache is donated or a loop's carry.
 
     A position outside of [0, S) is moved to the nearest inside.
     """
+
     def one(cache_GSK, x_GK, position):
         return jax.lax.dynamic_update_slice(cache_GSK, x_GK[:, None].astype(cache_GSK.dtype), (0, position, 0))
 
@@ -54,12 +56,12 @@ def decode_attention(
 
     Raises:
       ValueError: a shape, dtype or name breaks a rule above.
-      NotImplementedError: this JAX or device has no cuDNN attention.
+      dispatch.UnsupportedError (a NotImplementedError): this JAX or device has no cuDNN attention.
     """
     _check(q_BHK, k_BGSK, v_BGSK, length_B, implementation)
     (B, H, K), G = q_BHK.shape, k_BGSK.shape[1]
     scale = 1 / math.sqrt(K) if scale is None else scale
-    attend = _cudnn if implementation == 'cudnn' else _xla
+    attend = OPERATOR.implementations[OPERATOR.choose(implementation, None)].run
     return attend(q_BHK.reshape(B, G, H // G, K), k_BGSK, v_BGSK, length_B, scale).reshape(B, H, K)
 
 
@@ -78,16 +80,36 @@ def _cudnn(q_BGRK, k_BGSK, v_BGSK, length_B, scale):
     try:
         from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
     except ImportError as error:
-        raise NotImplementedError(
+        raise dispatch.UnsupportedError(
             f"implementation='cudnn' uses JAX internals that jax {jax.__version__} does not have ({error}); use 'xla'"
         ) from error
     queries_B = jnp.full_like(length_B, q_BGRK.shape[2])
     try:
         return dot_product_attention(
-            q_BGRK, k_BGSK, v_BGSK, q_seqlen=queries_B, kv_seqlen=length_B, scale=scale, mask_type=MaskType.PADDING,
-            qkv_layout='BNTH')
+            q_BGRK,
+            k_BGSK,
+            v_BGSK,
+            q_seqlen=queries_B,
+            kv_seqlen=length_B,
+            scale=scale,
+            mask_type=MaskType.PADDING,
+            qkv_layout='BNTH',
+        )
     except RuntimeError as error:  # JAX asks for the library while tracing
-        raise NotImplementedError(f"implementation='cudnn': {error}; use 'xla' or install jax[cuda13]") from error
+        raise dispatch.UnsupportedError(f"implementation='cudnn': {error}; use 'xla' or install jax[cuda13]") from error
+
+
+def _log_line(device, call, chosen, passed_over):
+    return f'decode_attention: {chosen!r} on {device.backend}'
+
+
+OPERATOR = dispatch.Operator(
+    implementations={'xla': dispatch.Implementation(_xla), 'cudnn': dispatch.Implementation(_cudnn)},
+    order={},
+    everywhere=('xla',),
+    log_line=_log_line,
+)
+IMPLEMENTATIONS = tuple(OPERATOR.implementations)
 
 
 def _check(q, k, v, length, implementation):
@@ -95,8 +117,10 @@ def _check(q, k, v, length, implementation):
         raise ValueError(f'q has shape {q.shape} and k {k.shape}; they must be [B, H, K] and [B, G, S, K]')
     (B, H, K), (G, S) = q.shape, k.shape[1:3]
     if k.shape != (B, G, S, K) or v.shape != k.shape or H % G:
-        raise ValueError(f'k has shape {k.shape} and v {v.shape}; both must be [B, G, S, K] of q {q.shape}, '
-                         f'with G dividing its {H} heads')
+        raise ValueError(
+            f'k has shape {k.shape} and v {v.shape}; both must be [B, G, S, K] of q {q.shape}, '
+            f'with G dividing its {H} heads'
+        )
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f'q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; they must be one dtype')
     if length.shape != (B,) or length.dtype != jnp.int32:

@@ -34,6 +34,7 @@ K head width; 2 the early and the late piece.
 # ruff: noqa: F722  (shape strings of jaxtyping)
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -42,6 +43,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels import dispatch
 from pallas_kernels.attention import api, cudnn, splash, xla
 
 
@@ -86,14 +88,17 @@ def ring_attention(
 
     Raises:
       ValueError: a shape, dtype or name breaks a rule above.
-      NotImplementedError: the named implementation cannot serve these arguments.
+      dispatch.UnsupportedError (a NotImplementedError): the named implementation cannot serve these arguments.
     """
     api.check(q_BLHK, k_BLGK, v_BLGK, segment_ids, scale, None, implementation)
     if not isinstance(axis_size, int) or axis_size < 1:
-        raise ValueError(f'axis_size={axis_size!r}; it must be an int of at least 1, the size of mesh axis {axis_name!r}')
+        raise ValueError(
+            f'axis_size={axis_size!r}; it must be an int of at least 1, the size of mesh axis {axis_name!r}'
+        )
     if axis_size == 1:
-        return api.causal_attention(q_BLHK, k_BLGK, v_BLGK, segment_ids=segment_ids, scale=scale,
-                                    implementation=implementation)
+        return api.causal_attention(
+            q_BLHK, k_BLGK, v_BLGK, segment_ids=segment_ids, scale=scale, implementation=implementation
+        )
     L = q_BLHK.shape[1]
     if L % 2:
         whole, unit = L * axis_size, 2 * axis_size
@@ -102,19 +107,10 @@ def ring_attention(
             f'two pieces: make the whole length {whole} a multiple of {unit}, such as {whole // unit * unit or unit} or '
             f'{-(-whole // unit) * unit}'
         )
-    implementation = api.choose(implementation, q_BLHK, k_BLGK, segment_ids, unsupported=_unsupported, of='ring_attention')
+    implementation = OPERATOR.choose(implementation, api.Call(q_BLHK, k_BLGK, segment_ids))
     scale = 1 / math.sqrt(q_BLHK.shape[-1]) if scale is None else scale
     ring = _Ring(axis_name, axis_size, implementation, float(scale), interpret)
     return _attention(*api.vary_alike(q_BLHK, k_BLGK, v_BLGK, segment_ids), ring)
-
-
-def _unsupported(implementation, q_BLHK, k_BLGK, segment_ids):
-    if implementation == 'reference':
-        return "'reference' holds all scores of a row at once, on one device"
-    S = q_BLHK.shape[1] // 2
-    if implementation == 'splash' and S % splash.LANES:
-        return f'splash attention takes pieces (half of a shard) that are multiples of {splash.LANES}, got {S}'
-    return api.unsupported(implementation, q_BLHK, k_BLGK, segment_ids)
 
 
 # ---- between the contiguous shards and the pieces ----
@@ -167,36 +163,84 @@ def _pass_on(tree, ring):
 # ---- blocks ----
 
 
+def _forward_xla(ring, *arrays, causal):
+    return xla.forward(*arrays, ring.scale, xla.DEFAULT_CHUNK, causal=causal, dtype=jnp.float32)
+
+
+def _forward_cudnn(ring, *arrays, causal):
+    return cudnn.block_forward(*arrays, ring.scale, causal)
+
+
+def _forward_splash(ring, *arrays, causal):
+    return splash.block_forward(*arrays, ring.scale, causal, ring.interpret)
+
+
+def _backward_xla(ring, *arrays, causal, lse_BHL, known, dout):
+    return xla.backward(*arrays, ring.scale, xla.DEFAULT_CHUNK, lse_BHL, known.swapaxes(1, 2), dout, causal=causal,
+                        dtype=jnp.float32)  # fmt: skip
+
+
+def _backward_cudnn(ring, *arrays, causal, lse_BHL, known, dout):
+    return cudnn.block_backward(*arrays, ring.scale, causal, lse_BHL, known, dout)
+
+
+def _backward_splash(ring, *arrays, causal, lse_BHL, known, dout):
+    return splash.block_backward(*arrays, ring.scale, causal, lse_BHL, known.swapaxes(1, 2), dout, ring.interpret)
+
+
+class _Blocks(NamedTuple):
+    """What an implementation gives to the ring: attention of some queries over some keys, and its gradient."""
+
+    forward: Callable
+    backward: Callable
+    needs_output: bool = False  # backward takes the output itself, not its product with its gradient
+
+
+def _reference_unsupported(device, call):
+    return "'reference' holds all scores of a row at once, on one device"
+
+
+def _splash_unsupported(device, call):
+    S = call.q_BLHK.shape[1] // 2
+    if S % splash.LANES:
+        return f'splash attention takes pieces (half of a shard) that are multiples of {splash.LANES}, got {S}'
+    return api.splash_unsupported(device, call)
+
+
+OPERATOR = dispatch.Operator(
+    implementations={
+        'reference': dispatch.Implementation(None, _reference_unsupported, remedy=api.BLOCKWISE_REMEDY),
+        'xla': dispatch.Implementation(_Blocks(_forward_xla, _backward_xla), api.xla_unsupported),
+        'cudnn': dispatch.Implementation(
+            _Blocks(_forward_cudnn, _backward_cudnn, needs_output=True), api.cudnn_unsupported,
+            remedy=api.BLOCKWISE_REMEDY),
+        'splash': dispatch.Implementation(
+            _Blocks(_forward_splash, _backward_splash), _splash_unsupported, remedy=api.BLOCKWISE_REMEDY),
+    },
+    order=api.FUSED,
+    everywhere=('xla',),
+    log_line=api.log_line('ring_attention'),
+)  # fmt: skip
+
+
 def _block_forward(ring, q, k, v, segments, causal):
     """(output [B, L, H, K], logsumexp [B, L, H] float32) of queries over the keys of this call."""
-    match ring.implementation:
-        case 'xla':
-            out, lse_BHL = xla.forward(q, k, v, segments, ring.scale, xla.DEFAULT_CHUNK, causal=causal, dtype=jnp.float32)
-        case 'cudnn':
-            out, lse_BHL = cudnn.block_forward(q, k, v, segments, ring.scale, causal)
-        case 'splash':
-            out, lse_BHL = splash.block_forward(q, k, v, segments, ring.scale, causal, ring.interpret)
+    blocks = OPERATOR.implementations[ring.implementation].run
+    out, lse_BHL = blocks.forward(ring, q, k, v, segments, causal=causal)
     return out, lse_BHL.swapaxes(1, 2)
 
 
 def _block_backward(ring, q, k, v, segments, causal, lse_BLH, known, dout):
     """Parts of (dq, dk, dv), float32; lse and known (see `_known`) are those of the whole sequence."""
-    lse_BHL = lse_BLH.swapaxes(1, 2)
-    match ring.implementation:
-        case 'xla':
-            grads = xla.backward(q, k, v, segments, ring.scale, xla.DEFAULT_CHUNK, lse_BHL, known.swapaxes(1, 2), dout,
-                                 causal=causal, dtype=jnp.float32)
-        case 'cudnn':
-            grads = cudnn.block_backward(q, k, v, segments, ring.scale, causal, lse_BHL, known, dout)
-        case 'splash':
-            grads = splash.block_backward(q, k, v, segments, ring.scale, causal, lse_BHL, known.swapaxes(1, 2), dout,
-                                          ring.interpret)
+    blocks = OPERATOR.implementations[ring.implementation].run
+    grads = blocks.backward(
+        ring, q, k, v, segments, causal=causal, lse_BHL=lse_BLH.swapaxes(1, 2), known=known, dout=dout)  # fmt: skip
     return [x.astype(jnp.float32) for x in grads]
 
 
 def _known(ring, y_BLHK, dy_BLHK):
     """What a backward needs of the output: cuDNN itself, the others only its product with its gradient, [B, L, H]."""
-    if ring.implementation == 'cudnn':
+    if OPERATOR.implementations[ring.implementation].run.needs_output:
         return y_BLHK
     return xla.row_products(y_BLHK, dy_BLHK).swapaxes(1, 2)
 
@@ -222,6 +266,7 @@ def _operands(is_before, of_queries, of_keys):
 
     Row 0 of each pair is (early or late queries, early keys), row 1 (late queries, early or late keys).
     """
+
     def queries(x):
         return None if x is None else jnp.where(is_before | (_piece(x) == 1), x, x[:, 1:])
 
@@ -278,8 +323,11 @@ def _visit_forward(ring, step, q, ids, so_far, here):
         block = _block_forward(ring, q_, k_, v_, None if ids is None else (ids_, key_ids_), causal=False)
         part, part_lse = (_pairs(x) for x in block)
         late, nothing = _piece(part_lse) == 1, -jnp.inf
-        return _combine((out, lse), (part, jnp.where(late | is_before, part_lse, nothing)),
-                        (part[:, :1], jnp.where(late & ~is_before, part_lse[:, :1], nothing)))
+        return _combine(
+            (out, lse),
+            (part, jnp.where(late | is_before, part_lse, nothing)),
+            (part[:, :1], jnp.where(late & ~is_before, part_lse[:, :1], nothing)),
+        )
 
     return _if_shared(is_before, ids, key_ids, compute, lambda: (out, lse))
 
@@ -340,6 +388,7 @@ def _backward(ring, y, residuals, dy):
     following = _pass_on(here, ring) if ring.n > 2 else None
     dq, travelling = _visit_backward(ring, 1, queries, dq, here)
     if ring.n > 2:
+
         def add(dq, travelling, here, step):
             arriving = _pass_on(travelling, ring)
             dq, part = _visit_backward(ring, step, queries, dq, here)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.attention import xla
+from pallas_kernels.dispatch import UnsupportedError
 
 # Side of a kernel block. 512 fills the 128 x 128 MXU with long inner loops and, at head widths
 # to 256, leaves VMEM for double buffering in the backward kernels.
@@ -29,6 +30,10 @@ def unsupported(q_BLHK):
         return f'splash attention takes bfloat16, got {q_BLHK.dtype}'
     if K > 256:
         return f'splash attention takes head widths up to 256, got K={K}'
+    try:
+        _modules()
+    except UnsupportedError as error:
+        return str(error)
     return None
 
 
@@ -47,7 +52,7 @@ def _modules():
         from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
         from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
     except ImportError as error:
-        raise NotImplementedError(
+        raise UnsupportedError(
             f"implementation='splash' needs jax.experimental.pallas.ops.tpu.splash_attention, which"
             f" jax {jax.__version__} does not have ({error}); use implementation='xla'"
         ) from error
@@ -104,11 +109,13 @@ def attention(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, scale, interpret=False):
       [B, L, H, K] in q's dtype.
 
     Raises:
-      NotImplementedError: this JAX has no splash attention.
+      UnsupportedError: this JAX has no splash attention.
     """
     B, L, H, K = q_BLHK.shape
     block, padded = _block(L)
-    splash, kernel = _kernel(H, padded, block, causal=True, interpret=interpret, residual_checkpoint_name=xla.RESIDUAL_NAME)
+    splash, kernel = _kernel(
+        H, padded, block, causal=True, interpret=interpret, residual_checkpoint_name=xla.RESIDUAL_NAME
+    )
     q_BLHK = _scaled(q_BLHK, scale)
 
     def heads_first(x):
@@ -150,7 +157,8 @@ def block_forward(q_BLHK, k_BLGK, v_BLGK, segments, scale, causal, interpret=Fal
       finite and about -1e38.
     """
     _, kernel, arrays, ids = _block_operands(
-        q_BLHK, k_BLGK, v_BLGK, segments, scale, causal, save_residuals=True, interpret=interpret)
+        q_BLHK, k_BLGK, v_BLGK, segments, scale, causal, save_residuals=True, interpret=interpret
+    )
     out_BHLK, (lse_BHL,) = jax.vmap(kernel)(*arrays, ids)
     return out_BHLK.transpose(0, 2, 1, 3), lse_BHL
 
@@ -162,19 +170,34 @@ def block_backward(q_BLHK, k_BLGK, v_BLGK, segments, scale, causal, lse_BHL, del
     which the public kernel would take from its own forward; hence the functions below it.
     """
     splash, kernel, (q, k, v), ids = _block_operands(
-        q_BLHK, k_BLGK, v_BLGK, segments, scale, causal, save_residuals=True, interpret=interpret)
+        q_BLHK, k_BLGK, v_BLGK, segments, scale, causal, save_residuals=True, interpret=interpret
+    )
     sizes, options = kernel.kwargs['block_sizes'], kernel.kwargs
     shared = dict(
-        is_mqa=False, mask_value=options['mask_value'], attn_logits_soft_cap=None, q_layout=sizes.q_layout,
-        k_layout=sizes.k_layout, v_layout=sizes.v_layout, mask_function=options['mask_function'], interpret=interpret)
+        is_mqa=False,
+        mask_value=options['mask_value'],
+        attn_logits_soft_cap=None,
+        q_layout=sizes.q_layout,
+        k_layout=sizes.k_layout,
+        v_layout=sizes.v_layout,
+        mask_function=options['mask_function'],
+        interpret=interpret,
+    )
 
     def one(q, k, v, ids, lse, delta, dout):
         arguments = q, k, v, ids, None, lse, dout, delta
         _, dk, dv = splash._splash_attention_bwd_dkv(
-            *arguments, bq=sizes.block_q_dkv, bkv=sizes.block_kv_dkv, bkv_compute=sizes.block_kv_dkv_compute,
-            mask_info=kernel.dkv_mask_info, use_fused_bwd_kernel=False, **shared)
+            *arguments,
+            bq=sizes.block_q_dkv,
+            bkv=sizes.block_kv_dkv,
+            bkv_compute=sizes.block_kv_dkv_compute,
+            mask_info=kernel.dkv_mask_info,
+            use_fused_bwd_kernel=False,
+            **shared,
+        )
         dq = splash._splash_attention_bwd_dq(
-            *arguments, bq=sizes.block_q_dq, bkv=sizes.block_kv_dq, mask_info=kernel.dq_mask_info, **shared)
+            *arguments, bq=sizes.block_q_dq, bkv=sizes.block_kv_dq, mask_info=kernel.dq_mask_info, **shared
+        )
         return dq, dk, dv
 
     grads = jax.vmap(one)(q, k, v, ids, lse_BHL, delta_BHL, dout_BLHK.transpose(0, 2, 1, 3))

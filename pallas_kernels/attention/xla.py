@@ -130,8 +130,13 @@ def _block_all(q_BLHK, k_BTGK, v_BTGK, segments, chunk):
     Q, S = min(chunk, L), min(chunk, T)
     C, D = -(-L // Q), -(-T // S)
     ids_BL, key_ids_BT = (None, None) if segments is None else segments
-    arrays = (_block_queries(q_BLHK, C, Q, G), _block_keys(k_BTGK, D, S), _block_keys(v_BTGK, D, S),
-              _block_segments(ids_BL, C, Q), _block_segments(key_ids_BT, D, S))
+    arrays = (
+        _block_queries(q_BLHK, C, Q, G),
+        _block_keys(k_BTGK, D, S),
+        _block_keys(v_BTGK, D, S),
+        _block_segments(ids_BL, C, Q),
+        _block_segments(key_ids_BT, D, S),
+    )
     return arrays, (C, D, Q, S)
 
 

@@ -120,8 +120,13 @@ def _owed_to_state(dy_BLHP, dt_BLH, a_H, c_BLGN, rope, segment_ids):
         decay_BLH = jnp.where(jnp.pad(cut_BL, ((0, 0), (1, 0)))[..., None], 0.0, decay_BLH)
     scaled = (dy_BLHP * decay_BLH[..., None]).astype(dy_BLHP.dtype).reshape(B, -1, G, H // G, P)
     precision = lax.Precision.HIGHEST if dy_BLHP.dtype == jnp.float32 else None
-    owed = jnp.einsum('BLGRP,BLGN->BGRPN', scaled, rotate_heads(c_BLGN, rope).astype(dy_BLHP.dtype), precision=precision,
-                      preferred_element_type=jnp.float32)
+    owed = jnp.einsum(
+        'BLGRP,BLGN->BGRPN',
+        scaled,
+        rotate_heads(c_BLGN, rope).astype(dy_BLHP.dtype),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
     return owed.reshape(B, H, P, N)
 
 

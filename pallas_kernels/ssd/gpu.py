@@ -56,6 +56,7 @@ def scan_chunks(plan, x_BLHP, dt_BLH, a_H, b_BLGN, c_BLGN, rope, run_BL, state_B
         state_BHPN = state_BHPN.reshape(B, H * split, WIDTH, -1)
     pad = -L % (CHUNK * plan.pieces)
     if pad:  # dt 0 and log-decay 0: the state stays as it is
+
         def longer(v, mode='constant'):
             return None if v is None else jnp.pad(v, ((0, 0), (0, pad)) + ((0, 0),) * (v.ndim - 2), mode=mode)
 
@@ -128,7 +129,9 @@ def _scan_bwd(static, residuals, cotangents):
         v = jnp.sum(v.reshape(B, L, G, H // G, N), axis=3, dtype=jnp.float32)
         return unrotate_heads(v, rope).astype(b.dtype)
 
-    by_source, by_query = (jnp.moveaxis(r[name].reshape(B, L // CHUNK, H, -1, CHUNK), 3, 0) for name in ('by_source', 'by_query'))
+    by_source, by_query = (
+        jnp.moveaxis(r[name].reshape(B, L // CHUNK, H, -1, CHUNK), 3, 0) for name in ('by_source', 'by_query')
+    )
     leaving, passed = by_source[gpu_backward.LEAVING], by_query[gpu_backward.PASSED]
     dlog = jnp.sum(passed, axis=-1, keepdims=True)
     dlog = dlog + _sum_of(leaving * vectors[:, :, :, gpu_chunk.DT], np.tri(CHUNK, k=-1).T)
@@ -192,10 +195,16 @@ def _received(plan, interpret, x, b, vectors, log2_BCH, edge_BHPN, reverse=False
     if x is not None:
         scale = gpu_chunk.ENTER if reverse else gpu_chunk.SCALE
         local = gpu_forward.walk_states(
-            cut(x), cut(vectors), cut(b), local, scale=scale, reverse=reverse, interpret=interpret)['final']
+            cut(x), cut(vectors), cut(b), local, scale=scale, reverse=reverse, interpret=interpret
+        )['final']
     log_BWH = LN_2 * jnp.sum(log2_BCH.reshape(B, plan.pieces, C // plan.pieces, H), axis=2)
     received, _ = xla.pass_states(
-        _join(plan.pieces, local)[:, :, :, None], log_BWH[..., None], edge_BHPN[:, :, None], jnp.float32, reverse=reverse)
+        _join(plan.pieces, local)[:, :, :, None],
+        log_BWH[..., None],
+        edge_BHPN[:, :, None],
+        jnp.float32,
+        reverse=reverse,
+    )
     return received[:, :, :, 0].reshape(-1, H, P, N)
 
 

@@ -146,7 +146,10 @@ def walk(x, vectors, b, c, starts, states, dy, dfinal, *, interpret=False):
                 within = pairs_SQ.sum(axis=1)
                 later = jnp.where(places(1) > places(0), pairs_SQ, 0.0).sum(axis=1) * column(vector.at[DT])
                 dt = of_rows(vector.at[DT], CHUNK)
-                weights_SQ, dscores_SQ = (decayed_SQ * dt).astype(bfloat16), (dpairs_SQ * decays_SQ * dt).astype(bfloat16)
+                weights_SQ, dscores_SQ = (
+                    (decayed_SQ * dt).astype(bfloat16),
+                    (dpairs_SQ * decays_SQ * dt).astype(bfloat16),
+                )
             plgpu.barrier_wait(r['dstate_written'].at[slot])
             (dscaled_SP,) = products(interpret, (s['b'], transposed(dstate_s)))
             x_SP = load_matrix(s['x'])
@@ -227,4 +230,3 @@ def walk(x, vectors, b, c, starts, states, dy, dfinal, *, interpret=False):
 
     results = launch(body, (H, B), 'backward', outputs, scratch, interpret, warpgroups=3)(*inputs.values())
     return dict(zip(outputs, results, strict=True))
-

@@ -104,7 +104,8 @@ def walk(x, vectors, b, c, starts, initial, *, with_states=False, interpret=Fals
                 vector = s['vectors']
                 plgpu.barrier_wait(r['state_written'].at[j])
                 scores_QS, y_QP = products(
-                    interpret, (s['c'], transposed(s['b'])), (s['c'], transposed(r['state_s'].at[j])))
+                    interpret, (s['c'], transposed(s['b'])), (s['c'], transposed(r['state_s'].at[j]))
+                )
                 plgpu.barrier_arrive(r['state_read'].at[j])
 
                 @pl.when(step > 0)

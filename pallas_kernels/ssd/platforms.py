@@ -6,6 +6,8 @@ import jax
 import jax.extend.core
 from jax.interpreters import batching, mlir
 
+from pallas_kernels.dispatch import refusal
+
 
 def only_on(platform: str, hardware: str, implementation: str) -> jax.extend.core.Primitive:
     """The identity, which lowers for one platform only; bind it on an operand of a kernel.
@@ -27,9 +29,10 @@ def only_on(platform: str, hardware: str, implementation: str) -> jax.extend.cor
     @functools.partial(mlir.register_lowering, only_p)
     def refuse(ctx, x):
         platforms = ', '.join(ctx.module_context.platforms)
-        raise NotImplementedError(
-            f'implementation={implementation!r} cannot serve this call: it is lowered for {platforms} and runs on '
-            f"{hardware} only; use implementation='xla' or None, or interpret=True for a test"
+        raise refusal(
+            implementation,
+            f"it is lowered for {platforms} and runs on {hardware} only; use implementation='xla' or None, or "
+            'interpret=True for a test',
         )
 
     @only_p.def_impl

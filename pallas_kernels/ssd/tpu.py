@@ -112,15 +112,29 @@ def scan_chunks(plan, x_BLHP, dt_BLH, a_H, b_BLGN, c_BLGN, rope, run_BL, state_B
     heads, width = x.shape[2:]
     groups, states = b.shape[2:]
     g = tpu_chunk.Geometry(
-        Q=Q, H=_heads_of_a_step(heads, R, width, plan.heads), R=R, P=width, N=states, L=L,
-        exact=x.dtype == jnp.float32, interpret=bool(interpret), rotated=rope is not None, segmented=run_BL is not None,
+        Q=Q,
+        H=_heads_of_a_step(heads, R, width, plan.heads),
+        R=R,
+        P=width,
+        N=states,
+        L=L,
+        exact=x.dtype == jnp.float32,
+        interpret=bool(interpret),
+        rotated=rope is not None,
+        segmented=run_BL is not None,
     )
     call = _Call(g, B, heads, groups, R, interpret, plan.vmem_limit)
     # dt and the table with positions in lanes: XLA keeps arrays with a narrow last axis like this.
     y, final = _scan(
-        call, x.reshape(*x.shape[:2], -1), jnp.swapaxes(dt, 1, 2), a, b.reshape(*b.shape[:2], -1),
-        None if c is None else c.reshape(*c.shape[:2], -1), None if rope is None else tuple(jnp.swapaxes(t, 1, 2) for t in rope),
-        _runs_by_chunk(run_BL, L, Q), state.reshape(B, -1, states),
+        call,
+        x.reshape(*x.shape[:2], -1),
+        jnp.swapaxes(dt, 1, 2),
+        a,
+        b.reshape(*b.shape[:2], -1),
+        None if c is None else c.reshape(*c.shape[:2], -1),
+        None if rope is None else tuple(jnp.swapaxes(t, 1, 2) for t in rope),
+        _runs_by_chunk(run_BL, L, Q),
+        state.reshape(B, -1, states),
     )
     if y is not None:
         y = y[:, :L].reshape(B, L, -1)
@@ -172,7 +186,9 @@ def _heads_of_a_step(H, R, P, most):
     """The largest number of heads, at most `most`, that cuts H into equal blocks of whole tiles and groups."""
 
     def fits(h):
-        return H % h == 0 and h * P % LANES == 0 and (h % R == 0 or R % h == 0) and (h % tpu_chunk.SUBLANES == 0 or h == H)
+        return (
+            H % h == 0 and h * P % LANES == 0 and (h % R == 0 or R % h == 0) and (h % tpu_chunk.SUBLANES == 0 or h == H)
+        )
 
     return max((h for h in range(1, min(most, H) + 1) if fits(h)), default=H)
 
@@ -215,11 +231,14 @@ class _Specs:
         g, Q = call.g, call.g.Q
         heads = g.H * g.P
         if g.H % g.R == 0:
+
             def group(w):
                 return w
         else:
+
             def group(w):
                 return w * g.H // g.R
+
         self.heads = pl.BlockSpec((1, Q, heads), lambda b, w, c: (b, at(c), w))
         self.groups = pl.BlockSpec((1, Q, g.G * g.N), lambda b, w, c: (b, at(c), group(w)))
         self.steps = pl.BlockSpec((1, g.H, Q), lambda b, w, c: (b, w, at(c)))
@@ -247,7 +266,8 @@ def _call(call, kernel, name, steps, inputs, outputs, scratch):
         out_shape=shapes,
         scratch_shapes=list(scratch.values()),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=('parallel', 'parallel', 'arbitrary'), vmem_limit_bytes=call.vmem_limit or None),
+            dimension_semantics=('parallel', 'parallel', 'arbitrary'), vmem_limit_bytes=call.vmem_limit or None
+        ),
         interpret=call.interpret,
         name=name,
     )(*(array for array, _ in inputs.values()))
@@ -304,7 +324,8 @@ def _backward(call, x, dt, a, b, c, rope, runs, states, dy, dfinal):
     db_shape = b.shape[:2] + ((W if split else call.G) * g.N,)
     groups = pl.BlockSpec((1, g.Q, g.N), lambda b, w, c: (b, call.C - 1 - c, w)) if split else specs.groups
     outputs = {
-        'dx': (x.shape, x.dtype, specs.heads), 'ddt': (dt.shape, jnp.float32, specs.steps),
+        'dx': (x.shape, x.dtype, specs.heads),
+        'ddt': (dt.shape, jnp.float32, specs.steps),
         'da': ((call.B, W, g.H, 1), jnp.float32, specs.rate_sums),
         'db': (db_shape, jnp.float32 if split else b.dtype, groups),
         'dinitial': (dfinal.shape, jnp.float32, specs.state),
@@ -320,7 +341,9 @@ def _backward(call, x, dt, a, b, c, rope, runs, states, dy, dfinal):
     if split:
         for name in ('db', 'dc'):
             if name in r:
-                r[name] = jnp.sum(r[name].reshape(*b.shape[:2], call.G, -1, g.N), axis=3).reshape(b.shape).astype(b.dtype)
+                r[name] = (
+                    jnp.sum(r[name].reshape(*b.shape[:2], call.G, -1, g.N), axis=3).reshape(b.shape).astype(b.dtype)
+                )
     da = jnp.sum(r['da'], axis=0).reshape(a.shape)
     rope_gradient = None if rope is None else tuple(jnp.zeros_like(t) for t in rope)
     return r['dx'], r['ddt'], da, r['db'], r.get('dc'), rope_gradient, None, r['dinitial']

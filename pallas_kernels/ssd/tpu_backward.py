@@ -36,16 +36,24 @@ def _slots(g):
 def scratch_shapes(g, dtype, with_y):
     f32, X = jnp.float32, chunk.LANES
     shapes = {
-        'dstate': ((g.N, g.H * g.P), f32), 'columns': ((g.Q, g.columns()), f32), 'fold': ((g.rows, g.Q), f32),
-        'sums': ((4, g.rows, g.Q), f32), 'products': ((g.T, X), f32), 'b': ((g.G, g.Q, g.N), dtype),
+        'dstate': ((g.N, g.H * g.P), f32),
+        'columns': ((g.Q, g.columns()), f32),
+        'fold': ((g.rows, g.Q), f32),
+        'sums': ((4, g.rows, g.Q), f32),
+        'products': ((g.T, X), f32),
+        'b': ((g.G, g.Q, g.N), dtype),
         'db_sum': ((_slots(g), g.Q, g.N), f32),
     }
     if with_y:
         shapes |= {
-            'packed': ((g.blocks, 2 if g.exact else 1, g.T, X), f32), 'row_sums': ((g.blocks, g.T, X), f32),
+            'packed': ((g.blocks, 2 if g.exact else 1, g.T, X), f32),
+            'row_sums': ((g.blocks, g.T, X), f32),
             'straddling': ((g.blocks, g.T, X), f32),
-            'diagonal': ((g.Q, X), f32), 'c': ((g.G, g.Q, g.N), dtype), 'c_turned': ((g.G, g.N, g.Q), dtype),
-            'scores': ((g.G, len(g.pairs), g.M, X), f32), 'dscores': ((_slots(g), len(g.pairs), g.M, X), f32),
+            'diagonal': ((g.Q, X), f32),
+            'c': ((g.G, g.Q, g.N), dtype),
+            'c_turned': ((g.G, g.N, g.Q), dtype),
+            'scores': ((g.G, len(g.pairs), g.M, X), f32),
+            'dscores': ((_slots(g), len(g.pairs), g.M, X), f32),
             'dc_sum': ((_slots(g), g.Q, g.N), f32),
         }
     if g.rotated:
@@ -210,7 +218,9 @@ def _tile(g, r, tile, index, d, masks, started):
                 decay = before * after
             dscores = g.dot('nt', x[rows], stacked[q]) * (decay * dt_QX[rows])
             for group, heads in tile.parts:
-                _accumulate(r.dscores, (group % _slots(g), i), chunk.only(dscores, tile, heads), started, ('ds', group, i))
+                _accumulate(
+                    r.dscores, (group % _slots(g), i), chunk.only(dscores, tile, heads), started, ('ds', group, i)
+                )
             yield
             terms = dscores * scores
             if q == s:

@@ -303,7 +303,9 @@ def masks(g, runs, queries_in_rows):
         return jnp.where(visible, 0.0, HIDDEN), None, None, {}
     run_1Q, before_11 = runs
     run_QX = jnp.broadcast_to(run_1Q, (LANES, Q)).T
-    same = jnp.concatenate([jnp.broadcast_to(double(run_1Q, g, i), (M, LANES)) for i in range(g.blocks)], axis=0) == run_QX
+    same = (
+        jnp.concatenate([jnp.broadcast_to(double(run_1Q, g, i), (M, LANES)) for i in range(g.blocks)], axis=0) == run_QX
+    )
     across = {}
     for q, s in g.pairs:
         if s < q:

@@ -29,9 +29,16 @@ def scratch_shapes(g, dtype, with_y):
         off = max(1, len(g.pairs) - g.blocks)
         staged |= {'packed': ((g.blocks, 3 if g.exact else 2, g.T, X), f32), 'diagonal': ((g.Q, X), f32)}
         if g.segmented:
-            staged |= {'enter': ((g.Q, X), f32), 'across_rows': ((off, g.M, X), f32), 'across_lanes': ((off, 1, X), f32)}
-        shapes |= {'fold': ((g.rows, g.Q), f32), 'c': ((g.G, g.Q, g.N), dtype),
-                   'scores': ((g.G, len(g.pairs), g.M, X), f32)}
+            staged |= {
+                'enter': ((g.Q, X), f32),
+                'across_rows': ((off, g.M, X), f32),
+                'across_lanes': ((off, 1, X), f32),
+            }
+        shapes |= {
+            'fold': ((g.rows, g.Q), f32),
+            'c': ((g.G, g.Q, g.N), dtype),
+            'scores': ((g.G, len(g.pairs), g.M, X), f32),
+        }
         if g.rotated:
             shapes['table'] = ((2, g.Q, g.N), f32)
     shapes |= staged | {'next_' + name: shape for name, shape in staged.items()}
