@@ -108,6 +108,21 @@ class Operator(typing.NamedTuple):
             raise refusal(name, reason + entry.remedy)
 
 
+def in_32_bits(f: typing.Callable) -> typing.Callable:
+    """f, traced as without `jax_enable_x64`; for functions of arrays of 32 bits or fewer that call Pallas kernels.
+
+    Mosaic has integers of at most 32 bits. With `jax_enable_x64` every Python number of a kernel, of
+    Pallas itself and of the kernels that JAX ships would become one of 64 bits.
+    """
+
+    @functools.wraps(f)
+    def traced(*args, **kwargs):
+        with jax.enable_x64(False):
+            return f(*args, **kwargs)
+
+    return traced
+
+
 @functools.cache
 def log_once(message: str) -> None:
     """Logs a message the first time that the process has it."""

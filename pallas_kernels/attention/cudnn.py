@@ -340,7 +340,8 @@ def _reach(ids_BL, key_ids_BT):
     """
     last = key_ids_BT[:, -1:]
     queries, keys = (
-        lax.cummin((ids == last).astype(jnp.int32), axis=1).sum(1) for ids in (ids_BL, key_ids_BT[:, ::-1])
+        lax.cummin((ids == last).astype(jnp.int32), axis=1).sum(1, dtype=jnp.int32)
+        for ids in (ids_BL, key_ids_BT[:, ::-1])
     )
     return queries, keys
 
@@ -379,7 +380,7 @@ def block_forward(q_BLHK, k_BTGK, v_BTGK, segments, scale, causal):
     queries_B, keys_B = _reach(*segments)
     operands = _block_operands(q_BLHK, _rolled(k_BTGK, keys_B), _rolled(v_BTGK, keys_B), (queries_B, keys_B))
     out, lse = _private()[0].bind(*operands, is_training=True, **_parameters(scale, 'PADDING'))
-    sees_BL = jnp.arange(q_BLHK.shape[1]) < queries_B[:, None]
+    sees_BL = jnp.arange(q_BLHK.shape[1], dtype=jnp.int32) < queries_B[:, None]
     return jnp.where(sees_BL[:, :, None, None], out, 0), jnp.where(sees_BL[:, None], lse, -jnp.inf)
 
 
@@ -393,10 +394,10 @@ def block_backward(q_BLHK, k_BTGK, v_BTGK, segments, scale, causal, lse_BHL, out
         return _backward(scale, q_BLHK, k_BTGK, v_BTGK, segments[0], out_BLHK, lse_BHL, dout_BLHK, by_token=True)
     queries_B, keys_B = _reach(*segments)
     operands = _block_operands(q_BLHK, _rolled(k_BTGK, keys_B), _rolled(v_BTGK, keys_B), (queries_B, keys_B))
-    sees_BL = jnp.arange(q_BLHK.shape[1]) < queries_B[:, None]
+    sees_BL = jnp.arange(q_BLHK.shape[1], dtype=jnp.int32) < queries_B[:, None]
     # A query that sees no key here: exp(score - lse) is 0 for any score.
     lse_BHL = jnp.where(sees_BL[:, None], lse_BHL, 1e30)
     dq, dk, dv = _private()[1].bind(*operands, lse_BHL, out_BLHK, dout_BLHK, **_parameters(scale, 'PADDING'))
-    seen_BT = jnp.arange(k_BTGK.shape[1]) < jnp.where(queries_B > 0, keys_B, 0)[:, None]
+    seen_BT = jnp.arange(k_BTGK.shape[1], dtype=jnp.int32) < jnp.where(queries_B > 0, keys_B, 0)[:, None]
     dk, dv = (_rolled(jnp.where(seen_BT[:, :, None, None], x, 0), -keys_B) for x in (dk, dv))
     return jnp.where(sees_BL[:, :, None, None], dq, 0), dk, dv

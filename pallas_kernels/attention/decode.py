@@ -68,7 +68,7 @@ def decode_attention(
 def _xla(q_BGRK, k_BGSK, v_BGSK, length_B, scale):
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     s_BGRS = scale * einsum('BGRK,BGSK->BGRS', q_BGRK, k_BGSK)
-    is_key_BS = jnp.arange(k_BGSK.shape[2]) < length_B[:, None]
+    is_key_BS = jnp.arange(k_BGSK.shape[2], dtype=jnp.int32) < length_B[:, None]
     s_BGRS = jnp.where(is_key_BS[:, None, None], s_BGRS, -jnp.inf)
     p_BGRS = jnp.exp(s_BGRS - jnp.max(s_BGRS, axis=-1, keepdims=True))
     y_BGRK = einsum('BGRS,BGSK->BGRK', p_BGRS.astype(v_BGSK.dtype), v_BGSK)

@@ -255,7 +255,7 @@ def _rows(x_B2S):
 
 def _piece(x_B2S):
     """0 of the early and 1 of the late piece, along axis 1 of x."""
-    return jnp.arange(2).reshape(2, *(1,) * (x_B2S.ndim - 2))
+    return jnp.arange(2, dtype=jnp.int32).reshape(2, *(1,) * (x_B2S.ndim - 2))
 
 
 # What follows selects along the axis of the pieces instead of cutting and stacking them: one pass over memory each.
@@ -368,7 +368,7 @@ def _forward(ring, q, k, v, segment_ids):
         following = _pass_on(here, ring)
         return (_visit_forward(ring, step, q, ids, so_far, here), following), None
 
-    (so_far, here), _ = lax.scan(body, (so_far, here), jnp.arange(1, ring.n - 1))
+    (so_far, here), _ = lax.scan(body, (so_far, here), jnp.arange(1, ring.n - 1, dtype=jnp.int32))
     out, lse = _visit_forward(ring, ring.n - 1, q, ids, so_far, here)
     return _to_rows(out.astype(dtype), ring), (q, k, v, ids, lse)
 
@@ -400,7 +400,7 @@ def _backward(ring, y, residuals, dy):
             return (*add(dq, travelling, here, step), following), None
 
         carry = dq, travelling, following
-        (dq, travelling, here), _ = lax.scan(body, carry, jnp.arange(2, ring.n - 1))
+        (dq, travelling, here), _ = lax.scan(body, carry, jnp.arange(2, ring.n - 1, dtype=jnp.int32))
         dq, travelling = add(dq, travelling, here, ring.n - 1)
     else:
         # One visitor: its part is what the kernel wrote in this dtype.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.attention import xla
-from pallas_kernels.dispatch import UnsupportedError
+from pallas_kernels.dispatch import UnsupportedError, in_32_bits
 
 # Side of a kernel block. 512 fills the 128 x 128 MXU with long inner loops and, at head widths
 # to 256, leaves VMEM for double buffering in the backward kernels.
@@ -95,6 +95,17 @@ def _scaled(q_BLHK, scale):
     return (q_BLHK.astype(jnp.float32) * scale).astype(q_BLHK.dtype)
 
 
+def _traced_in_32_bits(f):
+    """f, which has a gradient of its own, with both traced by `in_32_bits`.
+
+    The gradient of JAX's kernel is traced when the caller's is taken, after the call.
+    """
+    run = jax.custom_vjp(in_32_bits(f))
+    run.defvjp(in_32_bits(functools.partial(jax.vjp, f)), in_32_bits(lambda pull, cotangent: pull(cotangent)))
+    return run
+
+
+@in_32_bits
 def attention(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, scale, interpret=False):
     """Fused causal attention.
 
@@ -128,7 +139,7 @@ def attention(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, scale, interpret=False):
         # continue the last document so that each of them still sees a key.
         ids = jnp.pad(segment_ids_BL, [(0, 0), (0, padded - L)], mode='edge')
         arguments.append(splash.SegmentIds(ids, ids))
-    out_BHLK = jax.vmap(lambda *args: kernel(*args))(*arguments)
+    out_BHLK = _traced_in_32_bits(jax.vmap(lambda *args: kernel(*args)))(*arguments)
     return out_BHLK.transpose(0, 2, 1, 3)[:, :L]
 
 
@@ -144,6 +155,7 @@ def _block_operands(q_BLHK, k_BLGK, v_BLGK, segments, scale, causal, **options):
     return splash, kernel, arrays, None if segments is None else splash.SegmentIds(*segments)
 
 
+@in_32_bits
 def block_forward(q_BLHK, k_BLGK, v_BLGK, segments, scale, causal, interpret=False):
     """A block of attention over a longer sequence: all L queries stand after all L keys, or causal.
 
@@ -163,6 +175,7 @@ def block_forward(q_BLHK, k_BLGK, v_BLGK, segments, scale, causal, interpret=Fal
     return out_BHLK.transpose(0, 2, 1, 3), lse_BHL
 
 
+@in_32_bits
 def block_backward(q_BLHK, k_BLGK, v_BLGK, segments, scale, causal, lse_BHL, delta_BHL, dout_BLHK, interpret=False):
     """Parts of (dq, dk, dv) of such a block, in q's dtype.
 

@@ -113,9 +113,9 @@ def _scores(q_BGMK, k_BGSK, i, j, segments_CBQ, key_segments_DBS, scale, Q, T, c
         preferred_element_type=jnp.float32,
     )
     M, S = s_BGMS.shape[-2:]
-    key_S = j * S + jnp.arange(S)[None, :]
+    key_S = j * S + jnp.arange(S, dtype=jnp.int32)[None, :]
     if causal:
-        allowed = i * Q + jnp.arange(M)[:, None] % Q >= key_S
+        allowed = i * Q + jnp.arange(M, dtype=jnp.int32)[:, None] % Q >= key_S
     else:
         allowed = key_S < T  # padded keys
     if segments_CBQ is not None:

@@ -116,7 +116,7 @@ def _owed_to_state(dy_BLHP, dt_BLH, a_H, c_BLGN, rope, segment_ids):
     decay_BLH = jnp.exp(jnp.cumsum(dt_BLH * a_H, axis=1))
     if segment_ids is not None:
         # Numbers of runs, because an id may come back after another one.
-        cut_BL = jnp.cumsum(segment_ids[:, 1:] != segment_ids[:, :-1], axis=1) > 0
+        cut_BL = jnp.cumsum(segment_ids[:, 1:] != segment_ids[:, :-1], axis=1, dtype=jnp.int32) > 0
         decay_BLH = jnp.where(jnp.pad(cut_BL, ((0, 0), (1, 0)))[..., None], 0.0, decay_BLH)
     scaled = (dy_BLHP * decay_BLH[..., None]).astype(dy_BLHP.dtype).reshape(B, -1, G, H // G, P)
     precision = lax.Precision.HIGHEST if dy_BLHP.dtype == jnp.float32 else None

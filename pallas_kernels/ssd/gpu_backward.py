@@ -228,5 +228,4 @@ def walk(x, vectors, b, c, starts, states, dy, dfinal, *, interpret=False):
             lax.fori_loop(0, C, fetch, None)
             drain(r['read'])
 
-    results = launch(body, (H, B), 'backward', outputs, scratch, interpret, warpgroups=3)(*inputs.values())
-    return dict(zip(outputs, results, strict=True))
+    return launch(body, inputs, (H, B), 'backward', outputs, scratch, interpret, warpgroups=3)

@@ -13,6 +13,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.dispatch import in_32_bits
+
 CHUNK = 64  # Q: the rows of one wgmma
 SLOTS = 2  # chunks in flight
 
@@ -109,10 +111,11 @@ def decay_SQ(vector, start):
     return jnp.exp2(jnp.where(seen, exponent, -jnp.inf))
 
 
-def launch(body, grid, name, outputs, scratch, interpret, warpgroups=1):
+def launch(body, inputs, grid, name, outputs, scratch, interpret, warpgroups=1):
+    """Runs a kernel. inputs, outputs and scratch: name -> array, shape and memory. Returns name -> array."""
     body.__name__ = 'rotary_ssd_' + name
-    return plgpu.kernel(
-        body,
+    run = plgpu.kernel(
+        in_32_bits(body),  # under vmap it is traced again, after the call
         out_type=list(outputs.values()),
         scratch_types=list(scratch.values()),
         grid=grid,
@@ -121,3 +124,4 @@ def launch(body, grid, name, outputs, scratch, interpret, warpgroups=1):
         **(dict(num_threads=warpgroups, thread_name='warpgroup') if warpgroups > 1 else {}),
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
     )
+    return dict(zip(outputs, in_32_bits(run)(*inputs.values()), strict=True))

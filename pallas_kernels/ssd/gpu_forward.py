@@ -175,8 +175,7 @@ def walk(x, vectors, b, c, starts, initial, *, with_states=False, interpret=Fals
             pl.when(warpgroup == 2 * j)(lambda j=j: outputs_of(j))
             pl.when(warpgroup == 2 * j + 1)(lambda j=j: states_of(j))
 
-    results = launch(body, (H // heads, B), 'forward', outputs, scratch, interpret, 2 * heads)(*inputs.values())
-    return dict(zip(outputs, results, strict=True))
+    return launch(body, inputs, (H // heads, B), 'forward', outputs, scratch, interpret, 2 * heads)
 
 
 def walk_states(x, vectors, b, initial, *, scale=SCALE, reverse=False, with_states=False, interpret=False):
@@ -238,5 +237,4 @@ def walk_states(x, vectors, b, initial, *, scale=SCALE, reverse=False, with_stat
         r['final'].at[row, head][...] = lax.fori_loop(0, C, chunk, state)
         plgpu.wait_smem_to_gmem(0)
 
-    results = launch(body, (H, B), 'state', outputs, scratch, interpret)(*inputs.values())
-    return dict(zip(outputs, results, strict=True))
+    return launch(body, inputs, (H, B), 'state', outputs, scratch, interpret)

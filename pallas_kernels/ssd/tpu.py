@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.dispatch import in_32_bits
 from pallas_kernels.ssd import tpu_backward, tpu_chunk, tpu_forward
 from pallas_kernels.ssd.platforms import only_on
 from pallas_kernels.ssd.residuals import STATES_NAME
@@ -258,7 +259,7 @@ def _call(call, kernel, name, steps, inputs, outputs, scratch):
         inputs = inputs | {'x': (_only_on_tpu_p.bind(example), inputs['x'][1])}
     shapes = [_like(example, shape, dtype) for shape, dtype, _ in outputs.values()]
     names = (*inputs, *outputs, *scratch)
-    results = pl.pallas_call(
+    run = pl.pallas_call(
         functools.partial(kernel, names),
         grid=(call.B, call.W, steps),
         in_specs=[spec for _, spec in inputs.values()],
@@ -270,7 +271,8 @@ def _call(call, kernel, name, steps, inputs, outputs, scratch):
         ),
         interpret=call.interpret,
         name=name,
-    )(*(array for array, _ in inputs.values()))
+    )
+    results = in_32_bits(run)(*(array for array, _ in inputs.values()))
     return dict(zip(outputs, results, strict=True))
 
 
