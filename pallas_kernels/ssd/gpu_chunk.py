@@ -23,7 +23,7 @@ SLOTS = 2  # chunks in flight
 #   DT
 #   ENTER: decay from the chunk's start to q; 0 if a segment starts between
 #   SCALE: dt and the decay from s to the chunk's end; 0 if a segment starts between
-#   DECAY: decay of the whole chunk, in every place; 0 if a segment starts in it
+#   DECAY: decay of the whole chunk, at every position; 0 if a segment starts in it
 #   LEAVE: SCALE without dt
 # The forward walks take the first FORWARD_VECTORS.
 CUM, DT, ENTER, SCALE, DECAY, LEAVE = range(6)
@@ -56,7 +56,7 @@ def of_columns(ref, rows):
     return lax.broadcast_in_dim(vector, (rows, vector.shape[0]), [1])
 
 
-def places(dimension):
+def positions(dimension):
     return plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), dimension, layout=plgpu.Layout.WGMMA)
 
 
@@ -96,18 +96,18 @@ def transposed(ref):
 def decay_QS(vector, start):
     """exp of the decay from s to q where s <= q in one segment, else 0."""
     exponent = of_rows(vector.at[CUM], CHUNK) - of_columns(vector.at[CUM], CHUNK)
-    seen = places(0) >= places(1)
+    seen = positions(0) >= positions(1)
     if start is not None:
-        seen = seen & (places(1) >= of_rows(start, CHUNK))
+        seen = seen & (positions(1) >= of_rows(start, CHUNK))
     return jnp.exp2(jnp.where(seen, exponent, -jnp.inf))
 
 
 def decay_SQ(vector, start):
     """Its transpose, of the same bits."""
     exponent = of_columns(vector.at[CUM], CHUNK) - of_rows(vector.at[CUM], CHUNK)
-    seen = places(1) >= places(0)
+    seen = positions(1) >= positions(0)
     if start is not None:
-        seen = seen & (places(0) >= of_columns(start, CHUNK))
+        seen = seen & (positions(0) >= of_columns(start, CHUNK))
     return jnp.exp2(jnp.where(seen, exponent, -jnp.inf))
 
 
