@@ -305,12 +305,9 @@ def _forward(call, x, dt, a, b, c, rope, runs, state, with_states):
         outputs['y'] = (x.shape, x.dtype, specs.heads)
     if with_states:
         outputs['states'] = ((call.B, call.C, g.N, call.H * g.P), x.dtype, specs.states)
-    scratch, staged = tpu_forward.scratch_shapes(g, x.dtype, c is not None)
-
-    def kernel(names, *refs):
-        tpu_forward.kernel(g, names, staged, *refs)
-
+    scratch = tpu_forward.scratch_shapes(g, x.dtype, c is not None)
     name = 'rotary_ssd_forward' if c is not None else 'rotary_ssd_state'
+    kernel = functools.partial(tpu_forward.kernel, g)
     results = _call(call, kernel, name, call.C + 1, inputs, outputs, scratch)
     return results.get('y'), results['final'], results.get('states')
 
@@ -335,10 +332,7 @@ def _backward(call, x, dt, a, b, c, rope, runs, states, dy, dfinal):
     if dy is not None:
         outputs['dc'] = (db_shape, outputs['db'][1], groups)
     scratch = tpu_backward.scratch_shapes(g, x.dtype, dy is not None)
-
-    def kernel(names, *refs):
-        tpu_backward.kernel(g, names, *refs)
-
+    kernel = functools.partial(tpu_backward.kernel, g)
     r = _call(call, kernel, 'rotary_ssd_backward', call.C, inputs, outputs, scratch)
     if split:
         for name in ('db', 'dc'):

@@ -31,12 +31,12 @@ class Tile(typing.NamedTuple):
     """Heads that share 128 lanes of x."""
 
     index: int
-    parts: tuple[tuple[int, tuple[int, ...]], ...]  # (group, its heads), in order of lanes
+    groups: tuple[tuple[int, tuple[int, ...]], ...]  # (group, its heads), in order of lanes
     P: int
 
     @property
     def heads(self):
-        return tuple(h for _, heads in self.parts for h in heads)
+        return tuple(h for _, heads in self.groups for h in heads)
 
     @property
     def lanes(self):
@@ -118,7 +118,7 @@ class Geometry(typing.NamedTuple):
         )
 
     def difference(self, first, first_fine, second, second_fine):
-        """Of two sums of `Decays`, each coarse and fine; the fine parts are None where not exact."""
+        """Of two sums of `Decays`, each coarse and fine; the fine ones are None where not exact."""
         return (first - second) + (first_fine - second_fine) if self.exact else first - second
 
     def group_lanes(self, g):
@@ -129,7 +129,7 @@ class Geometry(typing.NamedTuple):
         return -(-(3 if self.exact else 2) * self.rows // LANES) * LANES
 
 
-# --- small pieces -----------------------------------------------------------------------------
+# --- small functions ---------------------------------------------------------------------------
 
 
 def iota(shape, axis):
@@ -151,7 +151,7 @@ def only(v, tile, heads):
 
 
 def join(values, tile):
-    """[rows, X] of each part of the tile (or of each head) -> every head's lanes from its own."""
+    """[rows, X] of each group of the tile (or of each head) -> every head's lanes from its own."""
     if len(values) == 1:
         return values[0]
     first, second = values
@@ -275,15 +275,15 @@ def load_runs(g, run_ref):
 
 def turn_columns(g, arrays):
     """[H, Q] arrays stacked at distances of g.rows and turned: [Q, lanes]."""
-    pieces = []
+    stacked = []
     for v in arrays:
-        pieces.append(v)
+        stacked.append(v)
         if g.rows > g.H:
-            pieces.append(jnp.zeros((g.rows - g.H, g.Q), jnp.float32))
+            stacked.append(jnp.zeros((g.rows - g.H, g.Q), jnp.float32))
     rest = -len(arrays) * g.rows % LANES
     if rest:
-        pieces.append(jnp.zeros((rest, g.Q), jnp.float32))
-    return jnp.concatenate(pieces, axis=0).T
+        stacked.append(jnp.zeros((rest, g.Q), jnp.float32))
+    return jnp.concatenate(stacked, axis=0).T
 
 
 def masks(g, runs, queries_in_rows):
