@@ -169,14 +169,14 @@ LOWERED = {
     'pairs of heads of a group': ((2, 130, 4, 64, 1, 128, 2, True), 2),
     'pairs across groups': ((1, 64, 6, 64, 2, 64, 3, False), 2),
     'an odd number of heads': ((1, 64, 3, 64, 3, 128, None, True), 2),
-    'wide heads in pieces': ((1, 1024, 2, 128, 1, 64, 2, True), 4),
+    'wide heads in spans': ((1, 1024, 2, 128, 1, 64, 2, True), 4),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize('name', LOWERED)
 def test_lowers_without_a_gpu(name):
     shape, kernels = LOWERED[name]
-    assert gpu.default_plan(shape[:6]).pieces == kernels // 2
+    assert gpu.default_plan(shape[:6]).spans == kernels // 2
     assert count_kernels(both_ways, *jax.eval_shape(lambda: draw(shape, 'bfloat16'))) == kernels
 
 
@@ -192,7 +192,7 @@ def test_saved_states_spare_a_second_forward_walk():
 
 
 def test_states_lower_without_a_gpu():
-    """What a shard of a sequence passes on, and its gradient: no y, no c; in pieces with a walk more."""
+    """What a shard of a sequence passes on, and its gradient: no y, no c; with spans one walk more."""
     values = inputs_of(H=3, G=1)[:4]
     f = functools.partial(scan_loss, f=rotary_ssd_state)
     assert count_kernels(f, *values) == 1
@@ -228,11 +228,11 @@ def test_shard_map_lowers_without_a_gpu(groups, check_vma):
 # The interpreter's threads wait for each other; where one never comes, end the run rather than hang.
 ends = pytest.mark.timeout(400, method='thread')
 
-# name: (row of SHAPES as in test_ssd_kernels.py, pieces, decays); da of a few heads: see SEEDS there
+# name: (row of SHAPES as in test_ssd_kernels.py, spans, decays); da of a few heads: see SEEDS there
 INTERPRETED = {
     'two heads a CTA, ragged, segments across chunks': ((1, 130, 2, 64, 1, 128, 2, True), 1, ('usual', 'mixed', 'strong')),
-    # Pieces of one chunk; a segment starts at the border of two of them.
-    'an odd number of heads, pieces': ((1, 250, 1, 64, 1, 64, 3, True), 4, ('mixed',)),
+    # Spans of one chunk; a segment starts at the border of two of them.
+    'an odd number of heads, spans': ((1, 250, 1, 64, 1, 64, 3, True), 4, ('mixed',)),
     'two groups a CTA, no table': ((1, 60, 2, 64, 2, 64, None, False), 1, ('usual',)),
 }  # fmt: skip
 
@@ -244,10 +244,10 @@ def test_conforms_interpreted(name):
 
     Races are not looked for: JAX 0.11.2's detector reports one wherever a warpgroup fetches for another, however they wait.
     """
-    shape, pieces, decays = INTERPRETED[name]
+    shape, spans, decays = INTERPRETED[name]
     for decay in decays:
         inputs = draw(shape, 'bfloat16', decay)
-        out = both_ways(*inputs, plan=gpu.Plan(pieces), interpret=plgpu.InterpretGPUParams())
+        out = both_ways(*inputs, plan=gpu.Plan(spans), interpret=plgpu.InterpretGPUParams())
         assert_close(out, with_gradients(*inputs), TOLERANCE, f'{name}, {decay}')
 
 
@@ -293,7 +293,7 @@ ON_GPU = {
     'very wide heads': ((2, 70, 4, 192, 2, 64, 2, True), 1),
     'one token': ((2, 1, 4, 64, 2, 128, 2, False), 0),
     'below one chunk': ((1, 23, 4, 64, 2, 128, 2, True), 0),
-    'pieces': ((1, 1100, 4, 64, 1, 128, 2, True), 3),
+    'spans': ((1, 1100, 4, 64, 1, 128, 2, True), 3),
 }  # fmt: skip
 
 
@@ -307,7 +307,7 @@ def poison(gib=4):
 def test_conforms_on_gpu(name, hopper):
     """Outputs and every gradient, all decays through one compiled function; runs repeat bit for bit, whatever memory held."""
     shape, seed = ON_GPU[name]
-    assert gpu.default_plan(shape[:6]).pieces == (2 if name == 'pieces' else 1)
+    assert gpu.default_plan(shape[:6]).spans == (2 if name == 'spans' else 1)
     for decay in DECAYS:
         inputs = draw(shape, 'bfloat16', decay, seed)
         out = both_ways(*inputs)
@@ -319,13 +319,13 @@ def test_conforms_on_gpu(name, hopper):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize('pieces', [1, 2, 4, 8])
-def test_pieces_conform_on_gpu(pieces, hopper):
+@pytest.mark.parametrize('spans', [1, 2, 4, 8])
+def test_spans_conform_on_gpu(spans, hopper):
     """However rows are cut, ragged and with segments across the cuts."""
     for decay in ('usual', 'mixed', 'weak'):
         inputs = draw((2, 700, 4, 64, 2, 128, 2, True), 'bfloat16', decay, 2)
-        out = both_ways(*inputs, plan=gpu.Plan(pieces))
-        assert_close(out, with_gradients(*inputs), TOLERANCE, f'{pieces} pieces, {decay}')
+        out = both_ways(*inputs, plan=gpu.Plan(spans))
+        assert_close(out, with_gradients(*inputs), TOLERANCE, f'{spans} spans, {decay}')
 
 
 @pytest.mark.gpu
@@ -345,7 +345,7 @@ def test_long_rows_on_gpu(H, G, hopper):
 
 @pytest.mark.gpu
 def test_states_conform_on_gpu(hopper):
-    """What a shard of a sequence passes on, in one piece and in several, with and without segments."""
+    """What a shard of a sequence passes on, in one span and in several, with and without segments."""
     names = [name for name in GRADIENTS if name != 'c']
     for L, segmented in ((130, True), (1100, False), (1100, True)):
         arguments, rope, segments, dy, dfinal = draw((2, L, 6, 64, 2, 128, 2, segmented), 'bfloat16', 'usual', 1)

@@ -35,10 +35,10 @@ def causal_attention(
       q_BLHK: [B, L, H, K] bfloat16 or float32, L >= 1.
       k_BLGK: [B, L, G, K], q's dtype; H % G == 0, head h reads key/value head h // (H / G).
       v_BLGK: [B, L, G, K], q's dtype.
-      segment_ids: [B, L] int32; equal ids stand together (a row's padding may end it with
-        another id); a query attends only to keys with its own id. None: one document a row.
+      segment_ids: [B, L] int32; equal ids are contiguous (padding may end a row with an id of its
+        own); a query attends only to keys with its own id. None: one document per row.
       scale: factor of the scores; None: 1 / sqrt(K).
-      chunk_size: side of a score block of 'xla'; None: 256. The others choose their own blocks.
+      chunk_size: side of a score block of 'xla'. None: 256. The other implementations ignore it.
       implementation: a name of the table, or None: the fused one of `jax.default_backend()`
         where it can serve, otherwise 'xla', with the reason logged once. When lowering for a
         platform other than the process's (a TPU topology on a CPU host), name it.
@@ -51,7 +51,7 @@ def causal_attention(
         | 'splash'    | TPU               | bf16       | no: wrap in jax.shard_map     |
 
         "wrap" means shard_map over batch and heads, with L and K whole on every device and G
-        split as H is. 'xla' and 'reference' work there too, so a model can always wrap. The
+        sharded as H is. 'xla' and 'reference' work there too, so a model can always wrap. The
         kernels of 'splash' declare no varying axes: their shard_map needs check_vma=False.
 
     Returns:
@@ -75,11 +75,11 @@ def causal_attention(
 
 
 def save_residuals(primitive, *_, **params) -> bool:
-    """`jax.checkpoint` policy that keeps what attention's backward needs besides q, k and v.
+    """`jax.checkpoint` policy that saves what attention's backward pass needs besides q, k and v.
 
-    With it, rematerialising a layer does not run attention's forward a second time. It costs the
-    output and one float32 a query and head ('cudnn' with segment_ids: up to 32). Combine it with
-    others by `jax.checkpoint_policies.save_from_both_policies`.
+    With it, the rematerialisation of a layer does not compute attention's forward pass again. It
+    saves the output and one float32 per query and head ('cudnn' with segment_ids: up to 32). Combine
+    it with other policies by `jax.checkpoint_policies.save_from_both_policies`.
     """
     if primitive.name == 'name':
         return params['name'] == xla.RESIDUAL_NAME
@@ -90,7 +90,7 @@ def save_residuals(primitive, *_, **params) -> bool:
 
 
 class Call(typing.NamedTuple):
-    """What the choice is a function of: shapes and dtypes."""
+    """The arrays whose shapes and dtypes decide the choice."""
 
     q_BLHK: jax.Array
     k_BLGK: jax.Array
@@ -154,10 +154,10 @@ IMPLEMENTATIONS = tuple(OPERATOR.implementations)
 
 
 def vary_alike(*arrays):
-    """Inside shard_map, let every array vary over the mesh axes that any of them varies over.
+    """Casts every array to vary over all the axes of a shard_map that any of them varies over.
 
-    Keys and values may be replicated over an axis that splits the queries. The cast makes the
-    sum of their gradients over that axis part of differentiation.
+    Keys and values may be replicated over an axis that shards the queries. The transpose of the cast
+    is the psum of their gradients over that axis.
     """
     axes = frozenset().union(*(jax.typeof(x).mat.varying for x in arrays if x is not None))
 

@@ -1,9 +1,9 @@
-"""Attention of one new token a row over a cache of keys and values.
+"""Attention of one new token per row over a cache of keys and values.
 
-A cache is [B, G, S, K]: what one group of heads reads lies together, so that both products are
-batched matmuls over (B, G) as they stand, and a step reads each key and value once.
+A cache is [B, G, S, K]. What one group of heads reads is contiguous, so both products are batched
+matmuls over (B, G) without a transpose, and a step reads each key and value once.
 
-Shapes: B batch, S tokens that the cache has room for, H heads, G key/value heads, R heads a
+Shapes: B batch, S tokens that the cache has room for, H heads, G key/value heads, R heads per
 key/value head (H = G R, head h reads key/value head h // R), K head width.
 """
 
@@ -21,9 +21,9 @@ from pallas_kernels import dispatch
 def write_token(
     cache_BGSK: Float[Array, 'B G S K'], x_BGK: Float[Array, 'B G K'], position_B: Int32[Array, 'B']
 ) -> Float[Array, 'B G S K']:
-    """The cache with x as the token at each row's own position, in place where the cache is donated or a loop's carry.
+    """Writes x into the cache at each row's own position; in place where the cache is donated or a loop's carry.
 
-    A position outside of [0, S) is moved to the nearest inside.
+    A position outside of [0, S) is clipped to the nearest inside.
     """
 
     def one(cache_GSK, x_GK, position):
@@ -45,7 +45,7 @@ def decode_attention(
 
     Args:
       q_BHK: [B, H, K] bfloat16 or float32.
-      k_BGSK, v_BGSK: [B, G, S, K], q's dtype, H % G == 0; finite also where they are not used.
+      k_BGSK, v_BGSK: [B, G, S, K], q's dtype, H % G == 0; finite, also past length_B.
       length_B: [B] int32, from 1 to S.
       scale: factor of the scores; None: 1 / sqrt(K).
       implementation: 'xla' (everywhere; partitioned over B, and over H with G), 'cudnn' (NVIDIA,
@@ -76,7 +76,7 @@ def _xla(q_BGRK, k_BGSK, v_BGSK, length_B, scale):
 
 
 def _cudnn(q_BGRK, k_BGSK, v_BGSK, length_B, scale):
-    # The heads of a group stand as the queries of one head: the kernel then reads the group's keys once.
+    # The heads of a group are passed as the queries of one head, so that the kernel reads the group's keys once.
     try:
         from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
     except ImportError as error:

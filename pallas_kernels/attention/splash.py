@@ -1,7 +1,7 @@
 """Causal attention by the splash kernels that ship with JAX, for TPUs.
 
-Splash skips the blocks above the diagonal, takes grouped key/value heads without repeating
-them, and compares segment ids inside the kernel.
+Splash attention skips the blocks above the diagonal, takes grouped key/value heads without
+repeating them, and compares segment ids inside the kernel.
 
 Shapes: B batch, L length, H heads, G key/value heads, K head width.
 """
@@ -25,8 +25,8 @@ def unsupported(q_BLHK):
     """Why splash cannot serve these arguments, or None."""
     K = q_BLHK.shape[-1]
     if q_BLHK.dtype != jnp.bfloat16:
-        # The kernel multiplies float32 operands in one bfloat16 pass, which breaks the accuracy
-        # that this package promises for float32.
+        # The kernel multiplies float32 operands in one bfloat16 pass, which is less accurate than
+        # this package promises for float32.
         return f'splash attention takes bfloat16, got {q_BLHK.dtype}'
     if K > 256:
         return f'splash attention takes head widths up to 256, got K={K}'
@@ -60,9 +60,9 @@ def _modules():
     uniform = functools.cache(lambda value, rows, columns: np.full((rows, columns), value))
 
     class Causal(masks.CausalMask):
-        """The same mask; the blocks off the diagonal are not compared number by number while tracing.
+        """The same mask, without a comparison of every number of the blocks off the diagonal while tracing.
 
-        At 65,536 tokens that took half a minute.
+        At 65,536 tokens the comparison took half a minute.
         """
 
         def __getitem__(self, index):
@@ -135,8 +135,8 @@ def attention(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, scale, interpret=False):
 
     arguments = [heads_first(x) for x in (q_BLHK, k_BLGK, v_BLGK)]
     if segment_ids_BL is not None:
-        # Padded positions stand after every real one, so causality alone hides their keys; they
-        # continue the last document so that each of them still sees a key.
+        # Padded positions are after every real one, so causality alone hides their keys. They
+        # continue the last document, so that each of them still sees a key.
         ids = jnp.pad(segment_ids_BL, [(0, 0), (0, padded - L)], mode='edge')
         arguments.append(splash.SegmentIds(ids, ids))
     out_BHLK = _traced_in_32_bits(jax.vmap(lambda *args: kernel(*args)))(*arguments)
@@ -157,7 +157,7 @@ def _block_operands(q_BLHK, k_BLGK, v_BLGK, segments, scale, causal, **options):
 
 @in_32_bits
 def block_forward(q_BLHK, k_BLGK, v_BLGK, segments, scale, causal, interpret=False):
-    """A block of attention over a longer sequence: all L queries stand after all L keys, or causal.
+    """A block of attention over a longer sequence: causal, or all L queries are after all L keys.
 
     Args:
       q_BLHK, k_BLGK, v_BLGK: bfloat16, L a multiple of LANES.
@@ -177,10 +177,10 @@ def block_forward(q_BLHK, k_BLGK, v_BLGK, segments, scale, causal, interpret=Fal
 
 @in_32_bits
 def block_backward(q_BLHK, k_BLGK, v_BLGK, segments, scale, causal, lse_BHL, delta_BHL, dout_BLHK, interpret=False):
-    """Parts of (dq, dk, dv) of such a block, in q's dtype.
+    """Terms of (dq, dk, dv) from such a block, in q's dtype.
 
-    lse_BHL, delta_BHL: [B, H, L] float32, the logsumexp and `xla.row_products` of the queries over the whole sequence,
-    which the public kernel would take from its own forward; hence the functions below it.
+    lse_BHL, delta_BHL: [B, H, L] float32, the logsumexp and `xla.row_products` of the queries over the whole sequence.
+    The public kernel would compute them from this block alone, so this function calls the functions below it.
     """
     splash, kernel, (q, k, v), ids = _block_operands(
         q_BLHK, k_BLGK, v_BLGK, segments, scale, causal, save_residuals=True, interpret=interpret

@@ -48,12 +48,12 @@ def rotary_ssd(
       a: [H] float32, < 0; the log-decay of a step is dt * a.
       b, c: [B, L, G, N] in x's dtype, not rotated; N a multiple of 16, H % G == 0. Head h
         uses group h // (H / G).
-      rope: (cos, sin), each [L, N/2] or [B, L, N/2] float32, half-split rotation; None: none.
+      rope: (cos, sin), each [L, N/2] or [B, L, N/2] float32, half-split rotation. None: no rotation.
       segment_ids: [B, L] int32. The state restarts at t where segment_ids[t] != segment_ids[t-1].
-      initial_state: [B, H, P, N] float32, rotated frame, belongs to the first segment of the
+      initial_state: [B, H, P, N] float32, rotated frame; it belongs to the first segment of the
         row. None: zeros.
-      chunk_size: tokens worked on at once, a multiple of 16 in [16, 256]; changes speed and
-        rounding only. None: from the implementation's table. No effect on 'reference'.
+      chunk_size: tokens per chunk, a multiple of 16 in [16, 256]; it changes speed and rounding
+        only. None: from the implementation's table. 'reference' ignores it.
       implementation: a name of the table, or None: the fastest on `jax.default_backend()` that can
         serve (`OPERATOR`), with the reason logged once. When lowering for a platform other than
         the process's (a TPU topology on a CPU host), name it.
@@ -65,16 +65,16 @@ def rotary_ssd(
         | 'mosaic_gpu' | NVIDIA Hopper | bf16      | 64         | no: wrap in jax.shard_map     |
 
         "wrap" means shard_map over batch and heads, with L, P and N whole on every device and
-        G split as H is, or whole where G is 1. All work there, so a model can always wrap.
-        'mosaic_gpu' takes P that is a multiple of 64 and N of 64 or 128.
-      interpret: run the Pallas kernels on CPU, slowly: True, or pltpu.InterpretParams to model
-        the TPU's memory and DMA as well, or plgpu.InterpretGPUParams, which True means for
-        'mosaic_gpu': its warpgroups then are threads that wait for each other, and a machine of
-        fewer than 8 cores needs NPROC=8 in the environment. No effect on 'reference' and 'xla'.
+        G sharded as H is, or replicated where G is 1. Every implementation works there, so a
+        model can always wrap. 'mosaic_gpu' takes P that is a multiple of 64 and N of 64 or 128.
+      interpret: run the Pallas kernels on CPU, slowly. True; or pltpu.InterpretParams, which also
+        models the TPU's memory and DMA; or plgpu.InterpretGPUParams, which is what True means for
+        'mosaic_gpu'. Its warpgroups are then threads that wait for each other, and a machine of
+        fewer than 8 cores needs NPROC=8 in the environment. 'reference' and 'xla' ignore it.
 
     Returns:
-      y [B, L, H, P] in x's dtype; final_state [B, H, P, N] float32, rotated frame: what
-      `initial_state` of the next piece and `rotary_ssd_step` take.
+      y [B, L, H, P] in x's dtype, and final_state [B, H, P, N] float32 in the rotated frame, which
+      `initial_state` of the tokens that follow and `rotary_ssd_step` take.
 
     Raises:
       ValueError: an argument's shape, dtype or value breaks a rule above, or the
@@ -107,14 +107,14 @@ def rotary_ssd_state(
 ) -> tuple[Float[Array, 'B H'], Float[Array, 'B H P N']]:
     """What one shard of a sequence passes on: final_state(initial h) = decay * h + state.
 
-    Arguments, dtypes and errors as `rotary_ssd`, without c. A boundary between this shard and
-    the one before is not seen here: the caller drops the incoming state where the shards'
-    segment_ids differ. Differentiable in x, dt, a and b, through both results.
+    Arguments, dtypes and errors are those of `rotary_ssd`, without c. This function does not see a
+    boundary between this shard and the one before: the caller drops the incoming state where the
+    shards' segment_ids differ. Differentiable in x, dt, a and b, through both results.
 
     Returns:
-      decay [B, H] float32: what is left at the end of an incoming state that belongs to the
-        shard's first segment; 0 if a segment boundary lies within the shard.
-      state [B, H, P, N] float32: the shard's own contribution.
+      decay [B, H] float32: the factor of an incoming state that belongs to the shard's first
+        segment; 0 if a segment boundary lies within the shard.
+      state [B, H, P, N] float32: the final state of the shard alone.
     """
     _check_sequence(x, dt, a, b, rope, segment_ids, chunk_size)
     B, _, H, P = x.shape
@@ -141,7 +141,7 @@ def rotary_ssd_step(
     Args:
       state: [B, H, P, N] float32, rotated frame.
       x_t: [B, H, P]; dt_t: [B, H] float32; a: [H] float32; b_t, c_t: [B, G, N] in x_t's dtype.
-      rope_t: (cos, sin) of the token's position, each [N/2] or [B, N/2] float32; None: none.
+      rope_t: (cos, sin) of the token's position, each [N/2] or [B, N/2] float32. None: no rotation.
 
     Returns:
       state [B, H, P, N] float32, and y_t [B, H, P] in x_t's dtype.
@@ -168,7 +168,7 @@ def rotary_ssd_step(
 
 
 def _scan(x, dt, a, b, c, rope, segment_ids, state, chunk_size, implementation, interpret):
-    """Dispatch, after the checks. c None: no y. Returns (y or None, final state)."""
+    """Dispatches a checked call. c None: y is not wanted. Returns (y or None, final state)."""
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f'implementation={implementation!r} is unknown; use None or one of {IMPLEMENTATIONS}')
     call = Call(x.dtype.name, chunk_size, (*x.shape, *b.shape[2:]), interpret)
@@ -187,10 +187,11 @@ def _scan(x, dt, a, b, c, rope, segment_ids, state, chunk_size, implementation, 
 
 
 def _vary_alike(tree):
-    """Casts arrays that vary over fewer axes of a shard_map than others to vary over all.
+    """Casts every array to vary over all the axes of a shard_map that any of them varies over.
 
-    Such are c of one group on every head shard, or a state of zeros. Carries then keep one
-    type, and the transpose of the cast is the psum that the gradients of such arrays need.
+    c of one group, replicated over the shards of the heads, varies over fewer axes than x; so does a
+    state of zeros. After the cast the carries of loops keep one type, and the transpose of the cast
+    is the psum that the gradients of such arrays need.
     """
 
     def varying(v):
@@ -209,7 +210,7 @@ def _vary_alike(tree):
 
 
 class Call(typing.NamedTuple):
-    """What is static of a call, of which the choice is a function."""
+    """The static properties of a call, which decide the choice."""
 
     dtype: str  # of x
     chunk_size: int | None
@@ -318,7 +319,7 @@ def _check_interpreter(implementation, interpret, kind):
 
 
 def _gpu_interpreter(interpret):
-    """Its parameters. Refuses where it would hang: each warpgroup blocks a thread of JAX's CPU client."""
+    """Parameters of the GPU interpreter. Raises where it would hang: each warpgroup blocks a thread of JAX's CPU client."""
     needed = 8  # 4 warpgroups of one device, the program that launches them, and room
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     threads = max(int(os.environ.get('NPROC') or cores), jax.local_device_count())
@@ -391,10 +392,10 @@ def _check_like(name, v, other_name, other):
 def _check_rope(name, rope, shapes, meaning, dtype=jnp.float32):
     if not isinstance(rope, (tuple, list)) or len(rope) != 2:
         raise ValueError(f'{name}: must be None or a pair (cos, sin), got {type(rope).__name__}')
-    for part, table in zip(('cos', 'sin'), rope):
+    for half, table in zip(('cos', 'sin'), rope):
         if tuple(table.shape) not in shapes:
-            raise ValueError(f'{name} {part}: shape {tuple(table.shape)} must be {meaning}: one of {shapes}')
-        _check_dtype(f'{name} {part}', table, dtype)
+            raise ValueError(f'{name} {half}: shape {tuple(table.shape)} must be {meaning}: one of {shapes}')
+        _check_dtype(f'{name} {half}', table, dtype)
     if rope[0].shape != rope[1].shape:
         raise ValueError(f'{name}: cos {rope[0].shape} and sin {rope[1].shape} must have one shape')
     return tuple(rope)

@@ -3,12 +3,13 @@
 Legend: B rows, L length, H heads, G groups, R heads per group, P head width, N state width,
 C chunks, Q position in a chunk (query side), S position in the same chunk (source side).
 
-From the last chunk to the first. One CTA of three warpgroups walks one head of one row: one fetches,
-one works by source ([S, ...]: dx, db) and one by query ([Q, ...]: dc) and on the gradient of the
-state, [P, N], which it keeps as an accumulator in registers. Matrices of pairs are made by both,
-[S, Q] and [Q, S], by swapping the operands of their products: what a product takes from registers
-must be its left operand, and an accumulator is never transposed. The decays of both have the same
-bits, because the gradient of a decay is a difference of sums of the one and of the other.
+The walk goes from the last chunk to the first. One CTA of three warpgroups walks one head of one
+row. One warpgroup fetches. One works by source ([S, ...]) and computes dx and db. One works by query
+([Q, ...]): it computes dc and the gradient of the state, [P, N], which it keeps as an accumulator in
+registers. Both compute the matrices of pairs, one as [S, Q] and one as [Q, S], with the operands of
+their products swapped: an operand in registers must be the left one, and an accumulator cannot be
+transposed. Both must compute the same bits for the decays, because the gradient of a decay is a
+difference of a sum over [S, Q] and a sum over [Q, S].
 """
 
 import functools
@@ -44,13 +45,13 @@ from pallas_kernels.ssd.gpu_chunk import (
 )  # fmt: skip
 
 # Rows of the per-chunk sums, float32, that gpu.py makes ddt and da of. By source, [B, C, H, 3, S]:
-#   LEAVING: what it adds to the chunk's last state, without dt
-#   WITHIN: its pairs, without dt
-#   LATER: its pairs with later queries
+#   LEAVING: the source's term in the chunk's last state, without dt
+#   WITHIN: the sum over its pairs with queries, without dt
+#   LATER: the sum over its pairs with later queries
 LEAVING, WITHIN, LATER = range(3)
 # By query, [B, C, H, 2, Q]:
-#   TAKEN: its pairs with earlier sources, and what it takes from the chunk's first state
-#   PASSED: at position p, the sum over n of what the chunk's first state adds to its last
+#   TAKEN: the sum over its pairs with earlier sources, plus its term from the chunk's first state
+#   PASSED: at position p, the sum over n of the first state's terms in the last
 TAKEN, PASSED = range(2)
 # Per thread: 2 x 232 + 40 is the 3 x 168 that a launch of 384 threads is given; a request for more would wait forever.
 REGISTERS = {'work': 232, 'fetch': 40}

@@ -3,8 +3,8 @@
 Legend: B rows, L length, H heads, P head width, N state width, C chunks, Q position in a chunk
 (query side), S position in the same chunk (source side).
 
-JAX lowers these kernels lane by lane (LoweringSemantics.Lane): inferring the layouts of a whole
-kernel, the other way, did not end within five minutes.
+JAX lowers these kernels lane by lane (LoweringSemantics.Lane). The other semantics, which infers the
+layouts of a whole kernel, did not finish within five minutes.
 """
 
 import jax

@@ -1,4 +1,4 @@
-"""Refusal, by name, of kernels lowered for a platform that they do not run on."""
+"""Kernels raise by name where they are lowered for a platform that they do not run on."""
 
 import functools
 
@@ -10,16 +10,16 @@ from pallas_kernels.dispatch import refusal
 
 
 def only_on(platform: str, hardware: str, implementation: str) -> jax.extend.core.Primitive:
-    """The identity, which lowers for one platform only; bind it on an operand of a kernel.
+    """The identity that lowers for one platform only, to be bound on an operand of a kernel.
 
-    The platform of a traced function is known no earlier, and an accelerator's program may be
-    lowered on a host without one. Pallas would refuse without naming us. Not differentiable:
-    kernels have gradients of their own.
+    A traced function's platform is known at lowering, not earlier: a host without an accelerator may
+    lower a program for one. Pallas would raise too, but without the name of the implementation. Not
+    differentiable: kernels have gradients of their own.
 
     Args:
       platform: as in `lowering_platforms`: 'tpu', 'cuda'.
-      hardware: its name for people.
-      implementation: word of rotary_ssd's `implementation` that runs there.
+      hardware: the platform's name in the message.
+      implementation: name of rotary_ssd's implementation that runs there.
     """
     only_p = jax.extend.core.Primitive(f'rotary_ssd_only_on_{platform}')
     only_p.def_abstract_eval(lambda x: x)

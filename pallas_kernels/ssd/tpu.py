@@ -1,7 +1,7 @@
 """The rotary scan as Pallas Mosaic kernels for TPU: geometry of the grid, layout, gradients.
 
-Legend: B batch, L length, H heads, G groups, R heads a group, P head width, N state width,
-C chunks, Q chunk length, W blocks of heads (a grid step works on one), T = N / 2.
+Legend: B batch, L length, H heads, G groups, R heads per group, P head width, N state width,
+C chunks, Q chunk length, W blocks of heads (a grid step computes one), T = N / 2.
 """
 
 import functools
@@ -24,29 +24,29 @@ _only_on_tpu_p = only_on('tpu', 'TPU', 'mosaic_tpu')
 
 
 class Plan(typing.NamedTuple):
-    """How to cut the work. Static under jit."""
+    """How the kernels cut their work. Static under jit."""
 
     chunk: int = CHUNK  # Q
-    heads: int = 32  # of a grid step, at most
+    heads: int = 32  # per grid step, at most
     vmem_limit: int = 0  # bytes; 0: the compiler's own
 
 
-# The tuning table: heads of a grid step, at most, where a group has fewer than 4 heads and where
-# it has more. Many heads hide the chain of small operations that every chunk begins with: on v5e,
+# The tuning table: most heads per grid step, where a group has fewer than 4 heads, and where it has
+# 4 or more. Many heads hide the chain of small operations that every chunk begins with: on v5e,
 # cycles of a backward step for 8, 16 and 32 heads 4,740, 7,400 and 13,000. The limit is VMEM:
-# scores and rotated b and c are held once a group. The backward kernel takes up to 18 MiB at 32
+# scores and rotated b and c are held once per group. The backward kernel takes up to 18 MiB at 32
 # heads and 8 groups, which is more than the compiler grants unasked on v5e and v5p (16 MiB of 128
 # and of 64), and than v4 has at all.
 HEADS = {'v4': (16, 16), 'v5e': (16, 32), 'v5p': (16, 32), 'v6e': (16, 32), '7x': (16, 32)}
-TWO_CORES = ('v4', 'v5p')  # make one device, which splits the grid over batch or blocks of heads
+TWO_CORES = ('v4', 'v5p')  # two cores are one device, which shards the grid over rows or blocks of heads
 FALLBACK_HEADS = (16, 16)  # fits the least VMEM of the table
 VMEM_LIMIT = {'v5e': 32 << 20, 'v5p': 32 << 20, 'v6e': 32 << 20, '7x': 32 << 20}
 
 
 def generation() -> str:
-    """TPU generation that is traced for, as `pltpu.get_tpu_info` names it; '' where none is known.
+    """The TPU generation that the trace is for, as `pltpu.get_tpu_info` names it; '' where it is unknown.
 
-    On a host without TPU it is known under an abstract mesh of TPU devices, as in a shard_map
+    On a host without a TPU it is known under an abstract mesh of TPU devices, as in a shard_map
     over a topology.
     """
     try:
@@ -76,7 +76,7 @@ def fills_tiles(P: int, N: int) -> bool:
 
 
 class _Call(typing.NamedTuple):
-    """What is static of a call, after padding."""
+    """The static properties of a call, after padding."""
 
     g: tpu_chunk.Geometry
     B: int
@@ -184,7 +184,7 @@ def _fill_tiles(x, dt, a, b, c, rope, state):
 
 
 def _heads_of_a_step(H, R, P, most):
-    """The largest number of heads, at most `most`, that cuts H into equal blocks of whole tiles and groups."""
+    """The largest number of heads, at most `most`, that divides H into blocks of whole tiles and groups."""
 
     def fits(h):
         return (
@@ -195,7 +195,7 @@ def _heads_of_a_step(H, R, P, most):
 
 
 def _runs_by_chunk(run_BL, L, Q):
-    """[B, C, 2, Q]: the run of each token, and of the token before it; the last one's goes on beyond the end."""
+    """[B, C, 2, Q]: the run of each token, and of the token before it. Padding continues the last run."""
     if run_BL is None:
         return None
     run_BL = run_BL[:, :L]
@@ -226,7 +226,7 @@ _scan.defvjp(_scan_fwd, _scan_bwd)
 
 
 class _Specs:
-    """Block specifications by what a block holds; `at` maps the grid's last index to a chunk."""
+    """Block specifications, named by what a block holds. `at`: the grid's last index -> a chunk."""
 
     def __init__(self, call, at):
         g, Q = call.g, call.g.Q
@@ -282,7 +282,7 @@ def _like(example, shape, dtype):
 
 
 def _common_inputs(call, specs, x, dt, a, b, c, rope, runs, ahead):
-    """ahead: specs of what is worked on one chunk before x, see tpu_forward.py."""
+    """ahead: specs of the inputs that a step reads one chunk before it reads x, see tpu_forward.py."""
     inputs = {'x': (x, specs.heads), 'dt': (dt, ahead.steps), 'a': (a.reshape(call.W, call.g.H, 1), ahead.rates)}
     inputs['b_in'] = (b, ahead.groups)
     if c is not None:

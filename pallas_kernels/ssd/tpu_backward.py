@@ -52,7 +52,7 @@ class Refs(typing.NamedTuple):
     da: typing.Any  # [1, 1, H, 1] float32
     db: typing.Any  # [1, Q, G N], b's dtype, or float32 where blocks of heads share a group
     dinitial: typing.Any  # [1, H P, N] float32
-    # Scratch, float32 unless it is said.
+    # Scratch, float32 unless noted.
     dstate: typing.Any  # [N, H P]
     columns: typing.Any  # [Q, g.columns()]: see turn_columns
     fold: typing.Any  # [g.rows, Q]: see pack
@@ -327,7 +327,10 @@ def _straddling(g, terms):
 
 
 def _exact_dot(g, spec, v, ones):
-    """Product with a matrix of zeros and ones on either side, of float32 v to some 16 bits or more."""
+    """Product of v and a matrix of zeros and ones, which is the right operand ('nn') or the left ('nt').
+
+    v is float32 and keeps 16 bits or more.
+    """
     if g.exact:
         return g.dot(spec, v, ones) if spec == 'nn' else g.dot(spec, ones, v)
     high = v.astype(jnp.bfloat16)
@@ -346,7 +349,7 @@ def _head_sums(g, r, kind, tile, v, rows=slice(None)):
 
 
 def _close_group(g, r, group):
-    """Gradients of b and c of a group, from those of its heads' scores."""
+    """Gradients of a group's b and c, from those of its heads' scores."""
     slot, lanes = group % _slots(g), g.group_lanes(group)
     dtype = r.x.dtype
 

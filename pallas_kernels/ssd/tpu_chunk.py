@@ -1,12 +1,12 @@
 """What the TPU kernels of the rotary scan share: geometry, decays, masks, rotation.
 
-Legend: H heads of a grid step, G groups of it, R heads a group, P head width, N state width,
-Q chunk length, M = P positions a block, X = 128 lanes of a tile, T tiles of a grid step.
+Legend: H heads of a grid step, G groups of it, R heads per group, P head width, N state width,
+Q chunk length, M = P positions per block, X = 128 lanes of a tile, T tiles of a grid step.
 
 Heads lie side by side in lanes: x is [Q, H P], the state is held as [N, H P]. Work is cut into
 tiles of 128 lanes, one head of width 128 or two of width 64, so that the matrix unit's columns
 are full. Positions are cut into blocks of M = P, so that the weights of a block of queries and a
-block of sources, one [M, M] a head, fill the same 128 lanes: `pack` lays what belongs to
+block of sources, one [M, M] per head, fill the same 128 lanes: `pack` lays what belongs to
 positions out in the same way. Between two blocks a decay splits into a factor of the query and
 one of the source, with the last position before the query's block between them, so that both
 are at most 1 and only the blocks on the diagonal need an exponential for each pair.
@@ -22,9 +22,9 @@ from jax.experimental.pallas import tpu as pltpu
 LANES = 128
 SUBLANES = 8
 LOG2_E = 1.4426950408889634
-# exp2 of it is 0 in float32. One step's log-decay is clipped to it.
+# The log-decay of every step is clipped to it: exp2 of it is 0 in float32.
 MIN_LOG2_DECAY = -150.0
-HIDDEN = -1e30  # exponent of what is masked
+HIDDEN = -1e30  # exponent of a masked pair
 
 
 class Tile(typing.NamedTuple):
@@ -181,7 +181,7 @@ def spread(columns, first, tile):
 
 
 def spread_one(numbers_H1, tile):
-    """One number a head, [H, 1], over the heads' lanes: [1, X]."""
+    """One number per head, [H, 1], over the heads' lanes: [1, X]."""
     return join([jnp.broadcast_to(numbers_H1[h : h + 1], (1, LANES)) for h in tile.heads], tile)
 
 

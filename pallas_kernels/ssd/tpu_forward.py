@@ -1,9 +1,9 @@
 """The forward kernel of the rotary scan on TPU.
 
-A grid step works on two chunks: on the outputs and the state of one, and on the decays, the
-rotation and the scores of the next, so that the chain of small dependent operations of the
-second fills what the first leaves idle. Hence a sequence of C chunks takes C + 1 steps: the
-first one's outputs are of nothing and are overwritten by the second's.
+A grid step works on two chunks: it computes the outputs and the state of one, and the decays, the
+rotation and the scores of the next. The chain of small dependent operations of the next chunk fills
+the units that the current one leaves idle. A sequence of C chunks therefore takes C + 1 steps: the
+outputs of the first step belong to no chunk, and the second step overwrites them.
 
 Legend: as in tpu_chunk.py.
 """
@@ -118,10 +118,11 @@ def kernel(g, names, *refs):
 
 
 def _emit(g, r, index, upcoming):
-    """Writes the program of a step in an order that the compiler's scheduler makes good use of.
+    """Writes the program of a step in an order that suits the compiler's scheduler.
 
-    It looks ahead over a limited stretch of the program, so that what is to run side by side must
-    stand side by side: several tiles, and the next chunk's decays and scores.
+    The scheduler looks ahead over a limited stretch of the program. Operations that are to run at the
+    same time must therefore stand close together: those of several tiles, and the next chunk's decays
+    and scores.
     """
     done = set()  # groups whose scores may be overwritten
     last = {group: tile.index for tile in g.tiles for group, _ in tile.groups}
