@@ -14,7 +14,8 @@ def get_config():
     steps = 50_000
     return Config(
         model=Model(
-            d_model=2048, num_layers=24, num_heads=32, num_kv_heads=8, num_ssd_groups=8, d_state=128, d_mlp=6144),
+            d_model=2048, num_layers=24, num_heads=32, num_kv_heads=8, num_ssd_groups=8, d_state=128, d_mlp=6144
+        ),
         data=Data(seq_len=4096, global_batch=512),
         optimizer=Optimizer(learning_rate=2e-4, warmup_steps=steps // 10),
         train=Train(steps=steps),

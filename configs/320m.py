@@ -13,7 +13,8 @@ def get_config():
     steps = 25_000
     return Config(
         model=Model(
-            d_model=768, num_layers=24, num_heads=12, num_kv_heads=4, num_ssd_groups=4, d_state=128, d_mlp=4224),
+            d_model=768, num_layers=24, num_heads=12, num_kv_heads=4, num_ssd_groups=4, d_state=128, d_mlp=4224
+        ),
         data=Data(seq_len=4096, global_batch=256),
         optimizer=Optimizer(learning_rate=3e-4, warmup_steps=steps // 10),
         train=Train(steps=steps),

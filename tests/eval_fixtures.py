@@ -5,14 +5,15 @@ import pathlib
 import jax
 from small import small_config
 
-from transxssm_jax import checkpoint, step
+from transxssm_jax.model import parameters
+from transxssm_jax.training import checkpoint
 
 SMALLER = dict(model_num_layers=2, model_attention_period=2, model_attention_offset=1)
 
 
 def random_params(config) -> dict:
     """Parameters of an untrained model whose distributions are not all but flat."""
-    return jax.jit(lambda: jax.tree.map(lambda leaf: 2 * leaf, step.init_params(config.model, 0)))()
+    return jax.jit(lambda: jax.tree.map(lambda leaf: 2 * leaf, parameters.init_params(config.model, 0)))()
 
 
 def save_run(workdir: pathlib.Path, **overrides) -> pathlib.Path:

@@ -4,7 +4,7 @@ import pathlib
 
 import numpy as np
 
-from transxssm_jax.convert import load_published
+from transxssm_jax.pytorch.conversion import load_published
 
 DIRECTORY = pathlib.Path(__file__).parents[2] / 'shared' / 'golden' / 'transxssm_tiny'
 

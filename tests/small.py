@@ -3,18 +3,31 @@
 import numpy as np
 
 from transxssm_jax import config as config_lib
-from transxssm_jax.loss import IGNORED
+from transxssm_jax.model.loss import IGNORED
 
 
 def small_config(**overrides) -> config_lib.Config:
     """Two modules of (ssd, ssd, attention, ssd), float32; overrides by dotted name with _ for the first dot."""
     config = config_lib.Config(
         model=config_lib.Model(
-            vocab_size=96, d_model=64, num_layers=8, num_heads=4, num_kv_heads=2, num_ssd_groups=2, d_state=16,
-            d_mlp=96, attention_period=4, attention_offset=2, dtype='float32', remat='none', ssd_chunk_size=16),
+            vocab_size=96,
+            d_model=64,
+            num_layers=8,
+            num_heads=4,
+            num_kv_heads=2,
+            num_ssd_groups=2,
+            d_state=16,
+            d_mlp=96,
+            attention_period=4,
+            attention_offset=2,
+            dtype='float32',
+            remat='none',
+            ssd_chunk_size=16,
+        ),
         data=config_lib.Data(seq_len=48, global_batch=8),
         optimizer=config_lib.Optimizer(warmup_steps=2, learning_rate=1e-2, z_loss=1e-3),
-        train=config_lib.Train(steps=20, loss_chunk_tokens=32))
+        train=config_lib.Train(steps=20, loss_chunk_tokens=32),
+    )
     for name, value in overrides.items():
         section, _, leaf = name.partition('_')
         setattr(getattr(config, section), leaf, value)

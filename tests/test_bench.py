@@ -32,7 +32,9 @@ def test_table(tiny, tmp_path, capsys):
             continue
         assert row['ms'] > 0 and 1e-5 < row['error'] < 1e-2, row  # bfloat16's
         least_bytes, flops = bench.least_work(bench.SHAPES[row['shape']], row['direction'])
-        np.testing.assert_allclose([row['gb_s'], row['tflop_s']], [least_bytes / row['ms'] / 1e6, flops / row['ms'] / 1e9])
+        np.testing.assert_allclose(
+            [row['gb_s'], row['tflop_s']], [least_bytes / row['ms'] / 1e6, flops / row['ms'] / 1e9]
+        )
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + len(rows)
     assert lines[1].split()[:3] == ['shape', 'implementation', 'direction'] and 'cannot serve' in lines[3]
@@ -47,7 +49,8 @@ def test_shares_of_both_rooflines(monkeypatch):
     out, ref = {'y': np.full(3, 1.5)}, {'y': np.full(3, 1.0)}
     row = bench.finish(row, 'gpu', [2e3 * least_bytes / bandwidth] * 5, out, ref)
     np.testing.assert_allclose(
-        [row['of_bandwidth'], row['of_peak'], row['error']], [0.5, 0.5 * flops / peak * bandwidth / least_bytes, 0.5])
+        [row['of_bandwidth'], row['of_peak'], row['error']], [0.5, 0.5 * flops / peak * bandwidth / least_bytes, 0.5]
+    )
     assert ' 50.0% ' in bench.show(row) and row['worst'] == 'y'
 
 
@@ -99,7 +102,10 @@ def test_a_peer_that_fails(monkeypatch):
     'flags, message',
     [
         (['--target=cpu', '--shapes=huge'], "'huge' is unknown; use one of 1p3b_g32"),
-        (['--target=cpu', '--implementations=fla'], "'fla' is unknown; use one of reference, xla, mosaic_tpu, mosaic_gpu"),
+        (
+            ['--target=cpu', '--implementations=fla'],
+            "'fla' is unknown; use one of reference, xla, mosaic_tpu, mosaic_gpu",
+        ),
         (['--target=cpu', '--directions=back'], "'back' is unknown; use one of forward, forward+backward"),
         (['--target=gpu'], '--target=gpu, but JAX runs on cpu; set JAX_PLATFORMS or the target'),
     ],

@@ -9,20 +9,26 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from small import small_config
 
-from transxssm_jax import checkpoint
 from transxssm_jax import config as config_lib
-from transxssm_jax.checkpoint import CheckpointError, Checkpoints
+from transxssm_jax.training import checkpoint
+from transxssm_jax.training.checkpoint import CheckpointError, Checkpoints
 
 
 def make_state(step, sharding=None):
-    state = {'step': jnp.int32(step), 'params': {'embedding': step + jnp.arange(64.0).reshape(8, 8),
-                                                 'layers': {'ssd': {'scale': jnp.full(8, step, jnp.float32)}}}}
+    state = {
+        'step': jnp.int32(step),
+        'params': {
+            'embedding': step + jnp.arange(64.0).reshape(8, 8),
+            'layers': {'ssd': {'scale': jnp.full(8, step, jnp.float32)}},
+        },
+    }
     return jax.device_put(state, sharding) if sharding else state
 
 
 def abstract(sharding=None):
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding or leaf.sharding),
-                        make_state(0))
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding or leaf.sharding), make_state(0)
+    )
 
 
 @pytest.fixture
@@ -35,6 +41,7 @@ def opened(tmp_path):
             manager.close()
         managers[:] = [Checkpoints(tmp_path, small_config(**settings))]
         return managers[0]
+
     yield opened
     for manager in managers:
         manager.close()
@@ -83,7 +90,11 @@ def test_a_state_comes_back_on_another_mesh(opened):
     checkpoints = opened()
     checkpoints.save(4, {'x': jax.device_put(jnp.arange(64.0).reshape(8, 8), split)}, {'next_step': 4})
     checkpoints.wait()
-    for sharding in (eight, NamedSharding(split.mesh, PartitionSpec('a', 'b')), jax.sharding.SingleDeviceSharding(devices[3])):
+    for sharding in (
+        eight,
+        NamedSharding(split.mesh, PartitionSpec('a', 'b')),
+        jax.sharding.SingleDeviceSharding(devices[3]),
+    ):
         _, state, _ = opened().restore({'x': jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=sharding)})
         assert state['x'].sharding == sharding
         np.testing.assert_array_equal(state['x'], np.arange(64.0).reshape(8, 8))
@@ -132,8 +143,15 @@ def test_an_evaluation_made_up_later_counts_among_the_best(opened):
     assert checkpoints.steps() == [2, 4]
 
 
-@pytest.mark.parametrize('error', [PermissionError(13, 'Permission denied'), ValueError('UNAVAILABLE: Connection reset'),
-                                   OSError(5, 'Input/output error')], ids=str)
+@pytest.mark.parametrize(
+    'error',
+    [
+        PermissionError(13, 'Permission denied'),
+        ValueError('UNAVAILABLE: Connection reset'),
+        OSError(5, 'Input/output error'),
+    ],
+    ids=str,
+)
 def test_an_error_that_may_pass_is_no_damage(opened, tmp_path, monkeypatch, error):
     checkpoints = opened()
     save(checkpoints, 3)
@@ -192,7 +210,8 @@ def test_a_checkpoint_of_another_config_is_refused(opened, tmp_path):
         opened(model_d_mlp=64, data_seed=4).restore(abstract())
     assert str(error.value) == (
         f'checkpoint {directory(tmp_path, 3)} holds a run of another config: model.d_mlp is 96 in the checkpoint and 64 in '
-        'this config (and 1 more); change it back or use another --workdir')
+        'this config (and 1 more); change it back or use another --workdir'
+    )
     assert_is(opened(train_steps=30, mesh_fsdp=4).restore(abstract()), 3)
 
 
@@ -202,6 +221,7 @@ def test_a_failed_write_is_one_line(opened, tmp_path, monkeypatch):
 
     def full(*args, **kwargs):
         raise OSError(28, 'No space left on device\nand more\nlines')
+
     monkeypatch.setattr(checkpoints._manager, 'save', full)
     with pytest.raises(CheckpointError) as error:
         checkpoints.save(4, make_state(4), {})

@@ -11,8 +11,8 @@ import pytest
 from absl import flags
 
 from transxssm_jax import config as config_lib
-from transxssm_jax import step
 from transxssm_jax.config import Config, ConfigError, Data, Mesh, Model, Optimizer, Train
+from transxssm_jax.model import parameters
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 
@@ -23,6 +23,7 @@ def write(tmp_path):
         path = tmp_path / name
         path.write_text('from transxssm_jax.config import *\n\n\ndef get_config():\n' + body)
         return path
+
     return write
 
 
@@ -39,25 +40,34 @@ def says(*parts):
 # ---- single settings -------------------------------------------------------
 
 
-@pytest.mark.parametrize('assign, message', [
-    (lambda c: setattr(c.model, 'd_modle', 3), 'unknown setting model.d_modle; did you mean d_model?'),
-    (lambda c: setattr(c, 'modle', Model()), 'unknown setting modle; did you mean model?'),
-    (lambda c: setattr(c.mesh, 'zzz', 3), 'unknown setting mesh.zzz; known: context, data, fsdp, slices, tensor'),
-    (lambda c: Model(d_modle=3), 'unknown setting model.d_modle; did you mean d_model?'),
-    (lambda c: Config(optimiser=Optimizer()), 'unknown setting optimiser; did you mean optimizer?'),
-    (lambda c: setattr(c.model, 'd_model', '3'), "model.d_model='3' must be int, not str"),
-    (lambda c: setattr(c.model, 'd_model', 3.0), 'model.d_model=3.0 must be int, not float'),
-    (lambda c: setattr(c.model, 'd_model', True), 'model.d_model=True must be int, not bool'),
-    (lambda c: setattr(c.model, 'use_bias', 1), 'model.use_bias=1 must be bool, not int'),
-    (lambda c: setattr(c.optimizer, 'learning_rate', True), 'optimizer.learning_rate=True must be float, not bool'),
-    (lambda c: setattr(c.optimizer, 'learning_rate', float('inf')), 'optimizer.learning_rate=inf must be a finite number'),
-    (lambda c: setattr(c, 'model', Data()), 'must be Model, not Data'),
-    (lambda c: setattr(c.model, 'remat', 'ful'), "model.remat='ful' is not one of the choices; did you mean full?"),
-    (lambda c: setattr(c.model, 'dtype', 'int8'), "model.dtype='int8' is not one of the choices; known: bfloat16, float32"),
-    (lambda c: setattr(c.train, 'steps', 0), 'train.steps=0 must be at least 1'),
-    (lambda c: setattr(c.optimizer, 'clip_norm', -1.0), 'optimizer.clip_norm=-1.0 must be at least 0.0'),
-    (lambda c: setattr(c.mesh, 'data', -2), 'mesh.data=-2 must be at least -1'),
-])
+@pytest.mark.parametrize(
+    'assign, message',
+    [
+        (lambda c: setattr(c.model, 'd_modle', 3), 'unknown setting model.d_modle; did you mean d_model?'),
+        (lambda c: setattr(c, 'modle', Model()), 'unknown setting modle; did you mean model?'),
+        (lambda c: setattr(c.mesh, 'zzz', 3), 'unknown setting mesh.zzz; known: context, data, fsdp, slices, tensor'),
+        (lambda c: Model(d_modle=3), 'unknown setting model.d_modle; did you mean d_model?'),
+        (lambda c: Config(optimiser=Optimizer()), 'unknown setting optimiser; did you mean optimizer?'),
+        (lambda c: setattr(c.model, 'd_model', '3'), "model.d_model='3' must be int, not str"),
+        (lambda c: setattr(c.model, 'd_model', 3.0), 'model.d_model=3.0 must be int, not float'),
+        (lambda c: setattr(c.model, 'd_model', True), 'model.d_model=True must be int, not bool'),
+        (lambda c: setattr(c.model, 'use_bias', 1), 'model.use_bias=1 must be bool, not int'),
+        (lambda c: setattr(c.optimizer, 'learning_rate', True), 'optimizer.learning_rate=True must be float, not bool'),
+        (
+            lambda c: setattr(c.optimizer, 'learning_rate', float('inf')),
+            'optimizer.learning_rate=inf must be a finite number',
+        ),
+        (lambda c: setattr(c, 'model', Data()), 'must be Model, not Data'),
+        (lambda c: setattr(c.model, 'remat', 'ful'), "model.remat='ful' is not one of the choices; did you mean full?"),
+        (
+            lambda c: setattr(c.model, 'dtype', 'int8'),
+            "model.dtype='int8' is not one of the choices; known: bfloat16, float32",
+        ),
+        (lambda c: setattr(c.train, 'steps', 0), 'train.steps=0 must be at least 1'),
+        (lambda c: setattr(c.optimizer, 'clip_norm', -1.0), 'optimizer.clip_norm=-1.0 must be at least 0.0'),
+        (lambda c: setattr(c.mesh, 'data', -2), 'mesh.data=-2 must be at least -1'),
+    ],
+)
 def test_a_wrong_assignment_is_refused(assign, message):
     with pytest.raises(ConfigError) as error:
         assign(Config())
@@ -89,25 +99,37 @@ def test_a_resolved_config_is_locked(path):
 # ---- what no single setting shows ------------------------------------------
 
 
-@pytest.mark.parametrize('overrides, message', [
-    ({'model.num_heads': 7}, 'model.d_model=128 must be divisible by model.num_heads=7; try 112 or 224'),
-    ({'model.num_kv_heads': 3}, 'model.num_heads=8 must be divisible by model.num_kv_heads=3; try 6 or 9'),
-    ({'model.num_ssd_groups': 5}, 'model.num_heads=8 must be divisible by model.num_ssd_groups=5; try 5 or 10'),
-    ({'model.num_layers': 12}, 'model.num_layers=12 must be divisible by layers a module=8; try 8 or 16'),
-    ({'model.num_layers': 4}, 'try 8'),
-    ({'model.num_heads': 16, 'model.num_kv_heads': 1, 'model.num_ssd_groups': 1}, '= 8 must be a multiple of 16'),
-    ({'model.d_state': 24}, 'model.d_state=24 must be a multiple of 16; try 32'),
-    ({'model.ssd_chunk_size': 40}, 'model.ssd_chunk_size=40 must be a multiple of 16; try 48'),
-    ({'model.attention_offset': 8}, 'model.attention_offset=8 must be below model.attention_period=8; try 7'),
-    ({'model.dt_min': 0.5}, 'model.dt_min=0.5 must be positive and at most model.dt_max=0.1'),
-    ({'model.a_min': 0.0}, 'model.a_min=0.0 must be positive'),
-    ({'optimizer.b2': 1.0}, 'optimizer.b2=1.0 must be below 1'),
-    ({'train.accumulation_steps': 3}, 'data.global_batch=512 must be divisible by train.accumulation_steps=3; try 510 or 513'),
-    ({'train.steps': 999}, 'optimizer.warmup_steps = 1000 must be at most train.steps=999; lower optimizer.warmup_steps'),
-    ({'optimizer.schedule': 'wsd', 'train.steps': 1999}, 'optimizer.warmup_steps + optimizer.decay_steps = 2000 must be at most'),
-    ({'mesh.fsdp': -1}, 'at most one axis may be -1'),
-    ({'mesh.tensor': 0}, 'none 0'),
-])
+@pytest.mark.parametrize(
+    'overrides, message',
+    [
+        ({'model.num_heads': 7}, 'model.d_model=128 must be divisible by model.num_heads=7; try 112 or 224'),
+        ({'model.num_kv_heads': 3}, 'model.num_heads=8 must be divisible by model.num_kv_heads=3; try 6 or 9'),
+        ({'model.num_ssd_groups': 5}, 'model.num_heads=8 must be divisible by model.num_ssd_groups=5; try 5 or 10'),
+        ({'model.num_layers': 12}, 'model.num_layers=12 must be divisible by layers a module=8; try 8 or 16'),
+        ({'model.num_layers': 4}, 'try 8'),
+        ({'model.num_heads': 16, 'model.num_kv_heads': 1, 'model.num_ssd_groups': 1}, '= 8 must be a multiple of 16'),
+        ({'model.d_state': 24}, 'model.d_state=24 must be a multiple of 16; try 32'),
+        ({'model.ssd_chunk_size': 40}, 'model.ssd_chunk_size=40 must be a multiple of 16; try 48'),
+        ({'model.attention_offset': 8}, 'model.attention_offset=8 must be below model.attention_period=8; try 7'),
+        ({'model.dt_min': 0.5}, 'model.dt_min=0.5 must be positive and at most model.dt_max=0.1'),
+        ({'model.a_min': 0.0}, 'model.a_min=0.0 must be positive'),
+        ({'optimizer.b2': 1.0}, 'optimizer.b2=1.0 must be below 1'),
+        (
+            {'train.accumulation_steps': 3},
+            'data.global_batch=512 must be divisible by train.accumulation_steps=3; try 510 or 513',
+        ),
+        (
+            {'train.steps': 999},
+            'optimizer.warmup_steps = 1000 must be at most train.steps=999; lower optimizer.warmup_steps',
+        ),
+        (
+            {'optimizer.schedule': 'wsd', 'train.steps': 1999},
+            'optimizer.warmup_steps + optimizer.decay_steps = 2000 must be at most',
+        ),
+        ({'mesh.fsdp': -1}, 'at most one axis may be -1'),
+        ({'mesh.tensor': 0}, 'none 0'),
+    ],
+)
 def test_settings_that_do_not_fit_each_other_are_refused(path, overrides, message):
     with pytest.raises(ConfigError) as error:
         config_lib.load(path, overrides)
@@ -124,16 +146,25 @@ def test_layer_patterns():
 # ---- files -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize('body, parts', [
-    ('    return Config(model=Model(d_modle=3))\n', ['line 5', 'unknown setting model.d_modle; did you mean d_model?']),
-    ('    config = Config()\n    config.train.stepz = 3\n', ['line 6', 'unknown setting train.stepz; did you mean steps?']),
-    ("    return Config(model=Model(d_model='3'))\n", ['line 5', "model.d_model='3' must be int, not str"]),
-    ('    return Confg()\n', ['line 5', 'NameError', 'Confg']),
-    ('    import nowhere_to_be_found\n', ['line 5', 'nowhere_to_be_found']),
-    ('    return (\n', ['was never closed', 'line 5']),
-    ('    return {}\n', ['must have a function get_config() that returns a transxssm_jax.config.Config']),
-    ('    pass\n\n\ndel get_config\n', ['must have a function get_config()']),
-])
+@pytest.mark.parametrize(
+    'body, parts',
+    [
+        (
+            '    return Config(model=Model(d_modle=3))\n',
+            ['line 5', 'unknown setting model.d_modle; did you mean d_model?'],
+        ),
+        (
+            '    config = Config()\n    config.train.stepz = 3\n',
+            ['line 6', 'unknown setting train.stepz; did you mean steps?'],
+        ),
+        ("    return Config(model=Model(d_model='3'))\n", ['line 5', "model.d_model='3' must be int, not str"]),
+        ('    return Confg()\n', ['line 5', 'NameError', 'Confg']),
+        ('    import nowhere_to_be_found\n', ['line 5', 'nowhere_to_be_found']),
+        ('    return (\n', ['was never closed', 'line 5']),
+        ('    return {}\n', ['must have a function get_config() that returns a transxssm_jax.config.Config']),
+        ('    pass\n\n\ndel get_config\n', ['must have a function get_config()']),
+    ],
+)
 def test_a_file_with_a_mistake_is_refused_naming_file_and_line(write, body, parts):
     path = write(body)
     with pytest.raises(ConfigError) as error:
@@ -159,9 +190,17 @@ def test_one_file_says_nothing_about_the_next(path, write):
 
 
 def test_overrides_by_dictionary(path):
-    config = config_lib.load(path, {
-        'model.d_model': 256, 'optimizer.learning_rate': 1, 'train.progress': False, 'data.path': 'a b=c',
-        'optimizer.schedule': 'wsd', 'mesh.fsdp': 2})
+    config = config_lib.load(
+        path,
+        {
+            'model.d_model': 256,
+            'optimizer.learning_rate': 1,
+            'train.progress': False,
+            'data.path': 'a b=c',
+            'optimizer.schedule': 'wsd',
+            'mesh.fsdp': 2,
+        },
+    )
     assert (config.model.d_model, config.optimizer.learning_rate, config.train.progress) == (256, 1.0, False)
     assert (config.data.path, config.optimizer.schedule, config.mesh.fsdp) == ('a b=c', 'wsd', 2)
     assert config.model.num_heads == 8, 'what is not overridden stays as in the file'
@@ -172,48 +211,71 @@ def parse(*argv):
 
 
 def test_overrides_by_flag(path):
-    config = parse(f'--config={path}', '--config.train.steps=2000', '--noconfig.train.progress',
-                   '--config.optimizer.learning_rate', '1e-3', '--config.train.steps=3000')
+    config = parse(
+        f'--config={path}',
+        '--config.train.steps=2000',
+        '--noconfig.train.progress',
+        '--config.optimizer.learning_rate',
+        '1e-3',
+        '--config.train.steps=3000',
+    )
     assert (config.train.steps, config.train.progress, config.optimizer.learning_rate) == (3000, False, 1e-3)
     assert config_lib.differences(config, config_lib.load(path)).keys() == {
-        'train.steps', 'train.progress', 'optimizer.learning_rate'}
+        'train.steps',
+        'train.progress',
+        'optimizer.learning_rate',
+    }
 
 
 def test_the_file_and_its_overrides_come_in_any_order(path):
     expected = parse(f'--config={path}', '--config.train.steps=2000', '--config.mesh.slices=2')
     for file in ([f'--config={path}'], ['--config', path], ['-config', path]):
-        for argv in (['--config.mesh.slices=2', *file, '--config.train.steps=2000'],
-                     ['--config.mesh.slices=2', '--config.train.steps', '2000', *file]):
+        for argv in (
+            ['--config.mesh.slices=2', *file, '--config.train.steps=2000'],
+            ['--config.mesh.slices=2', '--config.train.steps', '2000', *file],
+        ):
             assert parse(*argv) == expected
     with pytest.raises(ConfigError, match='unexpected argument --config=other.py'):
         parse(f'--config={path}', '--', '--config=other.py')
 
 
-@pytest.mark.parametrize('name, value, message', [
-    ('model.d_modle', 1, 'unknown setting model.d_modle; did you mean model.d_model?'),
-    ('data.d_model', 1, 'unknown setting data.d_model; did you mean model.d_model?'),
-    ('quite_another', 1, 'unknown setting quite_another'),
-    ('model.d_model', 1.5, "model.d_model='1.5' must be int"),
-    ('model.d_model', 'wide', "model.d_model='wide' must be int"),
-    ('train.progress', 'maybe', "train.progress='maybe' must be bool"),
-    ('optimizer.learning_rate', 'nan', 'optimizer.learning_rate=nan must be a finite number'),
-    ('model.remat', 'ful', "model.remat='ful' is not one of the choices; did you mean full?"),
-    ('train.steps', 0, 'train.steps=0 must be at least 1'),
-])
+@pytest.mark.parametrize(
+    'name, value, message',
+    [
+        ('model.d_modle', 1, 'unknown setting model.d_modle; did you mean model.d_model?'),
+        ('data.d_model', 1, 'unknown setting data.d_model; did you mean model.d_model?'),
+        ('quite_another', 1, 'unknown setting quite_another'),
+        ('model.d_model', 1.5, "model.d_model='1.5' must be int"),
+        ('model.d_model', 'wide', "model.d_model='wide' must be int"),
+        ('train.progress', 'maybe', "train.progress='maybe' must be bool"),
+        ('optimizer.learning_rate', 'nan', 'optimizer.learning_rate=nan must be a finite number'),
+        ('model.remat', 'ful', "model.remat='ful' is not one of the choices; did you mean full?"),
+        ('train.steps', 0, 'train.steps=0 must be at least 1'),
+    ],
+)
 def test_a_wrong_override_is_refused(path, name, value, message):
-    for attempt in (lambda: config_lib.load(path, {name: value}), lambda: parse(f'--config={path}', f'--config.{name}={value}')):
+    for attempt in (
+        lambda: config_lib.load(path, {name: value}),
+        lambda: parse(f'--config={path}', f'--config.{name}={value}'),
+    ):
         with pytest.raises(ConfigError) as error:
             attempt()
         assert says(message)(error.value), error.value
 
 
-@pytest.mark.parametrize('argv, message', [
-    ([], '--config=PATH is missing, e.g. --config=configs/tiny.py'),
-    (['--config=PATH', 'train.steps=3'], 'unexpected argument train.steps=3; settings are given as --config.name=value'),
-    (['--config=PATH', '--steps=3'], "Unknown command line flag 'steps'"),
-    (['--config'], 'Missing value for flag --config'),
-    (['--config.train.steps=2000', '--config'], 'Missing value for flag --config'),
-])
+@pytest.mark.parametrize(
+    'argv, message',
+    [
+        ([], '--config=PATH is missing, e.g. --config=configs/tiny.py'),
+        (
+            ['--config=PATH', 'train.steps=3'],
+            'unexpected argument train.steps=3; settings are given as --config.name=value',
+        ),
+        (['--config=PATH', '--steps=3'], "Unknown command line flag 'steps'"),
+        (['--config'], 'Missing value for flag --config'),
+        (['--config.train.steps=2000', '--config'], 'Missing value for flag --config'),
+    ],
+)
 def test_a_wrong_command_line_is_refused(path, argv, message):
     with pytest.raises(ConfigError) as error:
         parse(*(argument.replace('PATH', str(path)) for argument in argv))
@@ -224,7 +286,9 @@ def test_a_wrong_command_line_is_refused(path, argv, message):
 
 
 def test_json_round_trip(path):
-    config = config_lib.load(path, {'optimizer.learning_rate': 1.2345e-7, 'data.path': 'ü "x"', 'train.progress': False})
+    config = config_lib.load(
+        path, {'optimizer.learning_rate': 1.2345e-7, 'data.path': 'ü "x"', 'train.progress': False}
+    )
     again = config_lib.from_json(config_lib.to_json(config))
     assert again == config and not config_lib.differences(again, config)
     with pytest.raises(ConfigError, match='locked'):
@@ -238,10 +302,18 @@ def test_a_saved_config_of_an_older_version_takes_new_defaults():
     assert config.model.d_mlp == 64 and config.model.norm_epsilon == Model().norm_epsilon and config.mesh == Mesh()
 
 
-@pytest.mark.parametrize('text, message', [
-    ('{"model": ', 'not a saved config'), ('[]', 'not a saved config'), ('{"model": 3}', 'not a saved config'),
-    ('{"modell": {"d_model": 3}}', 'not a saved config'), ('{"model": {"d_modl": 3}}', 'unknown setting model.d_modl'),
-    ('{"model": {"d_model": "x"}}', "model.d_model='x' must be int"), ('{"model": {"num_heads": 31}}', 'must be divisible')])
+@pytest.mark.parametrize(
+    'text, message',
+    [
+        ('{"model": ', 'not a saved config'),
+        ('[]', 'not a saved config'),
+        ('{"model": 3}', 'not a saved config'),
+        ('{"modell": {"d_model": 3}}', 'not a saved config'),
+        ('{"model": {"d_modl": 3}}', 'unknown setting model.d_modl'),
+        ('{"model": {"d_model": "x"}}', "model.d_model='x' must be int"),
+        ('{"model": {"num_heads": 31}}', 'must be divisible'),
+    ],
+)
 def test_a_saved_config_that_is_none_is_refused(text, message):
     with pytest.raises(ConfigError) as error:
         config_lib.from_json(text)
@@ -252,21 +324,50 @@ def test_differences_and_what_a_checkpoint_binds(path):
     ours = config_lib.load(path)
     theirs = config_lib.load(path, {'model.d_mlp': 64, 'train.steps': 2000, 'mesh.fsdp': 2, 'data.seed': 1})
     assert config_lib.differences(ours, theirs) == {
-        'model.d_mlp': (6144, 64), 'train.steps': (10000, 2000), 'mesh.fsdp': (1, 2), 'data.seed': (0, 1)}
+        'model.d_mlp': (6144, 64),
+        'train.steps': (10000, 2000),
+        'mesh.fsdp': (1, 2),
+        'data.seed': (0, 1),
+    }
     assert config_lib.unfit_for_checkpoint(ours, theirs) == [
-        'model.d_mlp is 6144 in the checkpoint and 64 in this config', 'data.seed is 0 in the checkpoint and 1 in this config']
+        'model.d_mlp is 6144 in the checkpoint and 64 in this config',
+        'data.seed is 0 in the checkpoint and 1 in this config',
+    ]
     assert config_lib.unfit_for_checkpoint(ours, ours) == []
 
 
 def test_a_checkpoint_binds_every_setting_that_shapes_the_parameters():
-    base = Model(d_model=64, num_layers=4, num_heads=4, num_kv_heads=2, num_ssd_groups=2, d_state=16, d_mlp=32, vocab_size=64,
-                 attention_period=2, attention_offset=1)
-    changes = dict(d_model=128, num_layers=8, num_heads=2, num_kv_heads=4, num_ssd_groups=4, d_state=32, d_mlp=64,
-                   vocab_size=128, attention_period=4, tie_embeddings=False, use_bias=True, use_dt_bias=False)
+    base = Model(
+        d_model=64,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=2,
+        num_ssd_groups=2,
+        d_state=16,
+        d_mlp=32,
+        vocab_size=64,
+        attention_period=2,
+        attention_offset=1,
+    )
+    changes = dict(
+        d_model=128,
+        num_layers=8,
+        num_heads=2,
+        num_kv_heads=4,
+        num_ssd_groups=4,
+        d_state=32,
+        d_mlp=64,
+        vocab_size=128,
+        attention_period=4,
+        tie_embeddings=False,
+        use_bias=True,
+        use_dt_bias=False,
+    )
     free = {name for name, field in Model.__dataclass_fields__.items() if not field.metadata['of_checkpoint']}
 
     def shapes(model):
-        return jax.tree.map(lambda leaf: leaf.shape, jax.eval_shape(lambda: step.init_params(model, 0)))
+        return jax.tree.map(lambda leaf: leaf.shape, jax.eval_shape(lambda: parameters.init_params(model, 0)))
+
     for name, value in changes.items():
         assert shapes(dataclasses.replace(base, **{name: value})) != shapes(base), name
         assert name not in free, name
@@ -295,10 +396,10 @@ def test_a_shipped_config_loads(path):
 @pytest.mark.parametrize('name, parameters', [('1p3b', 1.30e9), ('320m', 320e6)])
 def test_parameter_counts(name, parameters):
     model = config_lib.load(CONFIGS / f'{name}.py').model
-    assert step.count_params(model) == pytest.approx(parameters, rel=0.01)
+    assert parameters.count_params(model) == pytest.approx(parameters, rel=0.01)
     assert model.vocab_size == 50304 and model.tie_embeddings
     assert model.layer_kinds == ('ssd',) * 7 + ('attention',)
-    assert _parameters(model) == step.count_params(model)
+    assert _parameters(model) == parameters.count_params(model)
 
 
 def _parameters(model):
@@ -307,12 +408,13 @@ def _parameters(model):
     mlp_and_norms = 3 * D * model.d_mlp + 4 * D
     ssd = 2 * D * H * P + 2 * D * model.num_ssd_groups * model.d_state + D * H + 2 * H
     attention = 2 * D * H * P + 2 * D * model.num_kv_heads * P
-    return (model.vocab_size * D + D + model.num_layers * mlp_and_norms
-            + model.num_layers // 8 * (7 * ssd + attention))
+    return model.vocab_size * D + D + model.num_layers * mlp_and_norms + model.num_layers // 8 * (7 * ssd + attention)
 
 
 def test_reading_a_config_needs_no_jax(path):
-    program = (f'import sys; from transxssm_jax import config; config.load({str(path)!r}); '
-               'assert "jax" not in sys.modules and "numpy" not in sys.modules; print("clean")')
+    program = (
+        f'import sys; from transxssm_jax import config; config.load({str(path)!r}); '
+        'assert "jax" not in sys.modules and "numpy" not in sys.modules; print("clean")'
+    )
     result = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, timeout=60)
     assert result.stdout == 'clean\n', result.stderr

@@ -12,8 +12,10 @@ from small import small_config
 
 from pallas_kernels.ssd.api import rotary_ssd
 from pallas_kernels.ssd.context import rotary_ssd_in_context
-from transxssm_jax import mesh, rope, step
-from transxssm_jax.loss import IGNORED
+from transxssm_jax.model import parameters, rope
+from transxssm_jax.model.loss import IGNORED
+from transxssm_jax.parallel import collectives, mesh
+from transxssm_jax.training import step
 
 B, L, H, P, G, N = 2, 64, 4, 16, 2, 16
 
@@ -36,9 +38,12 @@ def inputs():
     keys = iter(jax.random.split(jax.random.key(0), 8))
     angles = jnp.arange(L)[None, :, None] * 0.3 ** jnp.arange(N // 2)
     arrays = dict(
-        x=jax.random.normal(next(keys), (B, L, H, P)), dt=jax.nn.softplus(jax.random.normal(next(keys), (B, L, H)) - 3),
-        a=-jnp.exp(jax.random.normal(next(keys), (H,))), b=jax.random.normal(next(keys), (B, L, G, N)),
-        c=jax.random.normal(next(keys), (B, L, G, N)))
+        x=jax.random.normal(next(keys), (B, L, H, P)),
+        dt=jax.nn.softplus(jax.random.normal(next(keys), (B, L, H)) - 3),
+        a=-jnp.exp(jax.random.normal(next(keys), (H,))),
+        b=jax.random.normal(next(keys), (B, L, G, N)),
+        c=jax.random.normal(next(keys), (B, L, G, N)),
+    )
     rope = tuple(jnp.broadcast_to(table, (B, L, N // 2)) for table in (jnp.cos(angles), jnp.sin(angles)))
     return arrays, rope, jax.random.normal(next(keys), (B, L, H, P))
 
@@ -50,17 +55,26 @@ def scans(pieces):
 
     def scan(x, dt, a, b, c, rope, segment_ids):
         return rotary_ssd(x, dt, a, b, c, rope, segment_ids=segment_ids, **kwargs)[0]
+
     if pieces:
-        device_mesh = jax.make_mesh((pieces,), ('context',), axis_types=(AxisType.Auto,), devices=jax.devices()[:pieces])
+        device_mesh = jax.make_mesh(
+            (pieces,), ('context',), axis_types=(AxisType.Auto,), devices=jax.devices()[:pieces]
+        )
         row = PartitionSpec(None, 'context')
         scan = jax.shard_map(
             lambda x, dt, a, b, c, rope, segment_ids: rotary_ssd_in_context(
-                x, dt, a, b, c, rope, axis_name='context', axis_size=pieces, segment_ids=segment_ids, **kwargs),
-            mesh=device_mesh, in_specs=(row, row, PartitionSpec(), row, row, row, row), out_specs=row, check_vma=False)
+                x, dt, a, b, c, rope, axis_name='context', axis_size=pieces, segment_ids=segment_ids, **kwargs
+            ),
+            mesh=device_mesh,
+            in_specs=(row, row, PartitionSpec(), row, row, row, row),
+            out_specs=row,
+            check_vma=False,
+        )
 
     def loss(arrays, rope, segment_ids, weight):
         y = scan(*(arrays[name] for name in ('x', 'dt', 'a', 'b', 'c')), rope, segment_ids)
         return jnp.sum(y * weight), y
+
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
@@ -81,8 +95,18 @@ def test_a_scan_in_pieces_is_the_scan(pieces, documents):
 
 def tiny(**overrides):
     """(ssd, ssd, attention), float32, rows of 64 tokens."""
-    sizes = dict(model_num_layers=3, model_attention_period=3, model_attention_offset=2, model_d_model=32, model_num_heads=2,
-                 model_d_mlp=32, model_vocab_size=64, data_seq_len=L, data_global_batch=4, train_loss_chunk_tokens=16)
+    sizes = dict(
+        model_num_layers=3,
+        model_attention_period=3,
+        model_attention_offset=2,
+        model_d_model=32,
+        model_num_heads=2,
+        model_d_mlp=32,
+        model_vocab_size=64,
+        data_seq_len=L,
+        data_global_batch=4,
+        train_loss_chunk_tokens=16,
+    )
     return small_config(**sizes | overrides)
 
 
@@ -103,16 +127,19 @@ def gradient_step(settings):
     """(mesh, jitted (params, batch) -> (sums, summed gradients)) of a config's mesh."""
     config = tiny(**dict(settings))
     sizes = [getattr(config.mesh, name) for name in mesh.AXES]
-    device_mesh = mesh.build(config, jax.devices()[:math.prod(sizes)])
+    device_mesh = mesh.build(config, jax.devices()[: math.prod(sizes)])
     shardings = step.state_shardings(config, device_mesh)['params']
-    run = jax.jit(step.summed_gradient(config), in_shardings=(shardings, step.batch_sharding(device_mesh)),
-                  out_shardings=(None, shardings))
+    run = jax.jit(
+        step.summed_gradient(config),
+        in_shardings=(shardings, step.batch_sharding(device_mesh)),
+        out_shardings=(None, shardings),
+    )
     return config, device_mesh, run
 
 
 def sums_and_gradients(documents, **settings):
     config, device_mesh, run = gradient_step(tuple(settings.items()))
-    params = step.init_params(config.model, 0)
+    params = parameters.init_params(config.model, 0)
     with jax.set_mesh(device_mesh):
         return jax.device_get(run(params, batch_of(config, documents)))
 
@@ -150,9 +177,15 @@ def test_losses_and_gradients_are_those_of_one_device(name):
 
 @pytest.mark.slow
 def test_other_parameters_are_split_alike():
-    assert_equal_to_one_device('across borders', MESHES['fsdp 2 context 2 tensor 2'], model_use_bias=True,
-                               model_tie_embeddings=False, model_use_dt_bias=False, model_rope_scaling='length',
-                               model_rope_original_length=8)
+    assert_equal_to_one_device(
+        'across borders',
+        MESHES['fsdp 2 context 2 tensor 2'],
+        model_use_bias=True,
+        model_tie_embeddings=False,
+        model_use_dt_bias=False,
+        model_rope_scaling='length',
+        model_rope_original_length=8,
+    )
 
 
 @pytest.mark.slow
@@ -160,7 +193,7 @@ def test_an_evaluation_is_that_of_one_device():
     sums = {}
     for name, sizes in {'one': dict(mesh_data=1), 'eight': dict(mesh_data=2, mesh_fsdp=2, mesh_context=2)}.items():
         config = tiny(**sizes, train_accumulation_steps=2, data_global_batch=8)
-        device_mesh = mesh.build(config, jax.devices()[:8 if name == 'eight' else 1])
+        device_mesh = mesh.build(config, jax.devices()[: 8 if name == 'eight' else 1])
         state = step.create_state(config, device_mesh)
         with jax.set_mesh(device_mesh):
             batch = mesh.global_batch(device_mesh, batch_of(config, 'across borders'), config.data.global_batch)
@@ -176,7 +209,8 @@ def test_dynamic_rope_scaling_sees_the_whole_row():
 
     def tables(positions):
         return rope.tables(positions, 16, config.model)
+
     with jax.set_mesh(mesh.build(config)):
-        split = jax.jit(mesh.on_shards(tables, (mesh.BATCH,), (table, table)))(positions)
+        split = jax.jit(collectives.shard_map(tables, (mesh.BATCH,), (table, table)))(positions)
     for ours, whole in zip(split, tables(jnp.asarray(positions))):
         np.testing.assert_allclose(ours, whole, atol=1e-6)

@@ -20,19 +20,36 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from small import small_config
 
-from transxssm_jax import checkpoint, convert, published
 from transxssm_jax import config as config_lib
-from transxssm_jax.step import split_model
+from transxssm_jax import convert
+from transxssm_jax.model.parameters import split_model
+from transxssm_jax.pytorch import checkpoint_format, conversion
+from transxssm_jax.training import checkpoint
 
 FIELDS = {
-    'model_type': 'TransXSSM', 'vocab_size': 264, 'hidden_size': 64, 'intermediate_size': 48, 'num_hidden_layers': 4,
-    'num_attention_heads': 4, 'num_key_value_heads': 2, 'attn_layer_period': 2, 'attn_layer_offset': 1,
-    'hidden_bias': False, 'rope_scaling': None, 'rope_theta': 500.0, 'max_position_embeddings': 32, 'hidden_act': 'silu',
-    'rms_norm_eps': 1e-5}
+    'model_type': 'TransXSSM',
+    'vocab_size': 264,
+    'hidden_size': 64,
+    'intermediate_size': 48,
+    'num_hidden_layers': 4,
+    'num_attention_heads': 4,
+    'num_key_value_heads': 2,
+    'attn_layer_period': 2,
+    'attn_layer_offset': 1,
+    'hidden_bias': False,
+    'rope_scaling': None,
+    'rope_theta': 500.0,
+    'max_position_embeddings': 32,
+    'hidden_act': 'silu',
+    'rms_norm_eps': 1e-5,
+}
 VARIANTS = {
     'grouped': {},
-    'biases, untied, dynamic': {'hidden_bias': True, 'tie_word_embeddings': False, 'rope_scaling': {
-        'rope_type': 'dynamic', 'factor': 4.0, 'original_max_position_embeddings': 32}},
+    'biases, untied, dynamic': {
+        'hidden_bias': True,
+        'tie_word_embeddings': False,
+        'rope_scaling': {'rope_type': 'dynamic', 'factor': 4.0, 'original_max_position_embeddings': 32},
+    },
     'linear, attention first': {'attn_layer_offset': 0, 'rope_scaling': {'type': 'linear', 'factor': 3.0}},
 }
 
@@ -80,9 +97,13 @@ def write(directory, dtype=np.float32, files=1, seed=0, changes=(), **fields):
     if files == 1:
         save_file(tensors, directory / 'model.safetensors', {'format': 'pt'})
         return tensors
-    weight_map = {name: f'model-{1 + i % files:05d}-of-{files:05d}.safetensors' for i, name in enumerate(sorted(tensors))}
+    weight_map = {
+        name: f'model-{1 + i % files:05d}-of-{files:05d}.safetensors' for i, name in enumerate(sorted(tensors))
+    }
     for file in set(weight_map.values()):
-        save_file({name: tensors[name] for name in tensors if weight_map[name] == file}, directory / file, {'format': 'pt'})
+        save_file(
+            {name: tensors[name] for name in tensors if weight_map[name] == file}, directory / file, {'format': 'pt'}
+        )
     (directory / 'model.safetensors.index.json').write_text(json.dumps({'metadata': {}, 'weight_map': weight_map}))
     return tensors
 
@@ -107,7 +128,7 @@ def published_logits(fields, tensors, ids_L):
         return x_LHK * cos + np.concatenate([-second, first], axis=-1) * sin
 
     def norm(x, name):
-        return x / np.sqrt((x ** 2).mean(-1, keepdims=True) + fields['rms_norm_eps']) * tensors[name]
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + fields['rms_norm_eps']) * tensors[name]
 
     x = tensors['model.word_embed.weight'][ids_L]
     for i in range(fields['num_hidden_layers']):
@@ -172,9 +193,10 @@ def test_the_formulas_here_are_those_of_the_published_code():
 def test_logits(tmp_path, name):
     tensors = write(tmp_path / 'published', **VARIANTS[name])
     ids_L = np.random.default_rng(1).integers(0, FIELDS['vocab_size'], 48)  # beyond max_position_embeddings
-    params, config = convert.load_published(tmp_path / 'published')
-    np.testing.assert_allclose(our_logits(params, config, ids_L[None])[0],
-                               published_logits(VARIANTS[name], tensors, ids_L), atol=1e-4)
+    params, config = conversion.load_published(tmp_path / 'published')
+    np.testing.assert_allclose(
+        our_logits(params, config, ids_L[None])[0], published_logits(VARIANTS[name], tensors, ids_L), atol=1e-4
+    )
 
 
 @pytest.mark.parametrize('name', VARIANTS)
@@ -197,9 +219,11 @@ def test_import_then_export_gives_the_same_bytes(tmp_path, name, capsys):
             assert handle.metadata() == {'format': 'pt'}
     same_bytes(tensors, read)
     assert index['metadata']['total_size'] == sum(value.nbytes for value in tensors.values())
-    before, after = (published.Published(tmp_path / name) for name in ('published', 'sharded'))
+    before, after = (checkpoint_format.Published(tmp_path / name) for name in ('published', 'sharded'))
     assert before.model == after.model
-    assert {field: after.fields[field] for field in before.fields} | {'rope_scaling': 0} == before.fields | {'rope_scaling': 0}
+    assert {field: after.fields[field] for field in before.fields} | {'rope_scaling': 0} == before.fields | {
+        'rope_scaling': 0
+    }
 
 
 def test_not_every_decay_rate_is_an_exponential():
@@ -210,21 +234,25 @@ def test_not_every_decay_rate_is_an_exponential():
 
 def test_a_bfloat16_checkpoint_comes_back_as_it_was(tmp_path):
     tensors = write(tmp_path / 'published', dtype=ml_dtypes.bfloat16, torch_dtype='bfloat16')
-    convert.import_published(tmp_path / 'published', tmp_path / 'run')
-    convert.export_published(tmp_path / 'run', tmp_path / 'out', dtype='bfloat16')
+    conversion.import_published(tmp_path / 'published', tmp_path / 'run')
+    conversion.export_published(tmp_path / 'run', tmp_path / 'out', dtype='bfloat16')
     same_bytes(tensors, load_file(tmp_path / 'out' / 'model.safetensors'))
     fields = json.loads((tmp_path / 'out' / 'config.json').read_text())
-    assert fields['torch_dtype'] == 'bfloat16' and published.Published(tmp_path / 'out').model.dtype == 'bfloat16'
-    convert.export_published(tmp_path / 'run', tmp_path / 'wide')
-    same_bytes({name: value.astype(np.float32) for name, value in tensors.items()},
-               load_file(tmp_path / 'wide' / 'model.safetensors'))
+    assert (
+        fields['torch_dtype'] == 'bfloat16' and checkpoint_format.Published(tmp_path / 'out').model.dtype == 'bfloat16'
+    )
+    conversion.export_published(tmp_path / 'run', tmp_path / 'wide')
+    same_bytes(
+        {name: value.astype(np.float32) for name, value in tensors.items()},
+        load_file(tmp_path / 'wide' / 'model.safetensors'),
+    )
 
 
 def test_an_imported_run_holds_what_is_loaded(tmp_path):
     write(tmp_path / 'published', files=2, hidden_dropout=0.1, something='else')
-    source = convert.import_published(tmp_path / 'published', tmp_path / 'run', overrides={'model.remat': 'none'})
+    source = conversion.import_published(tmp_path / 'published', tmp_path / 'run', overrides={'model.remat': 'none'})
     assert source.unused == ['hidden_dropout=0.1', 'something="else"']
-    params, config = convert.load_published(tmp_path / 'published')
+    params, config = conversion.load_published(tmp_path / 'published')
     restored, saved = checkpoint.load_trained(tmp_path / 'run')
     assert config_lib.differences(saved, config) == {'model.remat': ('none', 'hybrid')}
     assert jax.tree.structure(restored) == jax.tree.structure(params)
@@ -235,9 +263,12 @@ def test_a_model_trained_here_computes_the_same_after_export_and_import(tmp_path
     """With groups of B and C, of K and V, and a dt bias, which the published format spells out."""
     config = small_config(data_seq_len=32)
     rng = np.random.default_rng(0)
-    params = nnx.traversals.unflatten_mapping({
-        path: np.float32(path[-1] in ('scale', 'weight')) + 0.12 * rng.standard_normal(shape, np.float32)
-        for path, shape in published.shapes_of(config.model).items()})
+    params = nnx.traversals.unflatten_mapping(
+        {
+            path: np.float32(path[-1] in ('scale', 'weight')) + 0.12 * rng.standard_normal(shape, np.float32)
+            for path, shape in checkpoint_format.shapes_of(config.model).items()
+        }
+    )
     checkpoint.open_workdir(tmp_path / 'run', config)
     checkpoints = checkpoint.Checkpoints(tmp_path / 'run', config)
     zeros = jax.tree.map(np.zeros_like, params)
@@ -245,16 +276,20 @@ def test_a_model_trained_here_computes_the_same_after_export_and_import(tmp_path
         scaled = jax.tree.map(lambda leaf, scale=scale: leaf * np.float32(scale), params)
         checkpoints.save(step, {'step': np.int32(step), 'params': scaled, 'mu': zeros, 'nu': zeros}, {})
     checkpoints.close()
-    notes = convert.export_published(tmp_path / 'run', tmp_path / 'out')
-    assert notes == ['B and C of 2 groups are repeated for each of 4 heads',
-                     'the dt bias is dt_proj.bias; hidden_bias gives every other map a bias of 0']
-    read, loaded = convert.load_published(tmp_path / 'out')
+    notes = conversion.export_published(tmp_path / 'run', tmp_path / 'out')
+    assert notes == [
+        'B and C of 2 groups are repeated for each of 4 heads',
+        'the dt bias is dt_proj.bias; hidden_bias gives every other map a bias of 0',
+    ]
+    read, loaded = conversion.load_published(tmp_path / 'out')
     ids_BL = rng.integers(0, config.model.vocab_size, (2, 32))
     np.testing.assert_allclose(our_logits(read, loaded, ids_BL), our_logits(params, config, ids_BL), atol=1e-4)
     fields = json.loads((tmp_path / 'out' / 'config.json').read_text())
     tensors = load_file(tmp_path / 'out' / 'model.safetensors')
-    np.testing.assert_allclose(our_logits(params, config, ids_BL)[0], published_logits(fields, tensors, ids_BL[0]), atol=1e-4)
-    convert.export_published(tmp_path / 'run', tmp_path / 'earlier', step=3)
+    np.testing.assert_allclose(
+        our_logits(params, config, ids_BL)[0], published_logits(fields, tensors, ids_BL[0]), atol=1e-4
+    )
+    conversion.export_published(tmp_path / 'run', tmp_path / 'earlier', step=3)
     earlier = load_file(tmp_path / 'earlier' / 'model.safetensors')
     assert np.array_equal(earlier['model.word_embed.weight'], 2 * tensors['model.word_embed.weight'])
 
@@ -267,11 +302,28 @@ def prepared(tmp_path_factory):
 def test_training_goes_on_from_imported_weights(tmp_path, prepared):
     write(tmp_path / 'published', num_hidden_layers=2)
     workdir = tmp_path / 'run'
-    settings = {'data.path': prepared, 'data.seq_len': 32, 'data.global_batch': 8, 'train.steps': 2, 'model.remat': 'none',
-                'optimizer.warmup_steps': 0, 'optimizer.learning_rate': 0.01, 'train.tensorboard': False,
-                'train.progress': False, 'train.eval_every_steps': 0, 'optimizer.schedule': 'constant'}
-    assert run('import', f'--source={tmp_path / "published"}', f'--workdir={workdir}',
-               *(f'--config.{name}={value}' for name, value in settings.items())) == 0
+    settings = {
+        'data.path': prepared,
+        'data.seq_len': 32,
+        'data.global_batch': 8,
+        'train.steps': 2,
+        'model.remat': 'none',
+        'optimizer.warmup_steps': 0,
+        'optimizer.learning_rate': 0.01,
+        'train.tensorboard': False,
+        'train.progress': False,
+        'train.eval_every_steps': 0,
+        'optimizer.schedule': 'constant',
+    }
+    assert (
+        run(
+            'import',
+            f'--source={tmp_path / "published"}',
+            f'--workdir={workdir}',
+            *(f'--config.{name}={value}' for name, value in settings.items()),
+        )
+        == 0
+    )
     start, _ = checkpoint.load_trained(workdir)
     result = train_fixtures.call(['train', f'--config={workdir / "config.py"}', f'--workdir={workdir}'])
     assert result.code == 0, result.err
@@ -280,9 +332,11 @@ def test_training_goes_on_from_imported_weights(tmp_path, prepared):
     # Two steps of Adam at 0.01 from moments of 0 move a weight by 0.02 at most, so they began at the imported ones.
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), start, end)
     assert all(0 < move < 0.021 for move in jax.tree.leaves(moved)), moved
-    convert.export_published(workdir, tmp_path / 'out')
+    conversion.export_published(workdir, tmp_path / 'out')
     trained = load_file(tmp_path / 'out' / 'model.safetensors')
-    np.testing.assert_allclose(trained['model.layers.0.ssd.A'], -np.exp(end['layers']['ssd']['mixer']['a_log'][0, 0]), rtol=1e-6)
+    np.testing.assert_allclose(
+        trained['model.layers.0.ssd.A'], -np.exp(end['layers']['ssd']['mixer']['a_log'][0, 0]), rtol=1e-6
+    )
     np.testing.assert_array_equal(trained['model.word_embed.weight'], end['embedding'])
 
 
@@ -290,25 +344,44 @@ def test_tokenizer_files(tmp_path, capsys):
     write(tmp_path / 'published', vocab_size=512)
     train_tokenizer(tmp_path / 'tokenizer.json', ['<|endoftext|>'])
     shutil.copy(tmp_path / 'tokenizer.json', tmp_path / 'published')
-    (tmp_path / 'published' / 'tokenizer_config.json').write_text('{"eos_token": "<|endoftext|>", "chat_template": "x"}')
+    (tmp_path / 'published' / 'tokenizer_config.json').write_text(
+        '{"eos_token": "<|endoftext|>", "chat_template": "x"}'
+    )
     workdir = tmp_path / 'run'
     assert run('import', f'--source={tmp_path / "published"}', f'--workdir={workdir}') == 0
     _, config = checkpoint.load_trained(workdir)
     assert config.data.path == str(workdir / 'tokenizer.json')
-    assert "data.path" not in (workdir / 'config.py').read_text()
-    assert run('export', f'--workdir={workdir}', f'--out={tmp_path / "out"}', f'--tokenizer={workdir / "tokenizer.json"}') == 0
+    assert 'data.path' not in (workdir / 'config.py').read_text()
+    assert (
+        run('export', f'--workdir={workdir}', f'--out={tmp_path / "out"}', f'--tokenizer={workdir / "tokenizer.json"}')
+        == 0
+    )
     for name in ('tokenizer.json', 'tokenizer_config.json'):
         assert (tmp_path / 'out' / name).read_bytes() == (tmp_path / 'published' / name).read_bytes()
-    assert run('export', f'--workdir={workdir}', f'--out={tmp_path / "made"}', f'--tokenizer={tmp_path / "tokenizer.json"}') == 0
+    assert (
+        run(
+            'export', f'--workdir={workdir}', f'--out={tmp_path / "made"}', f'--tokenizer={tmp_path / "tokenizer.json"}'
+        )
+        == 0
+    )
     made = json.loads((tmp_path / 'made' / 'tokenizer_config.json').read_text())
     assert made['eos_token'] == '<|endoftext|>' and made['tokenizer_class'] == 'PreTrainedTokenizerFast'
     assert json.loads((tmp_path / 'made' / 'config.json').read_text())['eos_token_id'] == 0
-    assert run('import', f'--source={tmp_path / "published"}', f'--workdir={tmp_path / "bytes"}', '--tokenizer=byte') == 0
+    assert (
+        run('import', f'--source={tmp_path / "published"}', f'--workdir={tmp_path / "bytes"}', '--tokenizer=byte') == 0
+    )
     assert checkpoint.load_trained(tmp_path / 'bytes')[1].data.path == 'byte'
     capsys.readouterr()
     write(tmp_path / 'small', vocab_size=264)
-    assert run('import', f'--source={tmp_path / "small"}', f'--workdir={tmp_path / "no"}',
-               f'--tokenizer={tmp_path / "tokenizer.json"}') == 2
+    assert (
+        run(
+            'import',
+            f'--source={tmp_path / "small"}',
+            f'--workdir={tmp_path / "no"}',
+            f'--tokenizer={tmp_path / "tokenizer.json"}',
+        )
+        == 2
+    )
     assert 'has 400 ids, more than the 264 of the model' in capsys.readouterr().err
     assert not (tmp_path / 'no').exists()
 
@@ -317,19 +390,30 @@ A, GATE = 'model.layers.0.ssd.A', 'model.layers.1.feed_forward.gate_proj.weight'
 REFUSED = {
     'missing tensor': (dict(changes={GATE: ''}), f'lacks tensor {GATE}'),
     'missing tensors': (dict(changes={GATE: '', A: ''}), f'lacks tensor {A} (and 1 more)'),
-    'unexpected tensor': (dict(changes={'model.layers.1.attn.q_norm.weight': np.ones(4, np.float32)}),
-                          'unexpected tensor model.layers.1.attn.q_norm.weight'),
-    'shape': (dict(changes={GATE: np.ones((48, 63), np.float32)}),
-              f'{GATE} has shape [48, 63], its config.json calls for [48, 64]'),
+    'unexpected tensor': (
+        dict(changes={'model.layers.1.attn.q_norm.weight': np.ones(4, np.float32)}),
+        'unexpected tensor model.layers.1.attn.q_norm.weight',
+    ),
+    'shape': (
+        dict(changes={GATE: np.ones((48, 63), np.float32)}),
+        f'{GATE} has shape [48, 63], its config.json calls for [48, 64]',
+    ),
     'integers': (dict(changes={GATE: np.ones((48, 64), np.int32)}), f'{GATE} is of type I32'),
-    'growing state': (dict(changes={A: np.ones(4, np.float32), 'model.layers.2.ssd.A': np.array([-1, -1, 0, -1], np.float32)}),
-                      'A >= 0 in layers 0 (to 1), 2 (to 0)'),
+    'growing state': (
+        dict(changes={A: np.ones(4, np.float32), 'model.layers.2.ssd.A': np.array([-1, -1, 0, -1], np.float32)}),
+        'A >= 0 in layers 0 (to 1), 2 (to 0)',
+    ),
     'A is no number': (dict(changes={A: np.full(4, np.nan, np.float32)}), 'layers 0 (to nan)'),
-    'tied head that differs': (dict(changes={'lm_head.weight': np.ones((264, 64), np.float32)}),
-                               'lm_head.weight differs from model.word_embed.weight'),
+    'tied head that differs': (
+        dict(changes={'lm_head.weight': np.ones((264, 64), np.float32)}),
+        'lm_head.weight differs from model.word_embed.weight',
+    ),
     'another model': (dict(model_type='llama'), 'model_type="llama" is another model'),
     'activation': (dict(hidden_act='gelu'), 'hidden_act="gelu" is not computed here'),
-    'scaling': (dict(rope_scaling={'rope_type': 'yarn', 'factor': 2.0}), 'rope_scaling.rope_type="yarn" is not computed here'),
+    'scaling': (
+        dict(rope_scaling={'rope_type': 'yarn', 'factor': 2.0}),
+        'rope_scaling.rope_type="yarn" is not computed here',
+    ),
     'scaling without factor': (dict(rope_scaling={'rope_type': 'dynamic'}), "rope_scaling lacks 'factor'"),
     'head width': (dict(head_dim=32), 'head_dim=32 is not computed here; it must be 16'),
     'partial rotation': (dict(partial_rotary_factor=0.5), 'partial_rotary_factor=0.5'),
@@ -402,20 +486,29 @@ def test_files_that_are_not_there_or_broken_are_refused(tmp_path, capsys):
 def test_rope_settings_as_transformers_5_writes_them():
     fields = {name: value for name, value in FIELDS.items() if not name.startswith('rope')}
     rope = {'rope_theta': 123.0, 'rope_type': 'dynamic', 'factor': 2.0, 'original_max_position_embeddings': 16}
-    model, unused = published.model_of(fields | {'rope_parameters': rope}, 'config.json')
-    assert (model.rope_theta, model.rope_scaling, model.rope_factor, model.rope_original_length) == (123.0, 'dynamic', 2.0, 32)
+    model, unused = checkpoint_format.model_of(fields | {'rope_parameters': rope}, 'config.json')
+    assert (model.rope_theta, model.rope_scaling, model.rope_factor, model.rope_original_length) == (
+        123.0,
+        'dynamic',
+        2.0,
+        32,
+    )
     assert len(unused) == 1 and 'original_max_position_embeddings=16 (the published code' in unused[0]
-    written = published.published_config(model, 64, fields | {'rope_parameters': rope, 'dtype': 'float16'}, 'float32')
-    assert published.model_of(written, 'config.json') == (model, [])
+    written = checkpoint_format.published_config(
+        model, 64, fields | {'rope_parameters': rope, 'dtype': 'float16'}, 'float32'
+    )
+    assert checkpoint_format.model_of(written, 'config.json') == (model, [])
     # Without either setting the published code has its default.
-    model, _ = published.model_of(fields, 'config.json')
+    model, _ = checkpoint_format.model_of(fields, 'config.json')
     assert (model.rope_scaling, model.rope_factor, model.rope_theta) == ('dynamic', 4.0, 10000.0)
 
 
 def test_a_state_wider_than_a_head_is_not_exported():
     model = small_config(model_d_state=32).model
-    with pytest.raises(published.ConvertError, match=r'model.d_state=32 has no place .*/model.num_heads=16 can be exported'):
-        published.published_model(model)
+    with pytest.raises(
+        checkpoint_format.ConvertError, match=r'model.d_state=32 has no place .*/model.num_heads=16 can be exported'
+    ):
+        checkpoint_format.published_model(model)
 
 
 def test_a_failed_write_is_said_in_one_line_and_leaves_no_checkpoint(tmp_path, monkeypatch, capsys):
@@ -437,16 +530,16 @@ def test_layers_of_one_kind_only(tmp_path):
     for name, offset, kinds in (('ssd', 7, ('ssd',)), ('attention', 0, ('attention',))):
         fields = dict(attn_layer_period=8 if offset else 1, attn_layer_offset=offset, num_hidden_layers=3)
         tensors = write(tmp_path / name, **fields)
-        convert.import_published(tmp_path / name, tmp_path / f'{name} run')
+        conversion.import_published(tmp_path / name, tmp_path / f'{name} run')
         assert checkpoint.load_trained(tmp_path / f'{name} run')[1].model.layer_kinds == kinds
-        convert.export_published(tmp_path / f'{name} run', tmp_path / f'{name} out')
+        conversion.export_published(tmp_path / f'{name} run', tmp_path / f'{name} out')
         same_bytes(tensors, load_file(tmp_path / f'{name} out' / 'model.safetensors'))
-        assert published.Published(tmp_path / f'{name} out').model.layer_kinds == kinds
+        assert checkpoint_format.Published(tmp_path / f'{name} out').model.layer_kinds == kinds
 
 
 def test_what_fails_while_it_is_written_leaves_no_file(tmp_path):
-    tensors = list(published.tensors_of(small_config(model_use_dt_bias=False).model).values())
-    with pytest.raises(ZeroDivisionError), published.Writer(tmp_path, tensors, 10**6, 'float32') as writer:
+    tensors = list(checkpoint_format.tensors_of(small_config(model_use_dt_bias=False).model).values())
+    with pytest.raises(ZeroDivisionError), checkpoint_format.Writer(tmp_path, tensors, 10**6, 'float32') as writer:
         writer.write(tensors[0], np.zeros(tensors[0].shape, np.float32))
         raise ZeroDivisionError
     assert not list(tmp_path.iterdir())
@@ -461,19 +554,19 @@ def test_an_import_and_an_export_hold_one_tensor_or_array_at_a_time(tmp_path, mo
         alive[id(array)] = array
         return array
 
-    def parts(*args, original=published.Published.parts):
+    def parts(*args, original=checkpoint_format.Published.parts):
         for index, part in original(*args):
             yield index, watch('import', part)
             del part
 
-    def read(*args, original=convert._read_array):
+    def read(*args, original=conversion._read_array):
         return watch('export', original(*args))
 
     write(tmp_path / 'published', files=2)
-    monkeypatch.setattr(published.Published, 'parts', parts)
+    monkeypatch.setattr(checkpoint_format.Published, 'parts', parts)
     monkeypatch.setattr(convert, '_read_array', read)
-    convert.import_published(tmp_path / 'published', tmp_path / 'run')
+    conversion.import_published(tmp_path / 'published', tmp_path / 'run')
     assert not alive
-    convert.export_published(tmp_path / 'run', tmp_path / 'out')
+    conversion.export_published(tmp_path / 'run', tmp_path / 'out')
     # The one in hand is held until the next is there.
     assert most == {'import': 2, 'export': 2}

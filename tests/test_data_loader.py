@@ -16,7 +16,7 @@ import pytest
 from data_fixtures import ROOT, SHARED, ids, run_prepare, texts, train_tokenizer, write_jsonl
 
 from transxssm_jax.data import loader as loader_module
-from transxssm_jax.data import prepare, shards
+from transxssm_jax.data import prepare, shard_writer
 from transxssm_jax.data.loader import DataError, check_vocab, make_loader
 from transxssm_jax.data.tokenizer import load_tokenizer
 
@@ -43,7 +43,7 @@ def data(documents, tmp_path_factory):
     directory = tmp_path_factory.mktemp('data')
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, 'MIN_SHARD_BYTES', 4000)
-        patch.setattr(shards, 'RECORD_TOKENS', 128)
+        patch.setattr(shard_writer, 'RECORD_TOKENS', 128)
         assert run_prepare(directory / 'out', write_jsonl(directory / 'd.jsonl', documents)) == 0
         sources = [
             f'{write_jsonl(directory / f"{i}.jsonl", mixture_texts(i))}@{weight}'

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from data_fixtures import ROOT, digests, ids, run_prepare, texts, train_tokenizer, write_jsonl
 
-from transxssm_jax.data import prepare, shards
-from transxssm_jax.data.index import read_index
+from transxssm_jax.data import prepare, shard_writer
+from transxssm_jax.data.manifest import read_index
 
 # Prepares with tiny shards in a process of its own: python -c SCRIPT flags.
 SCRIPT = """
@@ -199,8 +199,8 @@ def test_splits_tokenizer_and_sources_of_one_directory(tmp_path):
 def test_long_documents_span_records(tmp_path, monkeypatch):
     import tensorflow_datasets as tfds
 
-    monkeypatch.setattr(shards, 'RECORD_TOKENS', 64)
-    monkeypatch.setattr(shards, 'PART_CHARS', 50)
+    monkeypatch.setattr(shard_writer, 'RECORD_TOKENS', 64)
+    monkeypatch.setattr(shard_writer, 'PART_CHARS', 50)
     documents = texts(20)
     assert run_prepare(tmp_path / 'out', write_jsonl(tmp_path / 'd.jsonl', documents)) == 0
     found = []

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from data_fixtures import texts, write_jsonl
 
-from transxssm_jax.data.index import DataError
+from transxssm_jax.data.manifest import DataError
 from transxssm_jax.data.source import cut, list_files, parse_source, read_documents
 
 

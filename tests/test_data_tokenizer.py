@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from data_fixtures import SHARED, run_prepare, texts, train_tokenizer, write_jsonl
 
-from transxssm_jax.data.index import DataError
+from transxssm_jax.data.manifest import DataError
 from transxssm_jax.data.tokenizer import load_tokenizer
 
 

@@ -10,9 +10,10 @@ from flax import nnx
 from small import small_config
 
 from pallas_kernels.attention.decode import decode_attention, write_token
-from transxssm_jax import mesh, step
-from transxssm_jax.decode import Decoder
-from transxssm_jax.sampling import GREEDY, Sampling
+from transxssm_jax.inference.decode import Decoder
+from transxssm_jax.inference.sampling import GREEDY, Sampling
+from transxssm_jax.model import parameters
+from transxssm_jax.parallel import mesh
 
 L = 32
 LENGTHS = np.array([5, 20, 1, 16], np.int32)  # of prompts; one is a single token, one ends with a chunk of the scan
@@ -22,8 +23,20 @@ WHOLE = np.full(4, L, np.int32)
 
 def tiny(**settings):
     """(ssd, attention), float32, 96 tokens; settings of the model by name."""
-    settings = dict(num_layers=2, d_model=32, num_heads=2, num_kv_heads=1, num_ssd_groups=2, d_mlp=32, attention_period=2,
-                    attention_offset=1, rope_original_length=8) | settings
+    settings = (
+        dict(
+            num_layers=2,
+            d_model=32,
+            num_heads=2,
+            num_kv_heads=1,
+            num_ssd_groups=2,
+            d_mlp=32,
+            attention_period=2,
+            attention_offset=1,
+            rope_original_length=8,
+        )
+        | settings
+    )
     mesh_sizes = {name: settings.pop(name) for name in list(settings) if name.startswith('mesh_')}
     return small_config(**{f'model_{name}': value for name, value in settings.items()}, **mesh_sizes)
 
@@ -31,11 +44,12 @@ def tiny(**settings):
 def init(config):
     """Parameters with everything away from its special initial value, so that each matters."""
     rng = np.random.default_rng(1)
-    shapes = jax.eval_shape(functools.partial(step.init_params, config.model), 0)
+    shapes = jax.eval_shape(functools.partial(parameters.init_params, config.model), 0)
 
     def leaf(path, shape):
         middle = 1.0 if path[-1].key in ('scale', 'weight') else 0.0
         return jnp.asarray(middle + 0.1 * rng.standard_normal(shape.shape), jnp.float32)
+
     return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
@@ -46,14 +60,14 @@ def decoder_of(**settings):
 
 
 def forward(config, params, rope_length_B=None):
-    graph, _ = step.split_model(config.model)
+    graph, _ = parameters.split_model(config.model)
     run = jax.jit(lambda params, tokens, length: nnx.merge(graph, params).logits(tokens, rope_length_B=length))
     return np.asarray(run(params, TOKENS, rope_length_B))
 
 
 def decode(decoder, rope_length_B=WHOLE, padding=0):
     """Logits [4, L, V] after every token from each row's prompt on; NaN before."""
-    tokens = np.where(np.arange(L) < LENGTHS[:, None], TOKENS, padding)[:, :LENGTHS.max()]
+    tokens = np.where(np.arange(L) < LENGTHS[:, None], TOKENS, padding)[:, : LENGTHS.max()]
     state = decoder.prefill(decoder.empty(4, L), tokens, LENGTHS, rope_length_B)
     logits = np.full((4, L, decoder.model.vocab_size), np.nan, np.float32)
     rows = np.arange(4)
@@ -137,14 +151,25 @@ def test_prompts_may_be_read_a_few_rows_at_a_time():
 
 def settings_of(seeds, limit):
     count = len(seeds)
-    return {'limit_B': np.full(count, limit, np.int32), 'rope_length_B': np.full(count, limit, np.int32),
-            'seed_B': np.array(seeds, np.uint32)}
+    return {
+        'limit_B': np.full(count, limit, np.int32),
+        'rope_length_B': np.full(count, limit, np.int32),
+        'seed_B': np.array(seeds, np.uint32),
+    }
 
 
 def run(decoder, state, sampling, steps, stop=(), limit=L):
     plan, numbers = sampling.plan(decoder.model.vocab_size), sampling.numbers()
-    state, tokens = decoder.run(state, settings_of(range(4), limit), np.array(stop, np.int32), np.zeros(4, bool),
-                                np.int32(steps), plan=plan, numbers=numbers, block=16)
+    state, tokens = decoder.run(
+        state,
+        settings_of(range(4), limit),
+        np.array(stop, np.int32),
+        np.zeros(4, bool),
+        np.int32(steps),
+        plan=plan,
+        numbers=numbers,
+        block=16,
+    )
     return state, np.asarray(tokens)
 
 
@@ -189,17 +214,29 @@ def test_blocks_of_steps_stop_where_rows_do():
     first = [list(row).index(stop) if stop in row else 10 for row in tokens]
     state, stopped = run(decoder, prefilled(decoder.empty(4, L)), GREEDY, 11, stop=[stop, 95])
     for row, whole, end in zip(stopped, tokens, first):
-        np.testing.assert_array_equal(row[:end + 1], whole[:end + 1])
-        assert (row[end + 1:] == -1).all()
+        np.testing.assert_array_equal(row[: end + 1], whole[: end + 1])
+        assert (row[end + 1 :] == -1).all()
 
 
 def test_a_step_neither_copies_caches_nor_weights():
     decoder, rows, length = decoder_of(num_layers=4), 4, 4096
     state = decoder.empty(rows, length)
     plan, numbers = GREEDY.plan(96), GREEDY.numbers()
-    memory = decoder._run.lower(
-        decoder.weights, state, settings_of(range(rows), length), np.zeros(1, np.int32), np.zeros(rows, bool), np.int32(8),
-        numbers, plan=plan, block=16).compile().memory_analysis()
+    memory = (
+        decoder._run.lower(
+            decoder.weights,
+            state,
+            settings_of(range(rows), length),
+            np.zeros(1, np.int32),
+            np.zeros(rows, bool),
+            np.int32(8),
+            numbers,
+            plan=plan,
+            block=16,
+        )
+        .compile()
+        .memory_analysis()
+    )
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     smallest = min(cache.nbytes for layer in (1, 3) for cache in state['caches'][layer])
     assert memory.alias_size_in_bytes >= size, 'the state is changed in place'
@@ -234,14 +271,17 @@ def test_a_token_is_written_at_its_own_place():
     assert not after.any()
 
 
-@pytest.mark.parametrize('change, message', [
-    (dict(q=(3, 5, 16)), 'dividing its 5 heads'),
-    (dict(k=(3, 2, 10, 8)), 'must be'),
-    (dict(v=(3, 2, 9, 16)), 'both must be'),
-    (dict(q=(3, 16)), 'must be'),
-    (dict(length=(2,)), 'length has shape'),
-    (dict(implementation='fast'), "implementation='fast'"),
-])
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (dict(q=(3, 5, 16)), 'dividing its 5 heads'),
+        (dict(k=(3, 2, 10, 8)), 'must be'),
+        (dict(v=(3, 2, 9, 16)), 'both must be'),
+        (dict(q=(3, 16)), 'must be'),
+        (dict(length=(2,)), 'length has shape'),
+        (dict(implementation='fast'), "implementation='fast'"),
+    ],
+)
 def test_wrong_arguments_of_attention_are_named(change, message):
     shapes = dict(q=(3, 4, 16), k=(3, 2, 10, 16), v=(3, 2, 10, 16), length=(3,)) | change
     implementation = shapes.pop('implementation', 'xla')

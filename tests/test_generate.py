@@ -11,11 +11,13 @@ import pytest
 from flax import nnx
 from small import small_config
 
-from transxssm_jax import checkpoint, generate, step
-from transxssm_jax.completion import NO_TOKEN, Row
+from transxssm_jax import generate
 from transxssm_jax.data.tokenizer import ByteTokenizer
-from transxssm_jax.generate import GREEDY, Generator, InputError, Sampling, bucket
-from transxssm_jax.sampling import choose
+from transxssm_jax.inference.completion import NO_TOKEN, Row
+from transxssm_jax.inference.generator import Generator, bucket
+from transxssm_jax.inference.sampling import GREEDY, InputError, Sampling, choose
+from transxssm_jax.model import parameters
+from transxssm_jax.training import checkpoint
 
 MAX_LENGTH = 32  # one size of cache and of prompts, so that little is compiled
 RANDOM = Sampling(temperature=1.0)
@@ -24,14 +26,23 @@ RANDOM = Sampling(temperature=1.0)
 @pytest.fixture(scope='module')
 def config():
     """(ssd, attention) on bytes; the vocabulary is padded."""
-    return small_config(model_vocab_size=264, model_d_model=32, model_num_layers=2, model_num_heads=2, model_d_mlp=32,
-                        model_attention_period=2, model_attention_offset=1, data_path='byte', data_seq_len=MAX_LENGTH,
-                        mesh_data=1)
+    return small_config(
+        model_vocab_size=264,
+        model_d_model=32,
+        model_num_layers=2,
+        model_num_heads=2,
+        model_d_mlp=32,
+        model_attention_period=2,
+        model_attention_offset=1,
+        data_path='byte',
+        data_seq_len=MAX_LENGTH,
+        mesh_data=1,
+    )
 
 
 @pytest.fixture(scope='module')
 def params(config):
-    return jax.jit(functools.partial(step.init_params, config.model))(0)
+    return jax.jit(functools.partial(parameters.init_params, config.model))(0)
 
 
 @pytest.fixture(scope='module')
@@ -53,8 +64,8 @@ def completions(generator, prompts):
 def test_greedy_takes_the_likeliest_token_of_the_forward_pass(config, params, generator, prompts):
     [completion] = generator.generate(prompts[4:5], max_tokens=10, stop_tokens=())
     row = np.concatenate([prompts[4], completion.tokens])
-    logits = nnx.merge(step.split_model(config.model)[0], params).logits(row[None].astype(np.int32))[0]
-    np.testing.assert_array_equal(completion.tokens, logits[len(prompts[4]) - 1:-1, :257].argmax(-1))
+    logits = nnx.merge(parameters.split_model(config.model)[0], params).logits(row[None].astype(np.int32))[0]
+    np.testing.assert_array_equal(completion.tokens, logits[len(prompts[4]) - 1 : -1, :257].argmax(-1))
     assert completion.finish == 'length'
 
 
@@ -67,7 +78,9 @@ def test_a_text_depends_on_its_prompt_and_seed_alone(generator, prompts, complet
     again = generator.generate([prompts[i] for i in order], max_tokens=12, sampling=RANDOM, stop_tokens=(), seeds=order)
     for i, completion in zip(order, again):
         np.testing.assert_array_equal(completion.tokens, completions[i].tokens)
-    same_prompt = generator.generate([prompts[0]] * 4, max_tokens=12, sampling=RANDOM, stop_tokens=(), seeds=[0, 7, 0, 8])
+    same_prompt = generator.generate(
+        [prompts[0]] * 4, max_tokens=12, sampling=RANDOM, stop_tokens=(), seeds=[0, 7, 0, 8]
+    )
     np.testing.assert_array_equal(same_prompt[0].tokens, completions[0].tokens)
     np.testing.assert_array_equal(same_prompt[2].tokens, completions[0].tokens)
     assert len({tuple(completion.tokens) for completion in same_prompt}) == 3
@@ -77,7 +90,7 @@ def test_stop_tokens_end_a_completion(generator, prompts, completions):
     whole = completions[1].tokens
     stop = int(whole[5])
     [completion] = generator.generate(prompts[1:2], max_tokens=12, sampling=RANDOM, stop_tokens=(stop, 300), seeds=1)
-    np.testing.assert_array_equal(completion.tokens, whole[:list(whole).index(stop)])
+    np.testing.assert_array_equal(completion.tokens, whole[: list(whole).index(stop)])
     assert completion.finish == 'stop_token'
 
 
@@ -86,8 +99,8 @@ def test_stop_strings_cut_the_text_exactly(generator, prompts):
     [whole] = generator.generate(prompts[1:2], **printable)
     stop = whole.text[3:5]
     [completion] = generator.generate(prompts[1:2], stop_strings=[whole.text[7:9], stop, 'never'], **printable)
-    assert completion.text == whole.text[:whole.text.find(stop)] and completion.finish == 'stop_string'
-    np.testing.assert_array_equal(completion.tokens, whole.tokens[:len(completion.tokens)])
+    assert completion.text == whole.text[: whole.text.find(stop)] and completion.finish == 'stop_string'
+    np.testing.assert_array_equal(completion.tokens, whole.tokens[: len(completion.tokens)])
     assert ByteTokenizer().decode(completion.tokens).startswith(completion.text)
     assert not ByteTokenizer().decode(completion.tokens[:-1]).startswith(completion.text) or not completion.text
     assert ''.join(generator.stream(prompts[1], stop_strings=[stop], **printable)) == completion.text
@@ -165,7 +178,7 @@ def oracle(sampling):
     logits = logits / sampling.temperature
     order = np.argsort(-logits)
     if sampling.top_k:
-        order = order[:sampling.top_k]
+        order = order[: sampling.top_k]
     p = np.exp(logits[order])
     p /= p.sum()
     if sampling.top_p < 1:
@@ -177,18 +190,33 @@ def oracle(sampling):
     return probabilities
 
 
-@pytest.mark.parametrize('sampling', [
-    GREEDY, RANDOM, Sampling(0.5), Sampling(1.0, top_k=1), Sampling(1.5, top_k=7), Sampling(1.0, top_p=0.6),
-    Sampling(0.7, top_p=1e-6), Sampling(1.0, min_p=0.1), Sampling(1.0, repetition_penalty=1.7),
-    Sampling(0.0, repetition_penalty=2.5), Sampling(1.2, top_k=12, top_p=0.8, min_p=0.05, repetition_penalty=1.3),
-    Sampling(1.0, top_k=V),
-], ids=str)
+@pytest.mark.parametrize(
+    'sampling',
+    [
+        GREEDY,
+        RANDOM,
+        Sampling(0.5),
+        Sampling(1.0, top_k=1),
+        Sampling(1.5, top_k=7),
+        Sampling(1.0, top_p=0.6),
+        Sampling(0.7, top_p=1e-6),
+        Sampling(1.0, min_p=0.1),
+        Sampling(1.0, repetition_penalty=1.7),
+        Sampling(0.0, repetition_penalty=2.5),
+        Sampling(1.2, top_k=12, top_p=0.8, min_p=0.05, repetition_penalty=1.3),
+        Sampling(1.0, top_k=V),
+    ],
+    ids=str,
+)
 def test_tokens_are_chosen_with_the_probabilities_of_the_definition(sampling):
     draws = 6000
     plan, numbers = sampling.plan(V), sampling.numbers()
     keys = jax.random.split(jax.random.key(0), draws)
-    run = jax.jit(lambda logits, keys, seen: choose(
-        plan, numbers, jnp.broadcast_to(logits, (draws, PADDED)), keys, jnp.broadcast_to(seen, (draws, PADDED))))
+    run = jax.jit(
+        lambda logits, keys, seen: choose(
+            plan, numbers, jnp.broadcast_to(logits, (draws, PADDED)), keys, jnp.broadcast_to(seen, (draws, PADDED))
+        )
+    )
     counts = np.bincount(np.asarray(run(LOGITS, keys, SEEN)), minlength=PADDED)
     expected = oracle(sampling)
     assert not counts[V:].any() and not counts[:V][expected == 0].any()
@@ -203,8 +231,18 @@ def test_a_threshold_takes_equals_too():
     assert set(np.asarray(chosen).tolist()) == {0, 1, 2}
 
 
-@pytest.mark.parametrize('settings', [dict(temperature=-1.0), dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.1),
-                                      dict(min_p=1.0), dict(repetition_penalty=0.0), dict(temperature=float('nan'))])
+@pytest.mark.parametrize(
+    'settings',
+    [
+        dict(temperature=-1.0),
+        dict(top_k=-1),
+        dict(top_p=0.0),
+        dict(top_p=1.1),
+        dict(min_p=1.0),
+        dict(repetition_penalty=0.0),
+        dict(temperature=float('nan')),
+    ],
+)
 def test_settings_out_of_range_are_named(settings):
     [(name, value)] = settings.items()
     with pytest.raises(InputError, match=f'{name}={value} must be'):
@@ -220,18 +258,21 @@ def test_sizes_are_rounded_up_by_a_quarter_at_most(length):
 # ---- wrong input -----------------------------------------------------------
 
 
-@pytest.mark.parametrize('prompt, settings, message', [
-    (np.zeros(0, np.int32), {}, 'the prompt is empty'),
-    (np.ones(MAX_LENGTH, np.int32), {}, '32 tokens; at most 31'),
-    (np.array([264]), {}, 'the model knows 0 to 263'),
-    (np.array([-1]), {}, 'from -1'),
-    (np.ones((2, 2), np.int32), {}, '1-D'),
-    (np.ones(2), {}, 'of integers'),
-    (np.ones(2, np.int32), dict(max_tokens=0), 'max_tokens=0'),
-    (np.ones(2, np.int32), dict(seeds=[1, 2]), 'seeds must be'),
-    (np.ones(2, np.int32), dict(seeds=-1), 'seeds must be'),
-    (np.ones(2, np.int32), dict(stop_strings=['']), 'stop_strings'),
-])
+@pytest.mark.parametrize(
+    'prompt, settings, message',
+    [
+        (np.zeros(0, np.int32), {}, 'the prompt is empty'),
+        (np.ones(MAX_LENGTH, np.int32), {}, '32 tokens; at most 31'),
+        (np.array([264]), {}, 'the model knows 0 to 263'),
+        (np.array([-1]), {}, 'from -1'),
+        (np.ones((2, 2), np.int32), {}, '1-D'),
+        (np.ones(2), {}, 'of integers'),
+        (np.ones(2, np.int32), dict(max_tokens=0), 'max_tokens=0'),
+        (np.ones(2, np.int32), dict(seeds=[1, 2]), 'seeds must be'),
+        (np.ones(2, np.int32), dict(seeds=-1), 'seeds must be'),
+        (np.ones(2, np.int32), dict(stop_strings=['']), 'stop_strings'),
+    ],
+)
 def test_wrong_requests_are_named(generator, prompt, settings, message):
     with pytest.raises(InputError, match=message):
         generator.generate([prompt], **dict(max_tokens=4) | settings)
@@ -255,7 +296,9 @@ def workdir(config, params, tmp_path_factory):
     checkpoints = checkpoint.Checkpoints(path, config)
     for number in (3, 7):
         scaled = jax.tree.map(lambda leaf: leaf * (number / 7), params)  # noqa: B023
-        checkpoints.save(number, {'step': jnp.int32(number), 'params': scaled, 'mu': scaled, 'nu': scaled}, {'next_step': 0})
+        checkpoints.save(
+            number, {'step': jnp.int32(number), 'params': scaled, 'mu': scaled, 'nu': scaled}, {'next_step': 0}
+        )
         checkpoints.wait()
     checkpoints.close()
     return path
@@ -277,23 +320,36 @@ def test_parameters_of_a_run_are_loaded(workdir, config, params):
 
 
 def test_a_prompt_is_continued_on_the_terminal(workdir, generator, capsys):
-    code, out, err = call(capsys, f'--workdir={workdir}', '--prompt=To be', '--max_tokens=9', '--seed=5', '--temperature=1')
+    code, out, err = call(
+        capsys, f'--workdir={workdir}', '--prompt=To be', '--max_tokens=9', '--seed=5', '--temperature=1'
+    )
     [expected] = generator.generate([np.frombuffer(b'To be', np.uint8)], max_tokens=9, sampling=RANDOM, seeds=5)
     assert (code, err) == (0, '') and out == 'To be' + expected.text + '\n'
 
 
 def test_prompts_of_a_file_are_continued_in_a_file(workdir, generator, tmp_path, capsys):
     (tmp_path / 'in.jsonl').write_text('{"prompt": "To be", "id": 1}\n{"prompt": "or not"}\n')
-    code, out, err = call(capsys, f'--workdir={workdir}', f'--prompts={tmp_path / "in.jsonl"}', '--data=2', '--tensor=2',
-                          f'--out={tmp_path / "out.jsonl"}', '--max_tokens=9', '--temperature=1')
+    code, out, err = call(
+        capsys,
+        f'--workdir={workdir}',
+        f'--prompts={tmp_path / "in.jsonl"}',
+        '--data=2',
+        '--tensor=2',
+        f'--out={tmp_path / "out.jsonl"}',
+        '--max_tokens=9',
+        '--temperature=1',
+    )
     assert (code, err) == (0, '') and out.startswith('2 completions')
     written = [json.loads(line) for line in (tmp_path / 'out.jsonl').read_text().splitlines()]
     prompts = ['To be', 'or not']
-    expected = [generator.generate([np.frombuffer(prompt.encode(), np.uint8)], max_tokens=9, sampling=RANDOM)[0]
-                for prompt in prompts]
+    expected = [
+        generator.generate([np.frombuffer(prompt.encode(), np.uint8)], max_tokens=9, sampling=RANDOM)[0]
+        for prompt in prompts
+    ]
     assert written == [
         {'prompt': 'To be', 'id': 1, 'completion': expected[0].text, 'finish': 'length'},
-        {'prompt': 'or not', 'completion': expected[1].text, 'finish': 'length'}]
+        {'prompt': 'or not', 'completion': expected[1].text, 'finish': 'length'},
+    ]
     # It is not written over:
     code, _, err = call(capsys, f'--workdir={workdir}', '--prompt=a', f'--out={tmp_path / "out.jsonl"}')
     assert code == 2 and 'exists' in err and err.count('\n') == 1
@@ -313,32 +369,42 @@ def test_a_conversation_goes_on_after_ctrl_c_and_mistakes(workdir, monkeypatch, 
     assert err.count('\n') == 1 and 'at most 31' in err
 
 
-@pytest.mark.parametrize('arguments, message', [
-    (['--prompt=a', '--workdir=/nowhere'], 'does not exist'),
-    (['--prompt='], 'the prompt is empty'),
-    (['--prompt=' + 'x' * MAX_LENGTH], '32 tokens; at most 31'),
-    (['--prompt=a', '--step=5'], 'no checkpoint of step 5'),
-    (['--prompt=a', '--tokenizer=/nowhere.json'], 'tokenizer /nowhere.json'),
-    (['--prompt=a', '--temperature=-1'], 'temperature=-1.0 must be'),
-    (['--prompt=a', '--max_tokens=0'], 'max_tokens=0'),
-    (['--prompt=a', '--max_token=5'], '--max_token=5'),
-    (['--prompt=a', '--top_k=many'], 'many'),
-    (['--prompt=a', '--interactive'], 'give one of'),
-    ([], 'give one of'),
-    (['--interactive', '--out=x.jsonl'], '--out is for'),
-    (['--prompts=/nowhere'], '/nowhere'),
-    (['--prompt=a', '--tensor=16'], '8 devices'),
-    (['--prompt=a', '--tensor=4'], 'model.num_heads=2 must be divisible by mesh.tensor=4'),
-])
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (['--prompt=a', '--workdir=/nowhere'], 'does not exist'),
+        (['--prompt='], 'the prompt is empty'),
+        (['--prompt=' + 'x' * MAX_LENGTH], '32 tokens; at most 31'),
+        (['--prompt=a', '--step=5'], 'no checkpoint of step 5'),
+        (['--prompt=a', '--tokenizer=/nowhere.json'], 'tokenizer /nowhere.json'),
+        (['--prompt=a', '--temperature=-1'], 'temperature=-1.0 must be'),
+        (['--prompt=a', '--max_tokens=0'], 'max_tokens=0'),
+        (['--prompt=a', '--max_token=5'], '--max_token=5'),
+        (['--prompt=a', '--top_k=many'], 'many'),
+        (['--prompt=a', '--interactive'], 'give one of'),
+        ([], 'give one of'),
+        (['--interactive', '--out=x.jsonl'], '--out is for'),
+        (['--prompts=/nowhere'], '/nowhere'),
+        (['--prompt=a', '--tensor=16'], '8 devices'),
+        (['--prompt=a', '--tensor=4'], 'model.num_heads=2 must be divisible by mesh.tensor=4'),
+    ],
+)
 def test_wrong_input_gets_one_line_and_exit_code_2(workdir, capsys, arguments, message):
     code, out, err = call(capsys, f'--workdir={workdir}', *arguments)
     assert code == 2 and err.startswith('error: ') and err.count('\n') == 1 and message in err, err
     assert out in ('', 'a')
 
 
-@pytest.mark.parametrize('lines, message', [
-    ('', 'has no line'), ('{"prompt": "a"}\n{"text": "b"}\n', 'line 2'), ('not json\n', 'line 1'),
-    ('{"prompt": "a"}\n{"prompt": ""}\n', 'line 2: the prompt is empty'), ('{"prompt": 3}\n', 'line 1')])
+@pytest.mark.parametrize(
+    'lines, message',
+    [
+        ('', 'has no line'),
+        ('{"prompt": "a"}\n{"text": "b"}\n', 'line 2'),
+        ('not json\n', 'line 1'),
+        ('{"prompt": "a"}\n{"prompt": ""}\n', 'line 2: the prompt is empty'),
+        ('{"prompt": 3}\n', 'line 1'),
+    ],
+)
 def test_wrong_files_of_prompts_are_named(workdir, tmp_path, capsys, lines, message):
     (tmp_path / 'in.jsonl').write_text(lines)
     code, _, err = call(capsys, f'--workdir={workdir}', f'--prompts={tmp_path / "in.jsonl"}')

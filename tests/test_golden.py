@@ -7,10 +7,11 @@ from flax import nnx
 from golden import DIRECTORY, load_golden
 from safetensors.numpy import load_file
 
-from transxssm_jax import checkpoint, convert
-from transxssm_jax.decode import Decoder
-from transxssm_jax.loss import IGNORED, next_token_loss
-from transxssm_jax.step import init_params, split_model
+from transxssm_jax.inference.decode import Decoder
+from transxssm_jax.model.loss import IGNORED, next_token_loss
+from transxssm_jax.model.parameters import init_params, split_model
+from transxssm_jax.pytorch import conversion
+from transxssm_jax.training import checkpoint
 
 pytestmark = pytest.mark.skipif(not DIRECTORY.exists(), reason=f'{DIRECTORY} is absent')
 
@@ -59,11 +60,13 @@ def test_loss(golden):
 
 def test_an_imported_run_has_the_logits_and_exports_the_bytes(golden, tmp_path):
     _, _, expected, _ = golden
-    convert.import_published(DIRECTORY, tmp_path / 'run')
+    conversion.import_published(DIRECTORY, tmp_path / 'run')
     params, config = checkpoint.load_trained(tmp_path / 'run')
     model = nnx.merge(split_model(config.model)[0], params)
     np.testing.assert_allclose(model.logits(jnp.asarray(expected['input_ids'])), expected['logits'], atol=1e-4)
-    convert.export_published(tmp_path / 'run', tmp_path / 'out')
+    conversion.export_published(tmp_path / 'run', tmp_path / 'out')
     before, after = (load_file(directory / 'model.safetensors') for directory in (DIRECTORY, tmp_path / 'out'))
     assert before.keys() == after.keys()
-    assert all(before[name].tobytes() == after[name].tobytes() and before[name].shape == after[name].shape for name in before)
+    assert all(
+        before[name].tobytes() == after[name].tobytes() and before[name].shape == after[name].shape for name in before
+    )

@@ -62,12 +62,29 @@ def test_texts_are_divided_as_the_harness_divides_them(harness, lm):
     def ids(text):
         return list(Letters().encode_batch([text])[0])
 
-    cases = [('one', ' two'), ('one ', 'two'), ('one \n ', 'two'), ('', 'two'), ('', '\x01two'), (' ', 'two'), ('t', 'he'),
-             ('t', 'h'), ('one', '')]
+    cases = [
+        ('one', ' two'),
+        ('one ', 'two'),
+        ('one \n ', 'two'),
+        ('', 'two'),
+        ('', '\x01two'),
+        (' ', 'two'),
+        ('t', 'he'),
+        ('t', 'h'),
+        ('one', ''),
+    ]
     found = harness.encode_pairs(Letters(), cases)
     assert found == [
-        (ids('one'), ids(' two')), (ids('one'), ids(' two')), (ids('one'), ids(' \n two')), ([1], ids('two')),
-        ([1], ids('two')), ([1], ids(' two')), (ids('t'), ids('e')), (ids('t'), ids('h')), (ids('one'), [])]
+        (ids('one'), ids(' two')),
+        (ids('one'), ids(' two')),
+        (ids('one'), ids(' \n two')),
+        ([1], ids('two')),
+        ([1], ids('two')),
+        ([1], ids(' two')),
+        (ids('t'), ids('e')),
+        (ids('t'), ids('h')),
+        (ids('one'), []),
+    ]
     # The same as the harness's own models, where these serve the case.
     for case in [('one', ' two'), ('one \n', 'two é'), ('a', 'b')]:
         assert harness.encode_pairs(ByteTokenizer(), [case]) == [lm._encode_pair(*case)]
@@ -84,8 +101,11 @@ def test_real_tokens_are_divided_as_the_harness_divides_them(harness, name):
 
         eot_token_id = generate_until = loglikelihood_rolling = _loglikelihood_tokens = None
 
-    cases = [(doc['ctx_a'] + end, rest) for doc in read('hellaswag/validation.jsonl.gz', 50)
-             for end, rest in (('', ' ' + doc['endings'][0]), (' ', doc['endings'][1]), ('\n\n', doc['endings'][2]))]
+    cases = [
+        (doc['ctx_a'] + end, rest)
+        for doc in read('hellaswag/validation.jsonl.gz', 50)
+        for end, rest in (('', ' ' + doc['endings'][0]), (' ', doc['endings'][1]), ('\n\n', doc['endings'][2]))
+    ]
     assert harness.encode_pairs(tokenizer, cases) == [Dividing()._encode_pair(*case) for case in cases]
 
 
@@ -96,11 +116,11 @@ def test_the_model_is_registered_and_scores_texts(harness, lm):
     text = 'Rolling over the hills, one window after the other, until the text is at its end.'
     ids = [256, *text.encode()]
     (rolling,) = lm.loglikelihood_rolling(requests('loglikelihood_rolling', (text,)), disable_tqdm=True)
-    (whole, _), = lm.scorer.score([(ids[:1], ids[1:])])
+    ((whole, _),) = lm.scorer.score([(ids[:1], ids[1:])])
     assert rolling == whole and len(ids) > 64
     pair, empty = lm.loglikelihood(requests('loglikelihood', ('one ', 'two'), ('', 'two')), disable_tqdm=True)
     for (total, greedy), ids in [(pair, (list(b'one'), list(b' two'))), (empty, ([256], list(b'two')))]:
-        (expected, expected_greedy), = lm.scorer.score([ids])
+        ((expected, expected_greedy),) = lm.scorer.score([ids])
         assert (total, greedy) == (pytest.approx(expected, rel=1e-5), expected_greedy)
 
 
@@ -111,15 +131,19 @@ def test_completions_stop_where_they_are_told(harness, lm):
         return lm.generate_until(requests('generate_until', (context, settings)), disable_tqdm=True)[0]
 
     free = completion(context, until=[], max_gen_toks=14, do_sample=False)
-    assert free and completion(context, until=['', free[3:5]], max_gen_toks=14) == free[:free.index(free[3:5])]
+    assert free and completion(context, until=['', free[3:5]], max_gen_toks=14) == free[: free.index(free[3:5])]
     assert free.startswith(completion(context, until=[], max_gen_toks=6))
     long = 'x' * 500 + context
     assert completion(long, until=[], max_gen_toks=14) == completion(long[-50:], until=[], max_gen_toks=14)
     (after_nothing,) = lm.generator.generate([np.array([256])], max_tokens=14)
     assert completion('', until=[], max_gen_toks=14) == after_nothing.text
     settings = dict(until=[], max_gen_toks=12, do_sample=True, temperature=1.0, top_k=50)
-    together = lm.generate_until(requests('generate_until', (context, settings), ('a', settings), (context, settings)), True)
-    again = lm.generate_until(requests('generate_until', (context, settings), ('b', settings), (context, settings)), True)
+    together = lm.generate_until(
+        requests('generate_until', (context, settings), ('a', settings), (context, settings)), True
+    )
+    again = lm.generate_until(
+        requests('generate_until', (context, settings), ('b', settings), (context, settings)), True
+    )
     assert together[0] == again[0] != together[2] == again[2], 'a request has a seed of its own'
     with pytest.raises(harness.InputError, match='a task generates 64 tokens, which must be below --max_length=64'):
         completion(context, until=[], max_gen_toks=64)
@@ -141,10 +165,10 @@ class Oracle(scoring.Scorer):
     def _hidden(self, params, tokens_BL, positions_BL):
         expected_BL = np.zeros(tokens_BL.shape, int)
         for i, (tokens, positions) in enumerate(zip(tokens_BL, positions_BL)):
-            text = bytes(int(token) % 256 for token in tokens[:positions.max() + 1])
+            text = bytes(int(token) % 256 for token in tokens[: positions.max() + 1])
             answers = [answer for question, answer in self.facts if question in text]
             if answers:
-                expected_BL[i, :len(text)] = [next_byte(text[:end + 1], answers[0]) for end in range(len(text))]
+                expected_BL[i, : len(text)] = [next_byte(text[: end + 1], answers[0]) for end in range(len(text))]
         return jnp.asarray(np.eye(257, dtype=np.float32)[expected_BL])
 
     def _read(self, params, hidden_BLD, at_R, target_R):
@@ -164,13 +188,13 @@ class OracleGenerator:
         self.facts = facts
 
     def generate(self, prompts, *, max_tokens, sampling, stop_strings, seeds):
-        from transxssm_jax.generate import Completion
+        from transxssm_jax.inference.completion import Completion
 
         texts = []
         for prompt in prompts:
             answers = [answer for question, answer in self.facts if question in bytes(map(int, prompt))]
             text = (answers[0] if answers else b' unknown').decode() + '\nQuestion: and so on?'
-            texts.append(text[:min(text.index(stop) for stop in stop_strings if stop in text)])
+            texts.append(text[: min(text.index(stop) for stop in stop_strings if stop in text)])
         assert max_tokens == 256 and sampling.temperature == 0 and len(seeds) == len(prompts)
         return [Completion(np.zeros(0, np.int32), text, 'stop_string') for text in texts]
 
@@ -194,15 +218,30 @@ FACTS = {
     'arc_easy_local': ('arc_easy/test.jsonl.gz', lambda doc: (doc['question'], ' ' + by_label(doc))),
     'arc_challenge_local': ('arc_challenge/test.jsonl.gz', lambda doc: (doc['question'], ' ' + by_label(doc))),
     'openbookqa_local': ('openbookqa/test.jsonl.gz', lambda doc: (doc['question_stem'], ' ' + by_label(doc))),
-    'piqa_local': ('piqa/validation.jsonl.gz', lambda doc: (doc['goal'], ' ' + doc['sol1' if doc['label'] == 0 else 'sol2'])),
-    'hellaswag_local': ('hellaswag/validation.jsonl.gz', lambda doc: (doc['ctx_a'], ' ' + doc['endings'][int(doc['label'])])),
+    'piqa_local': (
+        'piqa/validation.jsonl.gz',
+        lambda doc: (doc['goal'], ' ' + doc['sol1' if doc['label'] == 0 else 'sol2']),
+    ),
+    'hellaswag_local': (
+        'hellaswag/validation.jsonl.gz',
+        lambda doc: (doc['ctx_a'], ' ' + doc['endings'][int(doc['label'])]),
+    ),
     'winogrande_local': ('winogrande/validation.jsonl.gz', winogrande),
-    'lambada_openai_local': ('lambada/lambada_test.jsonl.gz', lambda doc: (
-        doc['text'].rpartition(' ')[0], ' ' + doc['text'].rpartition(' ')[2])),
-    'triviaqa_local': ('triviaqa_rc_wikipedia_nocontext/validation.jsonl.gz', lambda doc: (
-        doc['question'], ' ' + doc['answer']['aliases'][0])),
-    **{f'mmlu_{subject}_local': (f'mmlu/{subject}/test.jsonl.gz', lambda doc: (
-        doc['question'].strip(), ' ABCD'[0] + 'ABCD'[doc['answer']])) for subject in ('anatomy', 'astronomy')},
+    'lambada_openai_local': (
+        'lambada/lambada_test.jsonl.gz',
+        lambda doc: (doc['text'].rpartition(' ')[0], ' ' + doc['text'].rpartition(' ')[2]),
+    ),
+    'triviaqa_local': (
+        'triviaqa_rc_wikipedia_nocontext/validation.jsonl.gz',
+        lambda doc: (doc['question'], ' ' + doc['answer']['aliases'][0]),
+    ),
+    **{
+        f'mmlu_{subject}_local': (
+            f'mmlu/{subject}/test.jsonl.gz',
+            lambda doc: (doc['question'].strip(), ' ABCD'[0] + 'ABCD'[doc['answer']]),
+        )
+        for subject in ('anatomy', 'astronomy')
+    },
 }
 SAMPLES = 3
 
@@ -223,8 +262,12 @@ needs_tasks = pytest.mark.skipif(not TASKS.is_dir(), reason='needs ../shared/eva
 def test_an_oracle_scores_one_on_every_task_of_the_paper(harness, lm, monkeypatch):
     facts = [tuple(text.encode() for text in fact(doc)) for path, fact in FACTS.values() for doc in read(path, SAMPLES)]
     results = evaluated(harness, lm, facts, list(FACTS), monkeypatch)
-    scores = {(task, metric): value for task, values in results['results'].items() for metric, value in values.items()
-              if metric.partition(',')[0] in ('acc', 'acc_norm', 'exact_match')}
+    scores = {
+        (task, metric): value
+        for task, values in results['results'].items()
+        for metric, value in values.items()
+        if metric.partition(',')[0] in ('acc', 'acc_norm', 'exact_match')
+    }
     assert {task for task, _ in scores} == set(FACTS)
     assert scores == dict.fromkeys(scores, 1.0)
     assert results['results']['lambada_openai_local']['perplexity,none'] == pytest.approx(1, abs=1e-3)
@@ -235,8 +278,10 @@ def test_an_oracle_scores_one_on_every_task_of_the_paper(harness, lm, monkeypatc
 
 @needs_tasks
 def test_an_oracle_of_wrong_answers_scores_nothing(harness, lm, monkeypatch):
-    facts = [(doc['goal'].encode(), b' ' + doc['sol2' if doc['label'] == 0 else 'sol1'].encode())
-             for doc in read('piqa/validation.jsonl.gz', SAMPLES)]
+    facts = [
+        (doc['goal'].encode(), b' ' + doc['sol2' if doc['label'] == 0 else 'sol1'].encode())
+        for doc in read('piqa/validation.jsonl.gz', SAMPLES)
+    ]
     results = evaluated(harness, lm, facts, ['piqa_local'], monkeypatch)
     assert results['results']['piqa_local']['acc,none'] == 0
 
@@ -259,8 +304,20 @@ def large_tokenizer(path):
 @needs_tasks
 def test_the_command_prints_a_table_and_writes_results(harness, workdir, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    assert harness.main(['harness', f'--workdir={workdir}', '--tasks=openbookqa_local', f'--include_path={TASKS}',
-                         '--tokenizer=byte', '--limit=2', '--batch_tokens=1024']) == harness.FINISHED
+    assert (
+        harness.main(
+            [
+                'harness',
+                f'--workdir={workdir}',
+                '--tasks=openbookqa_local',
+                f'--include_path={TASKS}',
+                '--tokenizer=byte',
+                '--limit=2',
+                '--batch_tokens=1024',
+            ]
+        )
+        == harness.FINISHED
+    )
     out = capsys.readouterr().out
     assert '|openbookqa_local|' in out.replace(' ', '') and 'acc_norm' in out
     (path,) = (workdir / 'evals').glob('harness_*.json')
@@ -273,41 +330,61 @@ def test_the_command_prints_a_table_and_writes_results(harness, workdir, monkeyp
 def test_the_harness_makes_the_model_from_its_own_arguments(harness, workdir):
     from lm_eval.api.registry import get_model
 
-    made = get_model('transxssm').create_from_arg_string(f'workdir={workdir},tokenizer=byte,max_length=48,step=3',
-                                                         {'batch_size': 4, 'device': None})
+    made = get_model('transxssm').create_from_arg_string(
+        f'workdir={workdir},tokenizer=byte,max_length=48,step=3', {'batch_size': 4, 'device': None}
+    )
     assert (made.max_length, made.eot_token_id, made.config.model.vocab_size) == (48, 256, 264)
 
 
-@pytest.mark.parametrize('arguments, message', [
-    (['--tasks=piqa'], '--workdir is missing, e.g. --workdir=runs/a'),
-    (['--workdir={run}'], '--tasks is missing'),
-    (['--workdir={tmp}/none', '--tasks=piqa'], 'does not exist'),
-    (['--workdir={run}', '--tasks=piqa'], 'data.path is empty'),
-    (['--workdir={run}', '--tasks=piqa', '--tokenizer={tmp}/none.json'], 'none.json'),
-    (['--workdir={run}', '--tasks=piqa', '--tokenizer={tmp}/large.json'],
-     'the tokenizer has 300 tokens, more than model.vocab_size=264'),
-    (['--workdir={run}', '--tasks=piqa', '--tokenizer=byte', '--step=4'], 'has no checkpoint of step 4'),
-    (['--workdir={run}', '--tasks=piqa', '--tokenizer=byte', '--include_path={tmp}/none'], 'no such directory'),
-    (['--workdir={run}', '--tasks=piqua,hellaswag', '--tokenizer=byte'], '--tasks=piqua: no such task; nearest: piqa'),
-    (['--workdir={run}', '--tasks=qqqqqqq', '--tokenizer=byte'], '--tasks=qqqqqqq: no such task; --include_path=DIR adds'),
-    (['--workdir={run}', '--tasks=piqa', '--taks=1'], "Unknown command line flag 'taks'"),
-    (['--workdir={run}', '--tasks=broken', '--tokenizer=byte', '--include_path={tmp}/broken'],
-     '--tasks=broken: cannot be loaded'),
-])
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (['--tasks=piqa'], '--workdir is missing, e.g. --workdir=runs/a'),
+        (['--workdir={run}'], '--tasks is missing'),
+        (['--workdir={tmp}/none', '--tasks=piqa'], 'does not exist'),
+        (['--workdir={run}', '--tasks=piqa'], 'data.path is empty'),
+        (['--workdir={run}', '--tasks=piqa', '--tokenizer={tmp}/none.json'], 'none.json'),
+        (
+            ['--workdir={run}', '--tasks=piqa', '--tokenizer={tmp}/large.json'],
+            'the tokenizer has 300 tokens, more than model.vocab_size=264',
+        ),
+        (['--workdir={run}', '--tasks=piqa', '--tokenizer=byte', '--step=4'], 'has no checkpoint of step 4'),
+        (['--workdir={run}', '--tasks=piqa', '--tokenizer=byte', '--include_path={tmp}/none'], 'no such directory'),
+        (
+            ['--workdir={run}', '--tasks=piqua,hellaswag', '--tokenizer=byte'],
+            '--tasks=piqua: no such task; nearest: piqa',
+        ),
+        (
+            ['--workdir={run}', '--tasks=qqqqqqq', '--tokenizer=byte'],
+            '--tasks=qqqqqqq: no such task; --include_path=DIR adds',
+        ),
+        (['--workdir={run}', '--tasks=piqa', '--taks=1'], "Unknown command line flag 'taks'"),
+        (
+            ['--workdir={run}', '--tasks=broken', '--tokenizer=byte', '--include_path={tmp}/broken'],
+            '--tasks=broken: cannot be loaded',
+        ),
+    ],
+)
 def test_wrong_input_is_said_in_one_line(harness, workdir, tmp_path, monkeypatch, capsys, arguments, message):
     import lm_eval.tasks
 
     folder = pathlib.Path(lm_eval.tasks.__file__).parent
     manager = lm_eval.tasks.TaskManager
     # The harness's index of all its tasks takes a quarter of a minute to read; two of its folders stand for it.
-    monkeypatch.setattr(lm_eval.tasks, 'TaskManager', lambda include_path=None, include_defaults=True: manager(
-        include_path=(include_path or []) + [folder / name for name in ('piqa', 'hellaswag') if include_defaults],
-        include_defaults=False))
+    monkeypatch.setattr(
+        lm_eval.tasks,
+        'TaskManager',
+        lambda include_path=None, include_defaults=True: manager(
+            include_path=(include_path or []) + [folder / name for name in ('piqa', 'hellaswag') if include_defaults],
+            include_defaults=False,
+        ),
+    )
     large_tokenizer(tmp_path / 'large.json')
     (tmp_path / 'broken').mkdir()
     (tmp_path / 'broken' / 'broken.yaml').write_text(
         'task: broken\ndataset_path: json\ndataset_kwargs: {data_files: {test: nowhere.jsonl}}\ntest_split: test\n'
-        'output_type: loglikelihood\ndoc_to_text: "{{text}}"\ndoc_to_target: "{{text}}"\n')
+        'output_type: loglikelihood\ndoc_to_text: "{{text}}"\ndoc_to_target: "{{text}}"\n'
+    )
     assert harness.main(['harness', *(argument.format(run=workdir, tmp=tmp_path) for argument in arguments)]) == 2
     err = [line for line in capsys.readouterr().err.splitlines() if line.startswith('error: ')]
     assert len(err) == 1 and message in err[0]
@@ -317,7 +394,17 @@ def test_wrong_input_is_said_in_one_line(harness, workdir, tmp_path, monkeypatch
 def test_the_papers_tasks_have_their_usual_names(harness):
     from lm_eval.tasks import TaskManager
 
-    names = ('mmlu', 'triviaqa', 'piqa', 'hellaswag', 'openbookqa', 'winogrande', 'arc_easy', 'arc_challenge', 'lambada_openai')
+    names = (
+        'mmlu',
+        'triviaqa',
+        'piqa',
+        'hellaswag',
+        'openbookqa',
+        'winogrande',
+        'arc_easy',
+        'arc_challenge',
+        'lambada_openai',
+    )
     assert set(names) <= set(TaskManager().all_tasks)
 
 

@@ -50,8 +50,9 @@ def test_shellcheck():
     path = shutil.which('shellcheck', path=f'{pathlib.Path(sys.executable).parent}:{os.environ["PATH"]}')
     if path is None:
         pytest.skip('shellcheck is not installed (pip install -e .[dev])')
-    result = subprocess.run([path, '--external-sources', *SCRIPTS], capture_output=True, text=True, cwd=LAUNCH.parent,
-                            timeout=60)
+    result = subprocess.run(
+        [path, '--external-sources', *SCRIPTS], capture_output=True, text=True, cwd=LAUNCH.parent, timeout=60
+    )
     assert result.returncode == 0, result.stdout
     assert len(SCRIPTS) >= 7
 
@@ -72,7 +73,9 @@ def test_what_is_refused(name):
         refused(call(name, *REQUIRED[name], '--dry-run', training=['--config=a.py']), '--workdir=DIR is missing')
     for missing in REQUIRED[name]:
         if missing.startswith('--'):
-            refused(call(name, *(given for given in REQUIRED[name] if given != missing), '--dry-run'), missing.split('=')[0])
+            refused(
+                call(name, *(given for given in REQUIRED[name] if given != missing), '--dry-run'), missing.split('=')[0]
+            )
 
 
 def test_counts_are_checked():
@@ -91,7 +94,12 @@ def test_counts_are_checked():
 @pytest.mark.parametrize('name, several', [('tpu_vm', '--slices=2'), ('gke', '--slices=2'), ('slurm', '--nodes=2')])
 def test_training_understands_the_command_line(name, several):
     """Every launcher's command, as the shells at the far end split it, is one that training accepts."""
-    training = ['--config.train.steps=700', '--config=configs/tiny.py', '--workdir=/mnt/a run', "--config.data.path=/d's"]
+    training = [
+        '--config.train.steps=700',
+        '--config=configs/tiny.py',
+        '--workdir=/mnt/a run',
+        "--config.data.path=/d's",
+    ]
     for given, slices in ((training, 2), ([*training, '--config.mesh.slices=4'], 4)):
         text = call(name, *REQUIRED[name], several, '--dry-run', training=given).stdout
         while 'transxssm_jax.train' not in (words := shlex.split(text, comments=True)):
@@ -112,14 +120,33 @@ def test_tpu_vm_creates_installs_trains_and_deletes():
     archive, create, copy, install, train, delete = commands('tpu_vm', '--project=p', '--mount=bucket')
     tpus = ['gcloud', 'compute', 'tpus', 'queued-resources']
     where = ['--zone=us-west4-a', '--project=p']
-    assert create == [*tpus, 'create', 'books', *where, '--accelerator-type=v5litepod-256',
-                      '--runtime-version=v2-alpha-tpuv5-lite', '--node-id=books']
+    assert create == [
+        *tpus,
+        'create',
+        'books',
+        *where,
+        '--accelerator-type=v5litepod-256',
+        '--runtime-version=v2-alpha-tpuv5-lite',
+        '--node-id=books',
+    ]
     assert archive[0] == 'git' and 'archive' in archive and archive[-1] == 'HEAD'
-    assert copy == [*tpus, 'scp', archive[-2].removeprefix('--output='), 'books:transxssm.tar.gz', *where,
-                    '--worker=all', '--node=all']
+    assert copy == [
+        *tpus,
+        'scp',
+        archive[-2].removeprefix('--output='),
+        'books:transxssm.tar.gz',
+        *where,
+        '--worker=all',
+        '--node=all',
+    ]
     for ssh in (install, train):
         assert ssh[:-1] == [*tpus, 'ssh', 'books', *where, '--worker=all', '--node=all']
-    assert 'pip install' in install[-1] and '.[tpu]' in install[-1] and 'gcsfuse' in install[-1] and '/mnt/bucket' in install[-1]
+    assert (
+        'pip install' in install[-1]
+        and '.[tpu]' in install[-1]
+        and 'gcsfuse' in install[-1]
+        and '/mnt/bucket' in install[-1]
+    )
     assert delete == [*tpus, 'delete', 'books', *where, '--force', '--quiet']
 
 
@@ -148,7 +175,10 @@ class Cloud:
     def __init__(self, directory, behaviour='', training='exit 0'):
         self.home, self.log = directory / 'home', directory / 'log'
         pretend(directory, 'bin/sleep', '')
-        pretend(directory, 'bin/gcloud', rf'''
+        pretend(
+            directory,
+            'bin/gcloud',
+            rf"""
 export HOME={self.home}
 kind=$4
 case "$*" in
@@ -173,11 +203,16 @@ case $kind in
     scp) cp "$5" $HOME/transxssm.tar.gz ;;
     *) bash -c "${{command#--command=}}" ;;
 esac
-''')
+""",
+        )
         pretend(self.home, '.local/bin/uv', '')
         # The python of the worker notes what it was called with and does what the test says.
-        pretend(self.home, 'venv/bin/python', f'printf "%s\\n" "$PWD" "$@" >> {self.home}/called\n'
-                                              f'count=$(grep -c transxssm_jax.train {self.home}/called)\n{training}\n')
+        pretend(
+            self.home,
+            'venv/bin/python',
+            f'printf "%s\\n" "$PWD" "$@" >> {self.home}/called\n'
+            f'count=$(grep -c transxssm_jax.train {self.home}/called)\n{training}\n',
+        )
 
     def launch(self, *arguments):
         return call('tpu_vm', *REQUIRED['tpu_vm'], *arguments, PATH=f'{self.log.parent}/bin:{os.environ["PATH"]}')
@@ -206,7 +241,11 @@ def test_tpu_vm_trains_once_and_shows_what_training_says(cloud):
     assert result.returncode == 0 and 'step 1\na warning\n' in result.stdout, result
     assert cloud.calls() == ['create', *START, 'delete']
     assert (cloud.home / 'called').read_text().splitlines() == [
-        str(cloud.home / 'transxssm'), '-m', 'transxssm_jax.train', *TRAINING], 'as it was given'
+        str(cloud.home / 'transxssm'),
+        '-m',
+        'transxssm_jax.train',
+        *TRAINING,
+    ], 'as it was given'
     assert (cloud.home / 'transxssm' / 'launch' / 'tpu_vm.sh').exists(), 'the source was copied'
 
 
@@ -236,17 +275,19 @@ def test_tpu_vm_takes_no_other_words_for_an_exit_code(cloud):
 
 def test_tpu_vm_does_not_lose_training_with_the_connection(cloud):
     """ssh breaks while training runs: training goes on, worker 0 is asked until it has ended, nothing is started again."""
-    cloud = cloud('''case $1$count in train1)
+    cloud = cloud(
+        """case $1$count in train1)
         bash -c "${command#--command=}" > >(head -n 1) 2>&1 &  # nobody reads on after the first line
         until grep -qs begun $HOME/train.log; do /bin/sleep 0.1; done
         /bin/sleep 1; touch $HOME/broken; exit 255 ;;
-    esac''',
-                  training='''
+    esac""",
+        training="""
 echo begun
 until [ -e ~/broken ]; do /bin/sleep 0.1; done
 /bin/sleep 1
 for line in {1..2000}; do echo "step $line" || exit 9; done
-echo done > ~/finished''')
+echo done > ~/finished""",
+    )
     result = cloud.launch()
     assert result.returncode == 0, result
     assert (cloud.home / 'finished').exists() and cloud.trained() == 1
@@ -256,9 +297,11 @@ echo done > ~/finished''')
 
 def test_tpu_vm_leaves_a_running_trainer_its_source(cloud):
     """Called again while training runs: the source is replaced when it has ended, not before."""
-    cloud = cloud(training='''
+    cloud = cloud(
+        training="""
 until [ $count -gt 1 ] || [ -e ~/go ]; do /bin/sleep 0.1; done
-[ -e launch/tpu_vm.sh ] || touch ~/wiped''')
+[ -e launch/tpu_vm.sh ] || touch ~/wiped"""
+    )
     command = [LAUNCH / 'tpu_vm.sh', *REQUIRED['tpu_vm'], '--keep', '--', *TRAINING]
     environment = os.environ | {'PATH': f'{cloud.log.parent}/bin:{os.environ["PATH"]}'}
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as first:
@@ -287,10 +330,10 @@ def wait_for(condition, seconds=60):
 
 
 def test_tpu_vm_creates_nothing_while_gcloud_cannot_say_what_is_there(cloud):
-    cloud = cloud('''case $1$count in
+    cloud = cloud("""case $1$count in
         describe1) touch $there ;&
         describe2) echo "ERROR: UNAVAILABLE: try again" >&2; exit 1 ;;
-    esac''')
+    esac""")
     result = cloud.launch()
     assert result.returncode == 0 and 'not known: ERROR: UNAVAILABLE' in result.stdout, result
     assert cloud.calls() == [*START, 'delete']
@@ -323,15 +366,27 @@ def test_gke_creates_a_workload():
     command = shlex.split(flags.pop('command'))
     assert command == ['exec', 'python', '-m', 'transxssm_jax.train', *TRAINING, '--config.mesh.slices=2']
     assert flags == {
-        'cluster': 'pod', 'workload': 'books', 'tpu-type': 'v5p-256', 'num-slices': '2', 'project': 'p', 'zone': 'z',
-        'docker-image': 'gcr.io/p/transxssm', 'storage': 'books', 'priority': 'medium', 'max-restarts': '100',
-        'restart-on-exit-codes': '69,75', 'termination-grace-period-seconds': '120'}
+        'cluster': 'pod',
+        'workload': 'books',
+        'tpu-type': 'v5p-256',
+        'num-slices': '2',
+        'project': 'p',
+        'zone': 'z',
+        'docker-image': 'gcr.io/p/transxssm',
+        'storage': 'books',
+        'priority': 'medium',
+        'max-restarts': '100',
+        'restart-on-exit-codes': '69,75',
+        'termination-grace-period-seconds': '120',
+    }
 
 
 def test_gke_without_an_image_takes_this_directory():
     [create] = commands('gke')
     assert f'--script-dir={LAUNCH.parent}' in create and '--base-docker-image=python:3.12' in create
-    assert create[-1].startswith('--command=pip install') and 'exec python -m transxssm_jax.train --config=' in create[-1]
+    assert (
+        create[-1].startswith('--command=pip install') and 'exec python -m transxssm_jax.train --config=' in create[-1]
+    )
 
 
 # ---- SLURM -----------------------------------------------------------------
@@ -346,21 +401,43 @@ def job_of(output):
 def test_slurm_submits_one_process_a_node():
     submit, job = job_of(call('slurm', '--nodes=4', '--time=4:00:00', '--partition=h200', '--dry-run').stdout)
     assert submit[0] == 'sbatch'
-    assert {'--nodes=4', '--ntasks-per-node=1', '--gpus-per-node=8', '--requeue', '--signal=TERM@120', '--open-mode=append',
-            '--time=4:00:00', '--partition=h200', f'--chdir={LAUNCH.parent}'} <= set(submit)
+    assert {
+        '--nodes=4',
+        '--ntasks-per-node=1',
+        '--gpus-per-node=8',
+        '--requeue',
+        '--signal=TERM@120',
+        '--open-mode=append',
+        '--time=4:00:00',
+        '--partition=h200',
+        f'--chdir={LAUNCH.parent}',
+    } <= set(submit)
     line = next(line for line in job.splitlines() if line.startswith('srun'))
-    assert shlex.split(line) == ['srun', '--kill-on-bad-exit=0', '.venv/bin/python', '-m', 'transxssm_jax.train',
-                                 *TRAINING, '--config.mesh.slices=4']
+    assert shlex.split(line) == [
+        'srun',
+        '--kill-on-bad-exit=0',
+        '.venv/bin/python',
+        '-m',
+        'transxssm_jax.train',
+        *TRAINING,
+        '--config.mesh.slices=4',
+    ]
 
 
-@pytest.mark.parametrize('code, restarts, requeued', [(0, 0, False), (2, 0, False), (3, 0, False), (75, 0, True), (69, 4, True),
-                                                      (137, 0, True), (75, 5, False)])
+@pytest.mark.parametrize(
+    'code, restarts, requeued',
+    [(0, 0, False), (2, 0, False), (3, 0, False), (75, 0, True), (69, 4, True), (137, 0, True), (75, 5, False)],
+)
 def test_slurm_puts_an_interrupted_job_back_into_the_queue(tmp_path, code, restarts, requeued):
     _, job = job_of(call('slurm', '--nodes=2', '--max_restarts=5', '--dry-run').stdout)
     pretend(tmp_path, 'srun', f'exit {code}\n')
     pretend(tmp_path, 'scontrol', f'echo "$*" > {tmp_path}/requeued\n')
-    result = subprocess.run(['bash', '-c', job], env=os.environ | {
-        'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'SLURM_JOB_ID': '17', 'SLURM_RESTART_COUNT': str(restarts)}, timeout=60)
+    result = subprocess.run(
+        ['bash', '-c', job],
+        env=os.environ
+        | {'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'SLURM_JOB_ID': '17', 'SLURM_RESTART_COUNT': str(restarts)},
+        timeout=60,
+    )
     assert result.returncode == code
     assert (tmp_path / 'requeued').exists() == requeued
     assert not requeued or (tmp_path / 'requeued').read_text() == 'requeue 17\n'
@@ -381,14 +458,27 @@ def test_sweep_trains_every_combination_in_a_workdir_of_its_own():
     training = ['--config=configs/tiny.py']
     got = commands('sweep', 'data.seed=0,1,2', training=training)
     assert len(got) == 6
-    assert got[1] == ['.venv/bin/python', '-m', 'transxssm_jax.train', '--config=configs/tiny.py',
-                      '--workdir=/runs/sweep/optimizer.learning_rate=1e-4,data.seed=1',
-                      '--config.optimizer.learning_rate=1e-4', '--config.data.seed=1']
+    assert got[1] == [
+        '.venv/bin/python',
+        '-m',
+        'transxssm_jax.train',
+        '--config=configs/tiny.py',
+        '--workdir=/runs/sweep/optimizer.learning_rate=1e-4,data.seed=1',
+        '--config.optimizer.learning_rate=1e-4',
+        '--config.data.seed=1',
+    ]
     assert len({word for words in got for word in words if word.startswith('--workdir=')}) == 6
     by_slurm = commands('sweep', '--slurm=--nodes=2 --time=1:00:00', training=training)
-    assert by_slurm[0] == ['launch/slurm.sh', '--python=.venv/bin/python', '--nodes=2', '--time=1:00:00', '--',
-                           '--config=configs/tiny.py', '--workdir=/runs/sweep/optimizer.learning_rate=1e-4',
-                           '--config.optimizer.learning_rate=1e-4']
+    assert by_slurm[0] == [
+        'launch/slurm.sh',
+        '--python=.venv/bin/python',
+        '--nodes=2',
+        '--time=1:00:00',
+        '--',
+        '--config=configs/tiny.py',
+        '--workdir=/runs/sweep/optimizer.learning_rate=1e-4',
+        '--config.optimizer.learning_rate=1e-4',
+    ]
 
 
 def test_sweep_goes_on_after_a_failure_and_stops_when_told(tmp_path):
@@ -396,8 +486,14 @@ def test_sweep_goes_on_after_a_failure_and_stops_when_told(tmp_path):
 
     def sweep(code):
         (tmp_path / 'log').write_text('')
-        result = call('sweep', '--out=/runs', f'--python={tmp_path}/python', 'data.seed=0,1,2', training=['--config=a.py'],
-                      CODE=str(code))
+        result = call(
+            'sweep',
+            '--out=/runs',
+            f'--python={tmp_path}/python',
+            'data.seed=0,1,2',
+            training=['--config=a.py'],
+            CODE=str(code),
+        )
         return result.returncode, len((tmp_path / 'log').read_text().splitlines())
 
     assert sweep(3) == (1, 3)

@@ -7,13 +7,15 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-# Reading order; a module imports only from what stands before it. data/ is a package of its own, with its own order.
-ORDER = ['config', 'mesh', 'layers', 'rope', 'attention', 'ssd', 'mamba2', 'model', 'loss', 'optim', 'data', 'step',
-         'flops', 'hlo', 'bounds', 'search', 'plan', 'hosts', 'checkpoint', 'metrics', 'sampling', 'completion', 'decode',
-         'generate', 'evals', 'published', 'convert', 'train']
-DATA_ORDER = ['index', 'source', 'tokenizer', 'workers', 'packing', 'shards', 'prepare', 'loader']
-CALL_KERNELS = {'attention', 'ssd', 'mamba2', 'generate'}
-NO_KERNELS = {'chips', 'tpu_traffic'}  # facts of devices and the reading of compiled programs, which planning shares
+# A wing imports only from the wings before it and from what all stand on; commands import wings, and nobody imports a command.
+GROUND = {'config', 'settings', 'cli'}
+WINGS = ['parallel', 'model', 'data', 'training', 'inference', 'planning', 'pytorch', 'evals']
+CALL_KERNELS = {'model', 'inference'}  # the mixers and their forms for decoding
+NO_KERNELS = {
+    'chips',
+    'hlo',
+    'tpu_traffic',
+}  # facts of devices and the reading of compiled programs, which planning shares
 PACKAGE = sorted((ROOT / 'transxssm_jax').rglob('*.py'))
 KERNELS = sorted((ROOT / 'pallas_kernels').rglob('*.py'))
 
@@ -34,11 +36,9 @@ def roots(path):
     return {name.partition('.')[0] for name in imports(path)}
 
 
-def modules(path, package, known):
-    """Which of the known modules of a package a file imports."""
-    parts = {tuple(name.split('.')) for name in imports(path) if name.startswith(package + '.')}
-    depth = package.count('.') + 1
-    return {part[depth] for part in parts if part[depth] in known}
+def parts(path):
+    """Modules and wings of the package that a file imports."""
+    return {name.split('.')[1] for name in imports(path) if name.startswith('transxssm_jax.')}
 
 
 def name_of(path):
@@ -47,36 +47,37 @@ def name_of(path):
 
 def test_the_walk_sees_imports(tmp_path):
     path = tmp_path / 'file.py'
-    path.write_text('import a.b as c\ndef f():\n    from transxssm_jax import step, loss as l\n    from d.e import g\n')
-    assert imports(path) == {'a.b', 'transxssm_jax', 'transxssm_jax.step', 'transxssm_jax.loss', 'd.e', 'd.e.g'}
+    path.write_text(
+        'import a.b as c\ndef f():\n    from transxssm_jax import model, data as d\n    from d.e import g\n'
+    )
+    assert imports(path) == {'a.b', 'transxssm_jax', 'transxssm_jax.model', 'transxssm_jax.data', 'd.e', 'd.e.g'}
     assert roots(path) == {'a', 'transxssm_jax', 'd'}
-    assert modules(path, 'transxssm_jax', ORDER) == {'step', 'loss'}
+    assert parts(path) == {'model', 'data'}
 
 
-def test_every_module_has_its_place():
-    assert {name_of(path) for path in PACKAGE} - {'__init__'} <= set(ORDER)
-    assert len(PACKAGE) > 15 and len(KERNELS) > 5
+def test_every_wing_is_there():
+    folders = {path.parent.name for path in PACKAGE if path.parent.name != 'transxssm_jax'}
+    assert folders == set(WINGS)
+    assert len(KERNELS) > 5
 
 
 @pytest.mark.parametrize('path', PACKAGE, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_module_imports_only_what_stands_above_it(path):
+def test_imports_run_one_way(path):
     own = name_of(path)
     if own == '__init__':
         assert not imports(path)
-        return
-    later = modules(path, 'transxssm_jax', ORDER) - set(ORDER[:ORDER.index(own)])
-    assert later <= ({own} if path.parent.name != 'transxssm_jax' else set())
+    elif own in GROUND:
+        assert parts(path) <= GROUND
+    elif own in WINGS:
+        assert parts(path) <= GROUND | set(WINGS[: WINGS.index(own) + 1])
+    else:
+        assert parts(path) <= GROUND | set(WINGS) | {own}  # a command
 
 
 @pytest.mark.parametrize('path', sorted((ROOT / 'transxssm_jax' / 'data').glob('*.py')), ids=lambda path: path.stem)
-def test_a_module_of_data_imports_only_what_stands_above_it(path):
-    imported = modules(path, 'transxssm_jax.data', DATA_ORDER)
-    assert modules(path, 'transxssm_jax', ORDER) <= {'data'}, 'data/ stands alone'
-    if path.stem == '__init__':
-        assert not imported
-    else:
-        # A module may name itself, for worker processes that must find it by its real name.
-        assert imported <= set(DATA_ORDER[:DATA_ORDER.index(path.stem) + 1])
+def test_data_stands_alone(path):
+    """Loader processes must not wait for JAX programs to be imported."""
+    assert parts(path) <= GROUND | {'data'}
 
 
 def test_config_imports_no_jax():
@@ -95,8 +96,7 @@ def test_kernels_stand_alone(path):
 @pytest.mark.parametrize('path', PACKAGE, ids=lambda path: str(path.relative_to(ROOT)))
 def test_only_the_mixers_and_decoding_call_kernels(path):
     if name_of(path) not in CALL_KERNELS:
-        parts = {name.split('.')[1] for name in imports(path) if name.startswith('pallas_kernels.')}
-        assert parts <= NO_KERNELS
+        assert {name.split('.')[1] for name in imports(path) if name.startswith('pallas_kernels.')} <= NO_KERNELS
 
 
 @pytest.mark.parametrize('path', PACKAGE + KERNELS, ids=lambda path: str(path.relative_to(ROOT)))

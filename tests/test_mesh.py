@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from small import packed_batch, small_config
 
-from transxssm_jax import mesh
 from transxssm_jax.config import ConfigError
+from transxssm_jax.parallel import mesh
 
 
 @pytest.mark.parametrize('axis', mesh.AXES)
@@ -19,14 +19,24 @@ def test_any_axis_takes_what_is_left(axis):
     assert device_mesh.devices.shape == tuple(1 if name == axis else 2 for name in mesh.AXES)
 
 
-@pytest.mark.parametrize('overrides, message', [
-    (dict(mesh_data=1, mesh_context=8, data_seq_len=40),
-     'data.seq_len=40 must be divisible by mesh.context=8 x 2 pieces of attention; try 32 or 48'),
-    (dict(mesh_data=1, mesh_context=8, data_seq_len=36, model_attention_period=0),
-     'data.seq_len=36 must be divisible by mesh.context=8; try 32 or 40'),
-    (dict(mesh_data=3, mesh_context=2), 'mesh.data=3 x mesh.fsdp=1 x mesh.context=2 x mesh.tensor=1 must multiply to the 8'),
-    (dict(mesh_slices=2), 'mesh.slices=2, but the 8 devices are of 1; set mesh.slices=1'),
-])
+@pytest.mark.parametrize(
+    'overrides, message',
+    [
+        (
+            dict(mesh_data=1, mesh_context=8, data_seq_len=40),
+            'data.seq_len=40 must be divisible by mesh.context=8 x 2 pieces of attention; try 32 or 48',
+        ),
+        (
+            dict(mesh_data=1, mesh_context=8, data_seq_len=36, model_attention_period=0),
+            'data.seq_len=36 must be divisible by mesh.context=8; try 32 or 40',
+        ),
+        (
+            dict(mesh_data=3, mesh_context=2),
+            'mesh.data=3 x mesh.fsdp=1 x mesh.context=2 x mesh.tensor=1 must multiply to the 8',
+        ),
+        (dict(mesh_slices=2), 'mesh.slices=2, but the 8 devices are of 1; set mesh.slices=1'),
+    ],
+)
 def test_a_mesh_that_does_not_fit_is_refused(overrides, message):
     with pytest.raises(ConfigError) as error:
         mesh.build(small_config(**overrides))
@@ -38,8 +48,10 @@ def test_a_mesh_that_does_not_fit_is_refused(overrides, message):
 
 def devices_of(slices, each):
     """Stand-ins for devices, in an order that mixes the slices."""
-    return [types.SimpleNamespace(id=i, slice_index=i % slices, platform='cpu', device_kind='cpu', process_index=i % slices)
-            for i in range(slices * each)]
+    return [
+        types.SimpleNamespace(id=i, slice_index=i % slices, platform='cpu', device_kind='cpu', process_index=i % slices)
+        for i in range(slices * each)
+    ]
 
 
 def slice_of(arranged):
@@ -71,8 +83,10 @@ def test_every_device_has_one_place():
 def test_context_does_not_cross_slices():
     with pytest.raises(ConfigError) as error:
         mesh.arrange(devices_of(2, 4), axes(context=8), 2)
-    assert str(error.value) == ('mesh.data=1 x mesh.fsdp=1 must be divisible by mesh.slices=2, for only these two reach '
-                                'across slices; try mesh.data=2')
+    assert str(error.value) == (
+        'mesh.data=1 x mesh.fsdp=1 must be divisible by mesh.slices=2, for only these two reach '
+        'across slices; try mesh.data=2'
+    )
 
 
 def test_a_wrong_number_of_slices_is_refused():
@@ -83,9 +97,11 @@ def test_a_wrong_number_of_slices_is_refused():
 # ---- batches ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize('sizes', [
-    dict(mesh_data=8), dict(mesh_data=2, mesh_context=4), dict(mesh_data=2, mesh_fsdp=2, mesh_context=2)],
-    ids=lambda sizes: '-'.join(f'{name}{size}' for name, size in sizes.items()))
+@pytest.mark.parametrize(
+    'sizes',
+    [dict(mesh_data=8), dict(mesh_data=2, mesh_context=4), dict(mesh_data=2, mesh_fsdp=2, mesh_context=2)],
+    ids=lambda sizes: '-'.join(f'{name}{size}' for name, size in sizes.items()),
+)
 def test_a_global_batch_is_the_rows_in_order(sizes):
     config = small_config(**sizes)
     device_mesh, batch = mesh.build(config), packed_batch(config)
@@ -107,6 +123,7 @@ def test_a_process_places_its_part_of_rows_it_shares(monkeypatch):
     def of_one_process(shape, sharding, block):
         index = sharding.devices_indices_map(shape)[device_mesh.devices[1, 0, 1, 0]]
         blocks['sharding'], blocks['block'] = sharding, block(index)
+
     monkeypatch.setattr(jax, 'make_array_from_callback', of_one_process)
     monkeypatch.setattr(mesh, 'rows_of_this_process', lambda device_mesh, size: np.array([2, 3]))
     mesh.global_batch(device_mesh, {'tokens': batch['tokens'][2:]}, 4)

@@ -9,25 +9,38 @@ import pytest
 from flax import nnx
 from small import packed_batch, small_config
 
-from transxssm_jax import layers, rope, step
 from transxssm_jax.config import Model
-from transxssm_jax.loss import IGNORED, next_token_loss
-from transxssm_jax.model import Block
+from transxssm_jax.model import layers, parameters, rope
+from transxssm_jax.model.language_model import Block
+from transxssm_jax.model.loss import IGNORED, next_token_loss
 
 L = 32
 
 
 def tiny(**settings):
     """(ssd, attention), float32; settings of the model by name."""
-    settings = dict(num_layers=2, d_model=32, num_heads=2, num_kv_heads=2, num_ssd_groups=2, d_mlp=32, attention_period=2,
-                    attention_offset=1) | settings
-    return small_config(data_seq_len=L, data_global_batch=2, **{f'model_{name}': value for name, value in settings.items()})
+    settings = (
+        dict(
+            num_layers=2,
+            d_model=32,
+            num_heads=2,
+            num_kv_heads=2,
+            num_ssd_groups=2,
+            d_mlp=32,
+            attention_period=2,
+            attention_offset=1,
+        )
+        | settings
+    )
+    return small_config(
+        data_seq_len=L, data_global_batch=2, **{f'model_{name}': value for name, value in settings.items()}
+    )
 
 
 @functools.cache
 def _logits_function(model_json):
     config = tiny(**dict(model_json))
-    graph, _ = step.split_model(config.model)
+    graph, _ = parameters.split_model(config.model)
     return jax.jit(lambda params, tokens, **where: nnx.merge(graph, params).logits(tokens, **where))
 
 
@@ -37,7 +50,7 @@ def logits(params, tokens, settings, **where):
 
 def init(settings, seed=0):
     """Parameters with everything away from its special initial value, so that each matters."""
-    params = step.init_params(tiny(**settings).model, seed)
+    params = parameters.init_params(tiny(**settings).model, seed)
     keys = iter(jax.random.split(jax.random.key(seed + 1), 100))
     return jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(next(keys), leaf.shape), params)
 
@@ -71,13 +84,14 @@ def test_causality(name):
 
 
 def loss_and_gradients(config):
-    graph, _ = step.split_model(config.model)
+    graph, _ = parameters.split_model(config.model)
 
     def loss(params, batch):
         model = nnx.merge(graph, params)
         hidden = model(batch['tokens'], segment_ids_BL=batch['segment_ids'], positions_BL=batch['positions'])
         objective, sums = next_token_loss(hidden, model.head_VD, batch['targets'], z_loss=1e-3, chunk_tokens=32)
         return objective, sums
+
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
@@ -92,7 +106,7 @@ def test_packed_documents_are_separate_documents():
             mine = packed['segment_ids'][row] == segment
             for name in names:
                 values = np.full(L, IGNORED if name == 'targets' else 0, np.int32)
-                values[:mine.sum()] = packed[name][row][mine]
+                values[: mine.sum()] = packed[name][row][mine]
                 separate[name].append(values)
     separate = {name: np.stack(rows) for name, rows in separate.items()}
     assert len(separate['tokens']) > 4 and (separate['positions'][:, 0] == 0).all()
@@ -122,8 +136,9 @@ def test_a_document_is_the_same_wherever_it_stands():
 
 def test_parameters_follow_the_pattern():
     def kinds(**settings):
-        params = step.init_params(tiny(**settings).model, 0)
+        params = parameters.init_params(tiny(**settings).model, 0)
         return {kind: tree['mixer_norm']['scale'].shape[:2] for kind, tree in params['layers'].items()}
+
     assert kinds(num_layers=8, attention_period=4, attention_offset=2) == {'ssd': (2, 3), 'attention': (2, 1)}
     assert kinds(num_layers=4, attention_period=1, attention_offset=0) == {'attention': (4, 1)}
     assert kinds(num_layers=4, attention_period=0) == {'ssd': (4, 1)}
@@ -135,15 +150,19 @@ def test_scanned_layers_are_the_blocks_in_order(offset):
     config, params, tokens = tiny(**settings), init(settings), tokens_of()
     positions = jnp.broadcast_to(jnp.arange(L), tokens.shape)
     kinds = config.model.layer_kinds
-    graphs = {kind: nnx.split(nnx.eval_shape(lambda kind=kind: Block(config.model, kind, rngs=nnx.Rngs(0))))[0]
-              for kind in set(kinds)}
+    graphs = {
+        kind: nnx.split(nnx.eval_shape(lambda kind=kind: Block(config.model, kind, rngs=nnx.Rngs(0))))[0]
+        for kind in set(kinds)
+    }
 
     @jax.jit
     def one(graph_params, x, kind_is_ssd):
         kind = 'ssd' if kind_is_ssd else 'attention'
         tables = rope.tables(positions, 16, config.model)  # both kinds are 16 wide here
         return nnx.merge(graphs[kind], graph_params)(
-            x, rope=tables, scale_BL=None, segment_ids_BL=jnp.ones_like(positions))
+            x, rope=tables, scale_BL=None, segment_ids_BL=jnp.ones_like(positions)
+        )
+
     one = jax.jit(one.__wrapped__, static_argnums=2)
     x = params['embedding'][tokens]
     for module in range(2):
@@ -151,7 +170,7 @@ def test_scanned_layers_are_the_blocks_in_order(offset):
             place = kinds[:i].count(kind)
             x = one(jax.tree.map(lambda leaf: leaf[module, place], params['layers'][kind]), x, kind == 'ssd')  # noqa: B023
     scale = params['final_norm']['scale']
-    x = x * jax.lax.rsqrt(jnp.mean(x ** 2, -1, keepdims=True) + config.model.norm_epsilon) * scale
+    x = x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + config.model.norm_epsilon) * scale
     np.testing.assert_allclose(logits(params, tokens, settings), x @ params['embedding'].T, atol=1e-3)
 
 
@@ -191,7 +210,7 @@ def test_bfloat16_is_close_to_float32():
     exact, rounded = logits(params, tokens, {}), logits(params, tokens, dict(dtype='bfloat16'))
     error = np.linalg.norm(rounded - exact) / np.linalg.norm(exact)
     assert 1e-4 < error < 3e-2
-    graph, _ = step.split_model(tiny(dtype='bfloat16').model)
+    graph, _ = parameters.split_model(tiny(dtype='bfloat16').model)
     hidden = jax.eval_shape(lambda params: nnx.merge(graph, params)(tokens), params)
     assert hidden.dtype == jnp.bfloat16 and hidden.shape == (2, L, 32)
 
@@ -200,9 +219,18 @@ def test_bfloat16_is_close_to_float32():
 
 
 def test_initial_values():
-    model = Model(vocab_size=256, d_model=1024, num_layers=8, num_heads=64, num_kv_heads=2, num_ssd_groups=2, d_state=16,
-                  d_mlp=16, use_bias=True)
-    params = step.init_params(model, 0)
+    model = Model(
+        vocab_size=256,
+        d_model=1024,
+        num_layers=8,
+        num_heads=64,
+        num_kv_heads=2,
+        num_ssd_groups=2,
+        d_state=16,
+        d_mlp=16,
+        use_bias=True,
+    )
+    params = parameters.init_params(model, 0)
     mixer = params['layers']['ssd']['mixer']
     a, dt = -np.exp(mixer['a_log']), np.asarray(jax.nn.softplus(mixer['dt_bias']))
     assert a.shape == dt.shape == (1, 7, 64)
@@ -219,7 +247,9 @@ def test_initial_values():
         elif path[-1] == 'bias':
             assert not leaf.any(), path
         assert leaf.dtype == jnp.float32, path
-    narrow = step.init_params(tiny(a_min=2.0, a_max=3.0, dt_min=0.02, dt_max=0.03).model, 0)['layers']['ssd']['mixer']
+    narrow = parameters.init_params(tiny(a_min=2.0, a_max=3.0, dt_min=0.02, dt_max=0.03).model, 0)['layers']['ssd'][
+        'mixer'
+    ]
     assert np.exp(narrow['a_log']).min() >= 2 and np.exp(narrow['a_log']).max() <= 3.0001
     assert jax.nn.softplus(narrow['dt_bias']).min() > 0.0199 and jax.nn.softplus(narrow['dt_bias']).max() < 0.0301
 
@@ -230,9 +260,9 @@ def test_inverse_softplus():
 
 
 def test_another_seed_gives_other_parameters():
-    first, second = (step.init_params(tiny().model, seed)['embedding'] for seed in (0, 1))
+    first, second = (parameters.init_params(tiny().model, seed)['embedding'] for seed in (0, 1))
     assert not np.array_equal(first, second)
-    np.testing.assert_array_equal(first, step.init_params(tiny().model, 0)['embedding'])
+    np.testing.assert_array_equal(first, parameters.init_params(tiny().model, 0)['embedding'])
 
 
 # ---- rope scaling ----------------------------------------------------------
@@ -292,6 +322,7 @@ def test_scaling_within_the_whole_model():
 
     def scaled(kind, original=16, tokens=tokens, **settings):
         return logits(params, tokens, dict(rope_scaling=kind, rope_original_length=original, **settings))
+
     for kind in ('linear', 'dynamic', 'length'):
         assert np.isfinite(scaled(kind)).all()
         assert np.abs(scaled(kind) - plain)[:, 16:].max() > 1e-4, kind
@@ -321,7 +352,9 @@ def dense_loss(hidden, head, targets, z_loss):
     counted = targets != IGNORED
     lse = jax.nn.logsumexp(logits, axis=-1)
     target = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
-    return jnp.sum(jnp.where(counted, lse - target + z_loss * lse ** 2, 0.0)), jnp.sum(jnp.where(counted, lse - target, 0.0))
+    return jnp.sum(jnp.where(counted, lse - target + z_loss * lse**2, 0.0)), jnp.sum(
+        jnp.where(counted, lse - target, 0.0)
+    )
 
 
 def loss_inputs(seed=0):
@@ -343,6 +376,7 @@ def test_chunked_loss_is_the_dense_loss(chunk, z_loss):
     def dense(hidden, head):
         objective, nll = dense_loss(hidden, head, targets, z_loss)
         return 3.0 * objective, nll
+
     (objective, sums), gradients = jax.jit(jax.value_and_grad(ours, argnums=(0, 1), has_aux=True))(hidden, head)
     (expected, nll), expected_gradients = jax.value_and_grad(dense, argnums=(0, 1), has_aux=True)(hidden, head)
     np.testing.assert_allclose(objective, expected, rtol=1e-5)
@@ -370,7 +404,8 @@ def test_ignored_positions_count_for_nothing():
 def test_large_logits_do_not_overflow():
     hidden, head, targets = loss_inputs()
     value, gradient = jax.value_and_grad(
-        lambda hidden: next_token_loss(hidden, head, targets, z_loss=1e-4, chunk_tokens=16)[0])(1e3 * hidden)
+        lambda hidden: next_token_loss(hidden, head, targets, z_loss=1e-4, chunk_tokens=16)[0]
+    )(1e3 * hidden)
     assert np.isfinite(value) and np.isfinite(gradient).all()
 
 

@@ -9,12 +9,12 @@ import pytest
 from eval_fixtures import random_params, save_run
 from small import small_config
 
-from transxssm_jax.data.index import DataError
+from transxssm_jax.data.manifest import DataError
 from transxssm_jax.data.tokenizer import ByteTokenizer
-from transxssm_jax.decode import Decoder
 from transxssm_jax.evals import needle, scoring
-from transxssm_jax.generate import Generator
-from transxssm_jax.sampling import InputError
+from transxssm_jax.inference.decode import Decoder
+from transxssm_jax.inference.generator import Generator
+from transxssm_jax.inference.sampling import InputError
 
 SETTINGS = dict(needles=1, ask='one', candidates=4, seed=0)
 
@@ -44,7 +44,7 @@ def test_a_needle_stands_at_its_depth_after_a_sentence(haystack, depth):
     assert bytes(question.tokens).decode().endswith(f'The secret number of {city} is')
     assert question.candidates[0] == question.answer and len(set(question.candidates)) == 4
     # Without needle and question it is the haystack, whole.
-    around = np.concatenate([case.tokens[:before], case.tokens[before + len(sentence):]])
+    around = np.concatenate([case.tokens[:before], case.tokens[before + len(sentence) :]])
     assert bytes(around.tolist()) in bytes(np.tile(haystack.tokens, 2).tolist())
 
 
@@ -65,8 +65,10 @@ def test_several_needles_are_spread_from_the_first_to_the_end_and_asked_for_each
     assert len(answers) == 4 and all(set(question.candidates) == answers for question in case.questions)
     one = haystack.case(1500, 20, 0, needles=4, ask='one', candidates=6, seed=0)
     assert [question.depth for question in one.questions] == [20]
-    assert len(one.questions[0].candidates) == 6 and sum(
-        number in text_of(one) for number in one.questions[0].candidates) == 4, 'numbers of other needles are candidates'
+    assert (
+        len(one.questions[0].candidates) == 6
+        and sum(number in text_of(one) for number in one.questions[0].candidates) == 4
+    ), 'numbers of other needles are candidates'
 
 
 def test_a_short_text_is_repeated(tmp_path):
@@ -76,7 +78,9 @@ def test_a_short_text_is_repeated(tmp_path):
 
 
 def test_what_a_haystack_refuses(haystack, tmp_path):
-    with pytest.raises(InputError, match=r'--lengths=100 is too short for 1 needle\(s\), .* which take 1\d\d tokens; try .*=256'):
+    with pytest.raises(
+        InputError, match=r'--lengths=100 is too short for 1 needle\(s\), .* which take 1\d\d tokens; try .*=256'
+    ):
         haystack.case(100, 50, 0, **SETTINGS)
     with pytest.raises(DataError, match='--haystack=.*none.txt: no such file'):
         needle.Haystack(str(tmp_path / 'none.txt'), ByteTokenizer(), 10)
@@ -87,8 +91,9 @@ def test_what_a_haystack_refuses(haystack, tmp_path):
 
 @pytest.fixture(scope='module')
 def model():
-    config = small_config(model_vocab_size=264, model_num_layers=2, model_attention_period=2, model_attention_offset=1,
-                          data_seq_len=320)
+    config = small_config(
+        model_vocab_size=264, model_num_layers=2, model_attention_period=2, model_attention_offset=1, data_seq_len=320
+    )
     return random_params(config), config
 
 
@@ -103,8 +108,10 @@ def test_scores_are_those_of_the_whole_text(haystack, model):
     generator = Generator(params, config, ByteTokenizer())
     for question, answer in zip(case.questions, answers):
         prompt = [*case.tokens.tolist(), *question.tokens]
-        expected = [total for total, _ in scorer.score([(prompt, list(f' {number}'.encode()))
-                                                        for number in question.candidates])]
+        expected = [
+            total
+            for total, _ in scorer.score([(prompt, list(f' {number}'.encode())) for number in question.candidates])
+        ]
         np.testing.assert_allclose(answer['log_likelihoods'], expected, rtol=1e-4)
         assert answer['rank'] == 1 + sum(score > expected[0] for score in expected)
         (completion,) = generator.generate([np.array(prompt)], max_tokens=needle.ROOM)
@@ -112,13 +119,32 @@ def test_scores_are_those_of_the_whole_text(haystack, model):
 
 
 def test_means_tables_and_heat_maps(tmp_path):
-    results = [{'context_length': length, 'depth_percent': depth, 'generated': float(depth == 50), 'chosen': 1.0, 'rank': 1 + i}
-               for length in (512, 1024) for depth in (0.0, 50.0) for i in range(2)]
+    results = [
+        {
+            'context_length': length,
+            'depth_percent': depth,
+            'generated': float(depth == 50),
+            'chosen': 1.0,
+            'rank': 1 + i,
+        }
+        for length in (512, 1024)
+        for depth in (0.0, 50.0)
+        for i in range(2)
+    ]
     cells = needle.means(results)
     assert cells[1] == {
-        'context_length': 512, 'depth_percent': 50.0, 'questions': 2, 'generated': 1.0, 'chosen': 1.0, 'rank': 1.5}
+        'context_length': 512,
+        'depth_percent': 50.0,
+        'questions': 2,
+        'generated': 1.0,
+        'chosen': 1.0,
+        'rank': 1.5,
+    }
     assert needle.table(cells, 'generated').splitlines() == [
-        ' generated      512    1,024', '        0%     0.00     0.00', '       50%     1.00     1.00']
+        ' generated      512    1,024',
+        '        0%     0.00     0.00',
+        '       50%     1.00     1.00',
+    ]
     pytest.importorskip('matplotlib', reason='needs pip install -e .[eval]')
     needle.heat_map(tmp_path / 'map.png', cells, 'generated', 'title')
     from PIL import Image
@@ -146,15 +172,27 @@ def run(workdir, *arguments):
 
 def test_the_command_writes_every_question_and_a_heat_map_of_each_score(workdir, tmp_path):
     (tmp_path / 'story.txt').write_text('Nothing happens here. ' * 40)
-    code, out, _ = run(workdir, f'--haystack={tmp_path}/story.txt', '--lengths=320', '--depths=0,100', '--needles=2', '--ask=all',
-                       '--candidates=3', f'--output={tmp_path}/results')
+    code, out, _ = run(
+        workdir,
+        f'--haystack={tmp_path}/story.txt',
+        '--lengths=320',
+        '--depths=0,100',
+        '--needles=2',
+        '--ask=all',
+        '--candidates=3',
+        f'--output={tmp_path}/results',
+    )
     assert code == needle.FINISHED
     record = json.loads((tmp_path / 'results' / 'results.json').read_text())
     assert [(cell['context_length'], cell['depth_percent'], cell['questions']) for cell in record['cells']] == [
-        (320, 0, 2), (320, 100, 2)]
+        (320, 0, 2),
+        (320, 100, 2),
+    ]
     assert len(record['results']) == 4
     for result in record['results']:
-        assert result['expected'] in result['needle'] and len(result['log_likelihoods']) == len(result['candidates']) == 3
+        assert (
+            result['expected'] in result['needle'] and len(result['log_likelihoods']) == len(result['candidates']) == 3
+        )
         assert 1 <= result['rank'] <= 3 and result['chosen'] == (result['rank'] == 1)
         assert result['score'] == (result['expected'] in result['model_response'])
     assert 'by chance 0.33' in out and 'generated      320' in out
@@ -162,15 +200,18 @@ def test_the_command_writes_every_question_and_a_heat_map_of_each_score(workdir,
     assert all((tmp_path / 'results' / f'{score}.png').stat().st_size > 5000 for score in ('generated', 'chosen'))
 
 
-@pytest.mark.parametrize('arguments, message', [
-    (['--haystack='], '--haystack is missing, e.g. --haystack=book.txt'),
-    (['--haystack={tmp}/none.txt'], '--haystack={tmp}/none.txt: no such file'),
-    (['--haystack={tmp}/a.txt', '--lengths=1024,ten'], '--lengths=ten must be whole numbers from 1'),
-    (['--haystack={tmp}/a.txt', '--lengths=64'], '--lengths=64 is too short for 1 needle(s)'),
-    (['--haystack={tmp}/a.txt', '--depths=110'], '--depths=110 must be numbers from 0 to 100'),
-    (['--haystack={tmp}/a.txt', '--needles=0'], '--needles'),
-    (['--haystack={tmp}/a.txt', '--step=4'], 'has no checkpoint of step 4'),
-])
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (['--haystack='], '--haystack is missing, e.g. --haystack=book.txt'),
+        (['--haystack={tmp}/none.txt'], '--haystack={tmp}/none.txt: no such file'),
+        (['--haystack={tmp}/a.txt', '--lengths=1024,ten'], '--lengths=ten must be whole numbers from 1'),
+        (['--haystack={tmp}/a.txt', '--lengths=64'], '--lengths=64 is too short for 1 needle(s)'),
+        (['--haystack={tmp}/a.txt', '--depths=110'], '--depths=110 must be numbers from 0 to 100'),
+        (['--haystack={tmp}/a.txt', '--needles=0'], '--needles'),
+        (['--haystack={tmp}/a.txt', '--step=4'], 'has no checkpoint of step 4'),
+    ],
+)
 def test_wrong_input_is_said_in_one_line(workdir, tmp_path, arguments, message):
     (tmp_path / 'a.txt').write_text('Some text. ' * 50)
     code, _, err = run(workdir, *(argument.format(tmp=tmp_path) for argument in arguments))

@@ -13,11 +13,11 @@ from data_fixtures import ids, run_prepare, train_tokenizer, write_jsonl
 from flax import nnx
 from small import small_config
 
-from transxssm_jax import checkpoint
-from transxssm_jax.data.index import DataError
+from transxssm_jax.data.manifest import DataError
 from transxssm_jax.evals import perplexity
-from transxssm_jax.loss import IGNORED, next_token_loss
-from transxssm_jax.step import init_params, split_model
+from transxssm_jax.model.loss import IGNORED, next_token_loss
+from transxssm_jax.model.parameters import init_params, split_model
+from transxssm_jax.training import checkpoint
 
 TRAINED = 32  # tokens of a row in training
 
@@ -25,8 +25,15 @@ TRAINED = 32  # tokens of a row in training
 @pytest.fixture(scope='module')
 def config():
     return small_config(
-        model_vocab_size=512, model_d_model=32, model_num_layers=2, model_num_heads=2, model_attention_period=2,
-        model_attention_offset=1, model_d_mlp=32, data_seq_len=TRAINED)
+        model_vocab_size=512,
+        model_d_model=32,
+        model_num_layers=2,
+        model_num_heads=2,
+        model_attention_period=2,
+        model_attention_offset=1,
+        model_d_mlp=32,
+        data_seq_len=TRAINED,
+    )
 
 
 @pytest.fixture(scope='module')
@@ -34,8 +41,11 @@ def params(config):
     rng = np.random.default_rng(1)
     shapes = jax.eval_shape(functools.partial(init_params, config.model), 0)
     return jax.tree.map_with_path(
-        lambda path, leaf: np.float32(path[-1].key in ('scale', 'weight')) + 0.1 * rng.standard_normal(leaf.shape, np.float32),
-        shapes)
+        lambda path, leaf: (
+            np.float32(path[-1].key in ('scale', 'weight')) + 0.1 * rng.standard_normal(leaf.shape, np.float32)
+        ),
+        shapes,
+    )
 
 
 @pytest.fixture(scope='module')
@@ -47,8 +57,10 @@ def spans():
 def data(tmp_path_factory):
     """(prepared directory, its held-out documents): two long ones among short ones."""
     directory = tmp_path_factory.mktemp('data')
-    texts = [f'{i}: ' + ''.join(chr(97 + (i * j) % 26) for j in range(length)) for i, length in
-             enumerate((5, 40, 200, 3, 310, 17, 90))]
+    texts = [
+        f'{i}: ' + ''.join(chr(97 + (i * j) % 26) for j in range(length))
+        for i, length in enumerate((5, 40, 200, 3, 310, 17, 90))
+    ]
     for split in ('train', 'validation'):
         assert run_prepare(directory / 'prepared', write_jsonl(directory / f'{split}.jsonl', texts), split=split) == 0
     return directory / 'prepared', [ids(text) for text in texts]
@@ -68,8 +80,10 @@ def test_losses_of_tokens_are_those_of_the_logits():
 
 def test_logits_of_a_window_never_exist_whole():
     L, D, V = 4096, 16, 512
-    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in
-              (((1, L, D), jnp.float32), ((V, D), jnp.float32), ((1, L), jnp.int32))]
+    shapes = [
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in (((1, L, D), jnp.float32), ((V, D), jnp.float32), ((1, L), jnp.int32))
+    ]
     compiled = jax.jit(perplexity.token_losses, static_argnums=3).lower(*shapes, 64).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < L * V * 4 / 4
 
@@ -83,8 +97,8 @@ def test_losses_by_position_are_those_of_each_window_by_itself(config, params, s
     expected_L, expected_counts_L = np.zeros(length), np.zeros(length, int)
     for span in spans:
         for start in range(0, len(span), length):
-            logits = np.asarray(log_probabilities(span[None, start:start + length]))[0]
-            for i, target in enumerate(span[start + 1:start + length + 1]):
+            logits = np.asarray(log_probabilities(span[None, start : start + length]))[0]
+            for i, target in enumerate(span[start + 1 : start + length + 1]):
                 expected_L[i] -= logits[i, target]
                 expected_counts_L[i] += 1
     np.testing.assert_array_equal(counts_L, expected_counts_L)
@@ -93,8 +107,9 @@ def test_losses_by_position_are_those_of_each_window_by_itself(config, params, s
 
 
 def test_scalings_differ_only_beyond_the_training_length(config, params, spans):
-    results = perplexity.evaluate(params, config, spans, lengths=[TRAINED, 4 * TRAINED], scalings=list(perplexity.SCALINGS),
-                                  factor=4.0, batch=2)
+    results = perplexity.evaluate(
+        params, config, spans, lengths=[TRAINED, 4 * TRAINED], scalings=list(perplexity.SCALINGS), factor=4.0, batch=2
+    )
     by = {(result['rope_scaling'], result['length']): result for result in results}
     assert len(by) == 8
     within = {scaling: by[scaling, TRAINED]['nats_per_token'] for scaling in perplexity.SCALINGS}
@@ -126,14 +141,16 @@ def test_spans(data, monkeypatch, row_tokens):
     """Whatever rows the text is read in: long documents from their start, or all of them end to end."""
     path, documents = data
     monkeypatch.setattr(perplexity, 'ROW_TOKENS', row_tokens)
-    long = [document[i:i + 100] for document in documents for i in range(0, len(document) - 99, 100)]
+    long = [document[i : i + 100] for document in documents for i in range(0, len(document) - 99, 100)]
     assert len(long) == 5
     np.testing.assert_array_equal(perplexity.read_spans(path, 'validation', 100, documents='long', count=0), long)
     np.testing.assert_array_equal(perplexity.read_spans(path, 'validation', 100, documents='long', count=3), long[:3])
     joined = np.concatenate(documents)
-    joined = joined[:len(joined) // 100 * 100].reshape(-1, 100)
+    joined = joined[: len(joined) // 100 * 100].reshape(-1, 100)
     np.testing.assert_array_equal(perplexity.read_spans(path, 'validation', 100, documents='joined', count=0), joined)
-    np.testing.assert_array_equal(perplexity.read_spans(path, 'validation', 100, documents='joined', count=2), joined[:2])
+    np.testing.assert_array_equal(
+        perplexity.read_spans(path, 'validation', 100, documents='joined', count=2), joined[:2]
+    )
     with pytest.raises(DataError, match='no document of 400 tokens in split .*, the longest has 314'):
         perplexity.read_spans(path, 'validation', 400, documents='long', count=0)
 
@@ -151,11 +168,17 @@ def workdir(tmp_path_factory, config, params, data):
 
 
 def test_command(workdir, data, capsys):
-    assert perplexity.main([f'--workdir={workdir}', '--lengths=1x,48', '--rope_scaling=none,length', '--windows=0']) == 0
+    assert (
+        perplexity.main([f'--workdir={workdir}', '--lengths=1x,48', '--rope_scaling=none,length', '--windows=0']) == 0
+    )
     out = capsys.readouterr().out
     report = json.loads((workdir / 'perplexity.json').read_text())
     assert [(r['rope_scaling'], r['length']) for r in report['results']] == [
-        ('none', 32), ('none', 48), ('length', 32), ('length', 48)]
+        ('none', 32),
+        ('none', 48),
+        ('length', 32),
+        ('length', 48),
+    ]
     spans = sum(len(document) // 48 for document in data[1])
     assert report['results'][1]['windows'] == spans and report['results'][1]['tokens'] == 47 * spans
     assert report['training_length'] == TRAINED and report['documents'] == 'long'
@@ -180,8 +203,15 @@ def test_bad_input_is_said_in_one_line(workdir, data, tmp_path, capsys):
     refused('--batch=0 must be at least 1', '--batch=0')
     refused('--rope_factor=0.5 must be at least 1', '--rope_factor=0.5')
     train_tokenizer(tmp_path / 'tokenizer.json', ['<|endoftext|>'])
-    assert run_prepare(tmp_path / 'words', write_jsonl(tmp_path / 'text.jsonl', ['some text'] * 5), split='validation',
-                       tokenizer=tmp_path / 'tokenizer.json') == 0
+    assert (
+        run_prepare(
+            tmp_path / 'words',
+            write_jsonl(tmp_path / 'text.jsonl', ['some text'] * 5),
+            split='validation',
+            tokenizer=tmp_path / 'tokenizer.json',
+        )
+        == 0
+    )
     capsys.readouterr()
     refused('was prepared with another tokenizer', f'--data={tmp_path / "words"}', '--lengths=2')
     assert train_fixtures.checkpoint_steps(workdir) == [1]

@@ -19,17 +19,23 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 from small import small_config
-from test_flops import jaxpr_flops, without_kernels  # noqa: F401  a fixture
+from test_costs import jaxpr_flops, without_kernels  # noqa: F401  a fixture
 
 from pallas_kernels import chips
-from transxssm_jax import bounds, flops, hlo, mesh, plan, search, step
 from transxssm_jax import config as config_lib
+from transxssm_jax import plan
+from transxssm_jax.model import costs, parameters
+from transxssm_jax.parallel import mesh
+from transxssm_jax.planning import hlo, plan_search, roofline
+from transxssm_jax.planning import topology as topology_lib
+from transxssm_jax.training import step
 
 ROOT = pathlib.Path(__file__).parents[1]
 SIZES = dict(data=2, fsdp=2, context=1, tensor=2)
 
 needs_compiler = pytest.mark.skipif(
-    importlib.util.find_spec('libtpu') is None, reason='needs libtpu (pip install -e .[tpu])')
+    importlib.util.find_spec('libtpu') is None, reason='needs libtpu (pip install -e .[tpu])'
+)
 
 # Forms of the TPU compiler: a loop whose trips stand in its condition, a gather cut into the steps of two fusions, a
 # reduction of which each device keeps its part, a transfer that starts and ends, groups by mesh axes.
@@ -97,26 +103,35 @@ def test_collectives_of_a_tpu_module():
         ('collective-permute', ('data',), 1, ('bf16', (8, 128))),
         ('all-reduce', ('data', 'fsdp'), 1, ('f32', (32, 128))),
         ('all-gather', ('fsdp',), 6, ('bf16', (8, 128))),  # from 1 to 7
-        ('reduce-scatter', ('fsdp',), 6, ('f32', (32, 128)))]
+        ('reduce-scatter', ('fsdp',), 6, ('f32', (32, 128))),
+    ]
     sent = {c.kind: c.wire_bytes for c in found}
     array = 32 * 128
-    assert sent == {'collective-permute': array / 4 * 2, 'all-reduce': 2 * 4 * array * 7 / 8,
-                    'all-gather': 2 * array * 3 / 4, 'reduce-scatter': 4 * array * 3 / 4}
+    assert sent == {
+        'collective-permute': array / 4 * 2,
+        'all-reduce': 2 * 4 * array * 7 / 8,
+        'all-gather': 2 * array * 3 / 4,
+        'reduce-scatter': 4 * array * 3 / 4,
+    }
     assert {c.source for c in found} == {'', 'jit(step)/gate_proj'}
     assert hlo.loops_without_trips(TPU_MODULE) == 0
     assert hlo.loops_without_trips(TPU_MODULE.replace('constant(7)', 'parameter(1)')) == 1
 
 
-@pytest.mark.parametrize('attributes, groups', [
-    ('replica_groups={{0,2},{1,3}}, x=1', [[0, 2], [1, 3]]),
-    ('replica_groups=[2,2]<=[4]', [[0, 1], [2, 3]]),
-    ('replica_groups=[2,2]<=[2,2]T(1,0), dimensions={0}', [[0, 2], [1, 3]]),
-    ("replica_groups=mesh['a'=2,'b'=2] {'b'}, x", [[0, 1], [2, 3]]),
-    ("replica_groups=mesh['a'=2,'b'=2] {'a'}", [[0, 2], [1, 3]]),
-    ("replica_groups=mesh['a'=4] {'a':(1)2}", [[0, 2], [1, 3]]),
-    ("replica_groups=mesh['a'=4] {'a':(2)2}", [[0, 1], [2, 3]]),
-    ('channel_id=1, source_target_pairs={{0,1},{1,0}}', [[0, 1], [1, 0]]),
-    ('replica_groups={}, to_apply=%add', [[0]])])
+@pytest.mark.parametrize(
+    'attributes, groups',
+    [
+        ('replica_groups={{0,2},{1,3}}, x=1', [[0, 2], [1, 3]]),
+        ('replica_groups=[2,2]<=[4]', [[0, 1], [2, 3]]),
+        ('replica_groups=[2,2]<=[2,2]T(1,0), dimensions={0}', [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'b'}, x", [[0, 1], [2, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a'}", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=4] {'a':(1)2}", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=4] {'a':(2)2}", [[0, 1], [2, 3]]),
+        ('channel_id=1, source_target_pairs={{0,1},{1,0}}', [[0, 1], [1, 0]]),
+        ('replica_groups={}, to_apply=%add', [[0]]),
+    ],
+)
 def test_every_form_of_groups(attributes, groups):
     assert hlo._groups(attributes).tolist() == groups
 
@@ -142,8 +157,9 @@ def cpu_module():
     def f(x):
         return jax.lax.scan(body, x, None, length=5)[0]
 
-    sharded = jax.shard_map(f, mesh=device_mesh, in_specs=PartitionSpec(('a', 'b')), out_specs=PartitionSpec(('a', 'b')),
-                            check_vma=False)
+    sharded = jax.shard_map(
+        f, mesh=device_mesh, in_specs=PartitionSpec(('a', 'b')), out_specs=PartitionSpec(('a', 'b')), check_vma=False
+    )
     return jax.jit(sharded).lower(jax.ShapeDtypeStruct((8 * 16, 32), jnp.float32)).compile().as_text()
 
 
@@ -151,25 +167,29 @@ def test_collectives_of_a_cpu_module():
     found = {c.kind: c for c in hlo.collectives(cpu_module())}
     shape, block = dict(a=2, b=4), 16 * 32 * 4
     assert {kind: (c.axes(shape), c.runs, c.operand_bytes, c.wire_bytes) for kind, c in found.items()} == {
-        'all-gather': (('b',), 5, block, 3 * block), 'reduce-scatter': (('b',), 5, 4 * block, 3 * block),
-        'collective-permute': (('a',), 5, block, block), 'all-reduce': (('a', 'b'), 5, block, 2 * block * 7 / 8)}
+        'all-gather': (('b',), 5, block, 3 * block),
+        'reduce-scatter': (('b',), 5, 4 * block, 3 * block),
+        'collective-permute': (('a',), 5, block, block),
+        'all-reduce': (('a', 'b'), 5, block, 2 * block * 7 / 8),
+    }
     assert len(hlo.collectives(cpu_module())) == 4
 
 
 def test_a_transfer_between_slices():
-    text = '''\
+    text = """\
 ENTRY %main (x: bf16[64,8]) -> bf16[64,8] {
   %x = bf16[64,8]{1,0} parameter(0)
   %t = token[] after-all()
   %send = (bf16[64,8]{1,0}, u32[], token[]) send(%x, %t), channel_id=2, is_host_transfer=true, frontend_attributes={TARGET}
   ROOT %send-done = token[] send-done(%send), channel_id=2, is_host_transfer=true
 }
-'''.replace('TARGET', '_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"')
+""".replace('TARGET', '_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"')
     (found,) = hlo.collectives(text)
     assert (found.kind, found.runs, found.wire_bytes) == ('all-reduce', 1, 64 * 8 * 2)
     assert found.groups.tolist() == [[0, 4], [1, 5], [2, 6], [3, 7]] and found.axes(dict(data=2, fsdp=4)) == ('data',)
-    assert bounds.network_seconds(chips.TPUS['v5e'], fake_slices((2, 2), slices=2), [found]) == {
-        'DCN': pytest.approx(64 * 8 * 2 / chips.TPUS['v5e'].dcn)}
+    assert roofline.network_seconds(chips.TPUS['v5e'], fake_slices((2, 2), slices=2), [found]) == {
+        'DCN': pytest.approx(64 * 8 * 2 / chips.TPUS['v5e'].dcn)
+    }
     with pytest.raises(ValueError, match='between slices is not read'):
         hlo.collectives(text.replace('{1,2}x{0:3}', ''))
 
@@ -198,63 +218,72 @@ ENTRY %main (x: f32[16,128]) -> f32[16,128] {
 def test_least_bytes_of_fsdp_are_three_times_the_parameters():
     config = small_config()
     sizes = dict(data=1, fsdp=4, context=1, tensor=1)
-    least = bounds.least_wire_bytes(config, sizes)
-    split = sum(size for size, axes in bounds._leaves(config, sizes) if 'fsdp' in axes)
-    whole = step.count_params(config.model) - split
-    assert split > 0.9 * step.count_params(config.model)
+    least = roofline.least_wire_bytes(config, sizes)
+    split = sum(size for size, axes in roofline._leaves(config, sizes) if 'fsdp' in axes)
+    whole = parameters.count_params(config.model) - split
+    assert split > 0.9 * parameters.count_params(config.model)
     assert least['parameters'] == 2 * 2 * split * 3 / 4
     assert least['gradients'] == 2 * split * 3 / 4 + 2 * 2 * whole * 3 / 4
     assert least['activations'] == least['states'] == least['keys_values'] == 0
-    twice = bounds.least_wire_bytes(small_config(train_accumulation_steps=2), sizes)
+    twice = roofline.least_wire_bytes(small_config(train_accumulation_steps=2), sizes)
     assert twice == least | {'parameters': 2 * least['parameters']}, 'gradients travel once a step'
 
 
 def test_least_bytes_of_tensor_and_context():
     config = small_config()
     model, tokens = config.model, config.tokens_per_step
-    tensor = bounds.least_wire_bytes(config, dict(data=1, fsdp=1, context=1, tensor=2))
+    tensor = roofline.least_wire_bytes(config, dict(data=1, fsdp=1, context=1, tensor=2))
     # A sum of S bytes over n devices sends 2 S (n - 1) / n: mixer and MLP, forward and backward, embedding and head.
     assert tensor['activations'] == (4 * model.num_layers + 2) * tokens * model.d_model * 2
-    context = bounds.least_wire_bytes(config, dict(data=1, fsdp=1, context=4, tensor=1))
+    context = roofline.least_wire_bytes(config, dict(data=1, fsdp=1, context=4, tensor=1))
     assert context['keys_values'] == 2 * 3 * (2 + 2 + 4) * 2 * tokens / 4 * model.num_kv_heads * model.head_dim
-    assert context['states'] == 6 * 2 * 2 * config.data.global_batch * model.num_heads * model.head_dim * model.d_state * 4
+    assert (
+        context['states'] == 6 * 2 * 2 * config.data.global_batch * model.num_heads * model.head_dim * model.d_state * 4
+    )
 
 
 @pytest.mark.parametrize('remat', ['none', 'full', 'dots', 'hybrid'])
 def test_executed_work_is_that_of_the_traced_step(without_kernels, remat):  # noqa: F811
     config = small_config(model_remat=remat, optimizer_z_loss=0.0)
-    params = jax.eval_shape(lambda: step.init_params(config.model, 0))
-    graph, _ = step.split_model(config.model)
+    params = jax.eval_shape(lambda: parameters.init_params(config.model, 0))
+    graph, _ = parameters.split_model(config.model)
     shape = (config.data.global_batch, config.data.seq_len)
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ('tokens', 'targets', 'segment_ids', 'positions')}
     loss = functools.partial(step._summed_loss, graph, config)
     jaxpr = jax.make_jaxpr(jax.grad(loss, has_aux=True))(params, batch).jaxpr
     model, L = config.model, config.data.seq_len
     modules = model.num_layers // len(model.layer_kinds)
-    kernels = modules * sum(bounds._kernel_flops(model, kind, L) for kind in model.layer_kinds)
+    kernels = modules * sum(roofline._kernel_flops(model, kind, L) for kind in model.layer_kinds)
     # The kernels are replaced by stubs without products: three runs of theirs, and those that remat adds.
     runs = 3 + (remat in ('full', 'dots'))
-    executed = bounds.executed_flops_per_token(config, dict(data=1, fsdp=1, context=1, tensor=1)) - runs * kernels
+    executed = roofline.executed_flops_per_token(config, dict(data=1, fsdp=1, context=1, tensor=1)) - runs * kernels
     assert jaxpr_flops(jaxpr) == pytest.approx(config.tokens_per_step * executed, rel=1e-6)
 
 
 def test_least_memory_counts_the_state_of_a_shard():
     config = small_config()
-    one = bounds.least_memory(config, dict.fromkeys(mesh.AXES, 1))
-    assert one['state'] == 12 * step.count_params(config.model)
-    eight = bounds.least_memory(config, dict(data=1, fsdp=8, context=1, tensor=1))
+    one = roofline.least_memory(config, dict.fromkeys(mesh.AXES, 1))
+    assert one['state'] == 12 * parameters.count_params(config.model)
+    eight = roofline.least_memory(config, dict(data=1, fsdp=8, context=1, tensor=1))
     assert one['state'] / 8 < eight['state'] < one['state'] / 7
     assert eight['saved'] == one['saved'] / 8
-    saved = [bounds.least_memory(small_config(model_remat=remat), dict.fromkeys(mesh.AXES, 1))['saved']
-             for remat in ('full', 'hybrid', 'dots', 'none')]
+    saved = [
+        roofline.least_memory(small_config(model_remat=remat), dict.fromkeys(mesh.AXES, 1))['saved']
+        for remat in ('full', 'hybrid', 'dots', 'none')
+    ]
     assert saved == sorted(saved) and saved[0] < saved[1] < saved[2] < saved[3]
 
 
 def fake_slices(shape, slices=1):
     """Stand-ins for the devices of TPU slices, in the order of their coordinates."""
     coords = np.stack(np.unravel_index(np.arange(math.prod(shape)), shape), axis=1)
-    return np.array([types.SimpleNamespace(coords=(*map(int, c), *(0,) * (3 - len(shape))), slice_index=s)
-                     for s in range(slices) for c in coords])
+    return np.array(
+        [
+            types.SimpleNamespace(coords=(*map(int, c), *(0,) * (3 - len(shape))), slice_index=s)
+            for s in range(slices)
+            for c in coords
+        ]
+    )
 
 
 def gather(groups, kind='all-gather'):
@@ -266,31 +295,40 @@ def test_seconds_along_rings_lines_and_between_slices():
     pod = fake_slices((16, 16)).reshape(16, 16)
     rows = np.arange(256).reshape(16, 16)
     # A ring of 16: both of its links at once. Half of it is a line, whose end has one.
-    assert bounds.network_seconds(chip, pod, [gather(rows)]) == {'ICI y': pytest.approx(3 * 2000 * 15 / (2 * chip.link))}
-    assert bounds.network_seconds(chip, pod, [gather(rows[:, :8])]) == {'ICI y': pytest.approx(3 * 2000 * 7 / chip.link)}
-    both = bounds.network_seconds(chip, pod, [gather(rows.reshape(1, -1))])
+    assert roofline.network_seconds(chip, pod, [gather(rows)]) == {
+        'ICI y': pytest.approx(3 * 2000 * 15 / (2 * chip.link))
+    }
+    assert roofline.network_seconds(chip, pod, [gather(rows[:, :8])]) == {
+        'ICI y': pytest.approx(3 * 2000 * 7 / chip.link)
+    }
+    both = roofline.network_seconds(chip, pod, [gather(rows.reshape(1, -1))])
     assert both == {f'ICI {axis}': pytest.approx(3 * 2000 * 255 / (4 * chip.link)) for axis in 'xy'}
     shift = gather([[i, (i + 16) % 256] for i in range(256)], 'collective-permute')
-    assert bounds.network_seconds(chip, pod, [shift]) == {'ICI x': pytest.approx(3 * 2000 / chip.link)}
+    assert roofline.network_seconds(chip, pod, [shift]) == {'ICI x': pytest.approx(3 * 2000 / chip.link)}
     # A small slice does not wrap around.
-    assert bounds.network_seconds(chip, fake_slices((4, 4)), [gather(np.arange(16).reshape(4, 4))]) == {
-        'ICI y': pytest.approx(3 * 2000 * 3 / chip.link)}
+    assert roofline.network_seconds(chip, fake_slices((4, 4)), [gather(np.arange(16).reshape(4, 4))]) == {
+        'ICI y': pytest.approx(3 * 2000 * 3 / chip.link)
+    }
     # Two slices: gathered within each, so that a device's own share crosses once.
-    two = bounds.network_seconds(chip, fake_slices((4, 4), slices=2), [gather([[0, 1, 2, 3, 16, 17, 18, 19]])])
+    two = roofline.network_seconds(chip, fake_slices((4, 4), slices=2), [gather([[0, 1, 2, 3, 16, 17, 18, 19]])])
     assert two['DCN'] == pytest.approx(3 * 2000 / chip.dcn)
     assert two['ICI y'] == pytest.approx(3 * 2000 * 8 * 3 / 4 / chip.link)
-    alone = bounds.network_seconds(chip, fake_slices((4, 4), slices=2), [gather([[i, i + 16] for i in range(16)])])
+    alone = roofline.network_seconds(chip, fake_slices((4, 4), slices=2), [gather([[i, i + 16] for i in range(16)])])
     assert alone == {'DCN': pytest.approx(3 * 2000 / chip.dcn)}
     gpus = np.array([types.SimpleNamespace() for _ in range(8)])
-    assert bounds.network_seconds(chips.GPUS['h200'], gpus, [gather([list(range(8))])]) == {
-        'NVLink': pytest.approx(3 * 2000 * 7 / 450e9)}
+    assert roofline.network_seconds(chips.GPUS['h200'], gpus, [gather([list(range(8))])]) == {
+        'NVLink': pytest.approx(3 * 2000 * 7 / 450e9)
+    }
 
 
 def test_both_devices_of_a_chip_share_its_links():
     one, two = chips.TPUS['v5p'], chips.TPUS['tpu7x']
     pod, groups = fake_slices((4, 4, 4)), gather(np.arange(64).reshape(16, 4))
     assert one.link == two.link and two.chip_devices == 2
-    assert bounds.network_seconds(two, pod, [groups])['ICI z'] == 2 * bounds.network_seconds(one, pod, [groups])['ICI z']
+    assert (
+        roofline.network_seconds(two, pod, [groups])['ICI z']
+        == 2 * roofline.network_seconds(one, pod, [groups])['ICI z']
+    )
 
 
 # ---- chips -----------------------------------------------------------------
@@ -303,7 +341,7 @@ def test_a_chip_is_plausible(name):
     assert 10 * chips.GIB < chip.usable <= chip.hbm * 1.01
     assert chips.named(chip.kinds[0]) == name
     # A link of the pod is slower than memory, and the network of the data centre slower than that.
-    assert chip.dcn < bounds.all_links(chip) < chip.bandwidth
+    assert chip.dcn < roofline.all_links(chip) < chip.bandwidth
 
 
 def test_the_longest_known_beginning_names_a_device():
@@ -312,27 +350,42 @@ def test_the_longest_known_beginning_names_a_device():
     assert chips.named('NVIDIA GH200 480GB') == 'gh200'
     assert chips.named('TPU v5 lite') == 'v5e' and chips.named('TPU v5') == 'v5p'
     assert chips.named('cpu') == ''
-    assert flops.peak_flops('TPU v5 lite') == chips.TPUS['v5e'].peak
+    assert costs.peak_flops('TPU v5 lite') == chips.TPUS['v5e'].peak
 
 
 # ---- the command -----------------------------------------------------------
 
 
-@pytest.mark.parametrize('topology, message', [
-    ('v9:2x2', 'not a known chip'), ('v5e', 'must be CHIP:SHAPE'), ('v5e:16', 'has 2 dimensions'),
-    ('v5p:4x4', 'has 3 dimensions'), ('v5e:0x4', 'must be CHIP:SHAPE'), ('h200:2x4', 'has 1 dimensions'),
-    ('h200:16', '--topology=h200:8 --slices=2')])
+@pytest.mark.parametrize(
+    'topology, message',
+    [
+        ('v9:2x2', 'not a known chip'),
+        ('v5e', 'must be CHIP:SHAPE'),
+        ('v5e:16', 'has 2 dimensions'),
+        ('v5p:4x4', 'has 3 dimensions'),
+        ('v5e:0x4', 'must be CHIP:SHAPE'),
+        ('h200:2x4', 'has 1 dimensions'),
+        ('h200:16', '--topology=h200:8 --slices=2'),
+    ],
+)
 def test_wrong_topologies(topology, message, capsys):
     assert plan.main(['plan', f'--config={ROOT}/configs/1p3b.py', f'--topology={topology}']) == plan.WRONG_INPUT
     error = capsys.readouterr().err
     assert message in error and error.count('\n') == 1
 
 
-@pytest.mark.parametrize('arguments, message', [
-    ([], '--topology=CHIP:SHAPE is missing'),
-    (['--topology=h200:8', '--config.mesh.fsdp=3'], 'must multiply to the 8 devices'),
-    (['--topology=h200:8', '--config.mesh.data=1', '--config.mesh.fsdp=8', '--config.data.global_batch=12'], 'divisible by 8'),
-    (['--topology=h200:8', '--config.model.depth=3'], 'unknown setting')])
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        ([], '--topology=CHIP:SHAPE is missing'),
+        (['--topology=h200:8', '--config.mesh.fsdp=3'], 'must multiply to the 8 devices'),
+        (
+            ['--topology=h200:8', '--config.mesh.data=1', '--config.mesh.fsdp=8', '--config.data.global_batch=12'],
+            'divisible by 8',
+        ),
+        (['--topology=h200:8', '--config.model.depth=3'], 'unknown setting'),
+    ],
+)
 def test_wrong_input(arguments, message, capsys):
     assert plan.main(['plan', f'--config={ROOT}/configs/1p3b.py', *arguments]) == plan.WRONG_INPUT
     assert message in capsys.readouterr().err
@@ -362,8 +415,13 @@ def test_hosts_are_slices(capsys):
 
 
 def test_what_cannot_fit_ends_with_3(capsys):
-    arguments = ['plan', f'--config={ROOT}/configs/pods/1p3b_h200_8.py', '--topology=h200:8',
-                 '--config.train.accumulation_steps=1', '--config.model.remat=none']
+    arguments = [
+        'plan',
+        f'--config={ROOT}/configs/pods/1p3b_h200_8.py',
+        '--topology=h200:8',
+        '--config.train.accumulation_steps=1',
+        '--config.model.remat=none',
+    ]
     assert plan.main(arguments) == plan.DOES_NOT_FIT
     assert capsys.readouterr().out.strip().endswith('it does not fit')
 
@@ -381,18 +439,22 @@ def test_help_lists_flags_and_settings(capsys):
 
 
 def test_kernels_of_the_pod_are_named_only_where_auto_was():
-    topology = plan.Topology('v5e:4x4', 2)
+    topology = topology_lib.Topology('v5e:4x4', 2)
     assert topology.num_devices == 32
     assert plan._settings_of(topology, config_lib.Config()) == [
-        '--config.mesh.slices=2', '--config.model.ssd_implementation=mosaic_tpu',
-        '--config.model.attention_implementation=splash']
+        '--config.mesh.slices=2',
+        '--config.model.ssd_implementation=mosaic_tpu',
+        '--config.model.attention_implementation=splash',
+    ]
     named = config_lib.Config(model=config_lib.Model(ssd_implementation='xla', dtype='float32'))
     assert plan._settings_of(topology, named)[1:] == ['--config.model.attention_implementation=xla']
-    assert plan._settings_of(plan.Topology('h200:8', 1), config_lib.Config()) == ['--config.mesh.slices=1']
-    assert plan.Topology('tpu7x:2x2x1', 1).num_devices == 8
+    assert plan._settings_of(topology_lib.Topology('h200:8', 1), config_lib.Config()) == ['--config.mesh.slices=1']
+    assert topology_lib.Topology('tpu7x:2x2x1', 1).num_devices == 8
 
 
-@pytest.mark.skipif(importlib.util.find_spec('libtpu') is not None, reason='libtpu is here; this is about where it is not')
+@pytest.mark.skipif(
+    importlib.util.find_spec('libtpu') is not None, reason='libtpu is here; this is about where it is not'
+)
 def test_without_the_compiler(capsys):
     arguments = ['plan', f'--config={ROOT}/configs/pods/1p3b_v5e_256.py', '--topology=v5e:16x16']
     assert plan.main(arguments) == plan.WRONG_INPUT
@@ -404,9 +466,11 @@ def test_largest_temporaries_are_what_the_forward_pass_keeps():
     device_mesh = mesh.build(config)
     with jax.set_mesh(device_mesh):
         shape = (config.data.global_batch, config.data.seq_len)
-        batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ('tokens', 'targets', 'segment_ids', 'positions')}
+        batch = {
+            name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ('tokens', 'targets', 'segment_ids', 'positions')
+        }
         traced = jax.jit(step.train_step(config)).trace(step.abstract_state(config, device_mesh), batch)
-    largest = plan.largest_temporaries(traced.jaxpr.jaxpr)
+    largest = topology_lib.largest_temporaries(traced.jaxpr.jaxpr)
     # Two modules, two state-space layers one after the other, eight rows a device, what the MLP keeps of 48 tokens.
     assert largest[0].split() == [f'{2 * 2 * 8 * 48 * 96 * 4 / 2**20:.2f}', 'MiB', 'f32[2,2,8,48,96]'], largest
     sizes = [float(line.split()[0]) for line in largest]
@@ -422,28 +486,35 @@ def large():
 
 def test_candidates_divide_what_they_must_and_may_fit():
     config, chip = large(), chips.TPUS['v5e']
-    found = search.candidates(config, chip, 256)
+    found = plan_search.candidates(config, chip, 256)
     assert len(found) > 20
     assert [c.seconds for c in found] == sorted(c.seconds for c in found)
-    for candidate in found[::len(found) // 8]:
+    for candidate in found[:: len(found) // 8]:
         tried = config_lib.load(ROOT / 'configs' / '1p3b.py', candidate.settings)
         sizes = mesh.axis_sizes(tried, 256)  # raises where something does not divide
-        assert sum(bounds.least_memory(tried, sizes).values()) <= chip.usable
-        assert candidate.seconds >= tried.tokens_per_step / 256 * flops.train_flops_per_token(tried.model, 4096) / chip.peak
+        assert sum(roofline.least_memory(tried, sizes).values()) <= chip.usable
+        assert (
+            candidate.seconds
+            >= tried.tokens_per_step / 256 * costs.train_flops_per_token(tried.model, 4096) / chip.peak
+        )
     assert all(c.settings['mesh.fsdp'] <= 16 for c in found), 'pieces of whole tiles'
 
 
 def test_a_search_compiles_the_most_promising_first_and_stops(tmp_path):
     chip, log = chips.TPUS['v6e'], tmp_path / 'log'
-    candidates = search.candidates(large(), chip, 256)
+    candidates = plan_search.candidates(large(), chip, 256)
     # The first does not fit; the others take as long as the least time of the third: nothing after it can be faster.
     bound, misfit = candidates[2].seconds, candidates[0].overrides
-    script = ('import json, sys; line = " ".join(sys.argv[2:]); open(sys.argv[1], "a").write(line + "\\n")\n'
-              f'sys.exit(3) if "{misfit}" in line else print(json.dumps(dict(bound_seconds={bound}, mfu=0.5)))')
-    found = search.search(large(), chip, 256, [sys.executable, '-c', script, str(log)], budget_minutes=5.0, progress=False)
+    script = (
+        'import json, sys; line = " ".join(sys.argv[2:]); open(sys.argv[1], "a").write(line + "\\n")\n'
+        f'sys.exit(3) if "{misfit}" in line else print(json.dumps(dict(bound_seconds={bound}, mfu=0.5)))'
+    )
+    found = plan_search.search(
+        large(), chip, 256, [sys.executable, '-c', script, str(log)], budget_minutes=5.0, progress=False
+    )
     assert log.read_text().splitlines() == [c.overrides + ' --json' for c in candidates[:2]]
     assert [(result['overrides'], result['bound_seconds']) for result in found] == [(candidates[1].overrides, bound)]
-    assert search.search(large(), chip, 256, ['false'], budget_minutes=0.0, progress=False) == []
+    assert plan_search.search(large(), chip, 256, ['false'], budget_minutes=0.0, progress=False) == []
 
 
 # ---- with the TPU compiler -------------------------------------------------
@@ -451,11 +522,27 @@ def test_a_search_compiles_the_most_promising_first_and_stops(tmp_path):
 
 @needs_compiler
 def test_plan_of_a_small_model_on_a_small_slice():
-    arguments = ['--config.mesh.data=2', '--config.mesh.fsdp=2', '--config.data.global_batch=8', '--config.data.seq_len=256',
-                 '--config.model.num_layers=8', '--config.model.d_model=256', '--config.model.num_heads=4',
-                 '--config.model.num_kv_heads=2', '--config.model.num_ssd_groups=2', '--config.model.d_mlp=512',
-                 '--config.model.vocab_size=1024']
-    command = [sys.executable, '-m', 'transxssm_jax.plan', f'--config={ROOT}/configs/1p3b.py', '--topology=v5e:2x2', '--json']
+    arguments = [
+        '--config.mesh.data=2',
+        '--config.mesh.fsdp=2',
+        '--config.data.global_batch=8',
+        '--config.data.seq_len=256',
+        '--config.model.num_layers=8',
+        '--config.model.d_model=256',
+        '--config.model.num_heads=4',
+        '--config.model.num_kv_heads=2',
+        '--config.model.num_ssd_groups=2',
+        '--config.model.d_mlp=512',
+        '--config.model.vocab_size=1024',
+    ]
+    command = [
+        sys.executable,
+        '-m',
+        'transxssm_jax.plan',
+        f'--config={ROOT}/configs/1p3b.py',
+        '--topology=v5e:2x2',
+        '--json',
+    ]
     run = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == plan.FITS, run.stderr[-2000:]
     result = json.loads(run.stdout.splitlines()[-1])

@@ -11,8 +11,9 @@ from eval_fixtures import SMALLER, random_params
 from flax import nnx
 from small import small_config
 
-from transxssm_jax import mesh, step
 from transxssm_jax.evals import scoring
+from transxssm_jax.model import parameters
+from transxssm_jax.parallel import mesh
 
 NINETY = types.SimpleNamespace(vocab_size=90)
 
@@ -22,7 +23,7 @@ def model():
     """(params, config, log-probabilities [rows, 96, V] of rows of at most 96 tokens by the plain forward pass)."""
     config = small_config(**SMALLER)
     params = random_params(config)
-    graph, _ = step.split_model(config.model)
+    graph, _ = parameters.split_model(config.model)
 
     @jax.jit
     def forward(tokens_BL):
@@ -31,7 +32,7 @@ def model():
     def of_rows(rows):
         tokens_BL = np.zeros((48, 96), np.int32)
         for i, row in enumerate(rows):
-            tokens_BL[i, :len(row)] = row
+            tokens_BL[i, : len(row)] = row
         return np.asarray(forward(tokens_BL))
 
     return params, config, of_rows
@@ -45,8 +46,13 @@ def scorer(model):
 
 def random_pairs(count, longest_context, longest_continuation, seed=0):
     rng = np.random.default_rng(seed)
-    return [(rng.integers(0, 90, rng.integers(1, longest_context)).tolist(),
-             rng.integers(0, 90, rng.integers(0, longest_continuation)).tolist()) for _ in range(count)]
+    return [
+        (
+            rng.integers(0, 90, rng.integers(1, longest_context)).tolist(),
+            rng.integers(0, 90, rng.integers(0, longest_continuation)).tolist(),
+        )
+        for _ in range(count)
+    ]
 
 
 def by_forward(model, pairs, max_length=96):
@@ -55,9 +61,13 @@ def by_forward(model, pairs, max_length=96):
     log_p = model[2](shown)
     expected = []
     for i, (_, continuation) in enumerate(pairs):
-        rows = log_p[i, len(shown[i]) - len(continuation):len(shown[i])]
-        expected.append((sum(rows[np.arange(len(continuation)), continuation]),
-                         bool((rows[:, :90].argmax(-1) == continuation).all())))
+        rows = log_p[i, len(shown[i]) - len(continuation) : len(shown[i])]
+        expected.append(
+            (
+                sum(rows[np.arange(len(continuation)), continuation]),
+                bool((rows[:, :90].argmax(-1) == continuation).all()),
+            )
+        )
     return expected
 
 
@@ -102,17 +112,35 @@ def test_long_texts_are_scored_by_windows_as_the_harness_cuts_them(model, scorer
     utils = pytest.importorskip('lm_eval.utils', reason='needs pip install -e .[eval]')
     tokens = np.random.default_rng(1).integers(0, 90, 90).tolist()
     for length in (1, 40, 41, 90):
-        ours = [(shown[:len(shown) - len(targets) + 1], targets) for shown, targets in scoring.windows([7], tokens[:length], 40)]
-        theirs = [utils.make_disjoint_window(pair) for pair in utils.get_rolling_token_windows(
-            tokens[:length], prefix_token=7, max_seq_len=40, context_len=1)]
+        ours = [
+            (shown[: len(shown) - len(targets) + 1], targets)
+            for shown, targets in scoring.windows([7], tokens[:length], 40)
+        ]
+        theirs = [
+            utils.make_disjoint_window(pair)
+            for pair in utils.get_rolling_token_windows(tokens[:length], prefix_token=7, max_seq_len=40, context_len=1)
+        ]
         assert ours == theirs
-    (total, _), = scorer.score([([7], tokens)])
+    ((total, _),) = scorer.score([([7], tokens)])
     assert total == pytest.approx(sum(total for total, _ in by_forward(model, theirs)), abs=1e-3)
 
 
 def test_few_lengths_are_compiled_for():
     assert {scoring.bucket(length) for length in range(1, 2049)} == {
-        32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048}
+        32,
+        48,
+        64,
+        96,
+        128,
+        192,
+        256,
+        384,
+        512,
+        768,
+        1024,
+        1536,
+        2048,
+    }
     assert all(scoring.bucket(length) >= length for length in range(1, 3000))
 
 
@@ -127,17 +155,23 @@ def test_the_batch_is_split_over_a_mesh(model, scorer):
 def test_padding_leaves_dynamic_rope_alone(model):
     config = small_config(**SMALLER, model_rope_scaling='dynamic', model_rope_original_length=16)
     scorer = scoring.Scorer(model[0], config, NINETY, max_length=96, batch_tokens=96)
-    graph, _ = step.split_model(config.model)
+    graph, _ = parameters.split_model(config.model)
     tokens = np.random.default_rng(2).integers(0, 90, 23)
     log_p = jax.nn.log_softmax(nnx.merge(graph, model[0]).logits(jnp.asarray(tokens[None, :-1])))[0]
-    (total, _), = scorer.score([(tokens[:20], tokens[20:])])
+    ((total, _),) = scorer.score([(tokens[:20], tokens[20:])])
     assert total == pytest.approx(sum(float(log_p[i, tokens[i + 1]]) for i in (19, 20, 21)), abs=1e-4)
 
 
-@pytest.mark.parametrize('settings, message', [
-    (dict(max_length=0), 'max_length=0 must be at least 1'),
-    (dict(tokenizer=types.SimpleNamespace(vocab_size=97)), 'the tokenizer has 97 tokens, more than model.vocab_size=96'),
-])
+@pytest.mark.parametrize(
+    'settings, message',
+    [
+        (dict(max_length=0), 'max_length=0 must be at least 1'),
+        (
+            dict(tokenizer=types.SimpleNamespace(vocab_size=97)),
+            'the tokenizer has 97 tokens, more than model.vocab_size=96',
+        ),
+    ],
+)
 def test_a_scorer_refuses(model, settings, message):
     params, config, _ = model
     with pytest.raises(ValueError, match=message):

@@ -7,16 +7,22 @@ import numpy as np
 import pytest
 from small import packed_batch, small_config
 
-from transxssm_jax import mesh, step
 from transxssm_jax.config import ConfigError
+from transxssm_jax.model import parameters
+from transxssm_jax.parallel import mesh
+from transxssm_jax.training import step
 
 
 def losses_and_state(config, num_devices=1, steps=3):
     device_mesh = mesh.build(config, jax.devices()[:num_devices])
     state = step.create_state(config, device_mesh)
     shardings = step.state_shardings(config, device_mesh)
-    run = jax.jit(step.train_step(config), donate_argnums=0, in_shardings=(shardings, step.batch_sharding(device_mesh)),
-                  out_shardings=(shardings, None))
+    run = jax.jit(
+        step.train_step(config),
+        donate_argnums=0,
+        in_shardings=(shardings, step.batch_sharding(device_mesh)),
+        out_shardings=(shardings, None),
+    )
     losses = []
     with jax.set_mesh(device_mesh):
         for seed in range(steps):
@@ -42,9 +48,16 @@ def test_loss_falls_on_a_repeated_batch():
     assert last < first - 0.5
 
 
-@pytest.mark.parametrize('axes', [
-    dict(mesh_data=8), dict(mesh_data=1, mesh_fsdp=8), dict(mesh_data=4, mesh_tensor=2),
-    dict(mesh_data=2, mesh_fsdp=2, mesh_tensor=2)], ids=lambda axes: '-'.join(f'{k}{v}' for k, v in axes.items()))
+@pytest.mark.parametrize(
+    'axes',
+    [
+        dict(mesh_data=8),
+        dict(mesh_data=1, mesh_fsdp=8),
+        dict(mesh_data=4, mesh_tensor=2),
+        dict(mesh_data=2, mesh_fsdp=2, mesh_tensor=2),
+    ],
+    ids=lambda axes: '-'.join(f'{k}{v}' for k, v in axes.items()),
+)
 def test_mesh_equals_one_device(axes):
     expected, expected_state = one_device()
     losses, state = losses_and_state(small_config(**axes), num_devices=8)
@@ -61,7 +74,9 @@ def test_state_is_created_in_shards():
         assert state[tree]['embedding'].addressable_shards[0].data.size == state[tree]['embedding'].size // 8
         x_proj = state[tree]['layers']['ssd']['mixer']['x_proj']['kernel']
         assert x_proj.addressable_shards[0].data.size == x_proj.size // 8
-    np.testing.assert_allclose(state['params']['embedding'], step.init_params(config.model, 0)['embedding'], atol=1e-6)
+    np.testing.assert_allclose(
+        state['params']['embedding'], parameters.init_params(config.model, 0)['embedding'], atol=1e-6
+    )
 
 
 def test_accumulation_equals_one_batch():
@@ -75,7 +90,7 @@ def test_evaluation_is_in_microbatches_too():
     sums, memory = {}, {}
     for accumulation_steps in (1, 16):
         config = small_config(train_accumulation_steps=accumulation_steps, data_global_batch=64)
-        params, batch = step.init_params(config.model, 0), packed_batch(config)
+        params, batch = parameters.init_params(config.model, 0), packed_batch(config)
         compiled = jax.jit(step.eval_step(config)).lower(params, batch).compile()
         sums[accumulation_steps] = compiled(params, batch)
         memory[accumulation_steps] = compiled.memory_analysis().temp_size_in_bytes
@@ -94,9 +109,14 @@ def test_remat_policies_save_what_they_say():
     saved = {}
     for policy in ('none', 'full', 'dots', 'hybrid'):
         config = small_config(model_remat=policy, data_global_batch=8, data_seq_len=512, model_ssd_chunk_size=64)
-        compiled = jax.jit(step.train_step(config)).lower(
-            jax.eval_shape(lambda c=config: step.init_state(c, 0)),
-            jax.eval_shape(lambda c=config: packed_batch_shapes(c))).compile()
+        compiled = (
+            jax.jit(step.train_step(config))
+            .lower(
+                jax.eval_shape(lambda c=config: step.init_state(c, 0)),
+                jax.eval_shape(lambda c=config: packed_batch_shapes(c)),
+            )
+            .compile()
+        )
         saved[policy] = compiled.memory_analysis().temp_size_in_bytes
     assert saved['full'] < saved['hybrid'] < saved['none']
     assert saved['full'] < saved['dots']
@@ -106,12 +126,15 @@ def packed_batch_shapes(config):
     return jax.tree.map(jax.numpy.asarray, packed_batch(config))
 
 
-@pytest.mark.parametrize('overrides, message', [
-    (dict(data_global_batch=30), 'data.global_batch=30 must be divisible by 8 data shards; try 24 or 32'),
-    (dict(mesh_data=3), 'must multiply to the 8 devices'),
-    (dict(mesh_tensor=8), 'model.num_heads=4 must be divisible by mesh.tensor=8; try mesh.tensor=4'),
-    (dict(mesh_tensor=4), 'model.num_kv_heads=2 must be divisible by mesh.tensor=4; try mesh.tensor=2'),
-])
+@pytest.mark.parametrize(
+    'overrides, message',
+    [
+        (dict(data_global_batch=30), 'data.global_batch=30 must be divisible by 8 data shards; try 24 or 32'),
+        (dict(mesh_data=3), 'must multiply to the 8 devices'),
+        (dict(mesh_tensor=8), 'model.num_heads=4 must be divisible by mesh.tensor=8; try mesh.tensor=4'),
+        (dict(mesh_tensor=4), 'model.num_kv_heads=2 must be divisible by mesh.tensor=4; try mesh.tensor=2'),
+    ],
+)
 def test_a_mesh_that_does_not_fit_is_refused(overrides, message):
     with pytest.raises(ConfigError, match=message.replace('.', r'\.')):
         mesh.build(small_config(**overrides))

@@ -77,7 +77,9 @@ def test_matmul_of_known_work(chip, kind, compiler):
     # The MXU works off exactly the matmul's FLOPs at its peak rate.
     flops = 2 * ROWS * INNER * COLUMNS
     np.testing.assert_allclose(kernel.mxu, kernel.steps * flops / device.mxu_flop, rtol=1e-6)
-    np.testing.assert_allclose(kernel.busy['MXU'] * kernel.step_cycles * device.mxus, flops / device.mxu_flop, rtol=1e-6)
+    np.testing.assert_allclose(
+        kernel.busy['MXU'] * kernel.step_cycles * device.mxus, flops / device.mxu_flop, rtol=1e-6
+    )
     # Steps are most of the cycles; what fills the pipeline is not counted in.
     assert kernel.steps * kernel.step_cycles <= kernel.cycles < kernel.steps * kernel.step_cycles + 500
     assert (kernel.spills, kernel.fills) == (0, 0)
@@ -92,7 +94,9 @@ def test_matmul_of_known_work(chip, kind, compiler):
 @pytest.mark.parametrize('chip', ['v5e', 'v5p', 'v6e', 'tpu7x'])
 def test_refusal_carries_the_compilers_message(chip, compiler):
     limit = tpu_profile.CHIPS[chip].scoped_vmem >> 20
-    with pytest.raises(RuntimeError, match=rf'refused_case\(\) does not compile for {chip}: .* 40.00M and limit {limit}.00M'):
+    with pytest.raises(
+        RuntimeError, match=rf'refused_case\(\) does not compile for {chip}: .* 40.00M and limit {limit}.00M'
+    ):
         tpu_profile.profile(chip, 'test_tpu_profile:refused_case')
 
 
@@ -243,14 +247,19 @@ def test_traffic_of_blocks():
     sizes = ((2, 10, 128), (4, 128), (2, 10, 128), (7, 128))
     grids = tpu_traffic.pallas_grids(jax.make_jaxpr(outer)(*(jnp.zeros(s) for s in sizes)).jaxpr)
     cut, whole = [1, 2, 128], [1, 4, 128]
-    assert grids == {'blocks': {'steps': 12, 'blocks': [
-        [[2, cut], [4, whole]],
-        [[1, [4, 128]]],
-        [[4, cut], [8, whole]],
-        [[1, [7, 128]]],
-        [[2, cut], [4, whole]],
-        [[2, whole]],
-    ]}}
+    assert grids == {
+        'blocks': {
+            'steps': 12,
+            'blocks': [
+                [[2, cut], [4, whole]],
+                [[1, [4, 128]]],
+                [[4, cut], [8, whole]],
+                [[1, [7, 128]]],
+                [[2, cut], [4, whole]],
+                [[2, whole]],
+            ],
+        }
+    }
     array, tiles = 'f32[2,10,128]{2,1,0:T(8,128)}', ':T(8,128)}'
     shapes = {'a': array, 'b': 'f32[4,128]{1,0' + tiles, 'c': array, 'raw': 'f32[7,128]{1,0' + tiles}
     op = tpu_traffic.Op('blocks.1', 'custom-call', f'({array}, {array})', '(%a, %b, %c, %raw)', '')
@@ -291,7 +300,9 @@ def test_cases_pass_only_the_boundary_states_on():
 
     rope = tuple(jnp.zeros(table.shape) for table in rope)
     dy, pull = jax.eval_shape(plain, inputs)
-    products = [str(jax.make_jaxpr(f)(*a)).count('dot_general[') for f, a in ((backward, args), (lambda p, g: p(g), (pull, dy)))]
+    products = [
+        str(jax.make_jaxpr(f)(*a)).count('dot_general[') for f, a in ((backward, args), (lambda p, g: p(g), (pull, dy)))
+    ]
     assert 0 < products[0] <= products[1]
     state, args = bench_tpu.scan_case('xla', 'state', *s)
     assert [v.shape for v in jax.eval_shape(state, *args)] == [(1, 4), (1, 4, 64, 128)]

@@ -25,16 +25,22 @@ from train_fixtures import (
 )
 
 from transxssm_jax import config as config_lib
-from transxssm_jax import metrics
-from transxssm_jax import train as train_lib
+from transxssm_jax.training import loop, metrics
 
 
 @pytest.fixture(scope='module', autouse=True)
 def compile_once():
     """Runs of the same model share their jitted functions; the schedule of the tests' config is constant."""
+
     def key(config):
-        return json.dumps([config_lib.flatten(config)[name] for name in config_lib.flatten(config) if name.startswith(
-            ('model.', 'optimizer.')) or name in ('train.accumulation_steps', 'train.loss_chunk_tokens')])
+        return json.dumps(
+            [
+                config_lib.flatten(config)[name]
+                for name in config_lib.flatten(config)
+                if name.startswith(('model.', 'optimizer.'))
+                or name in ('train.accumulation_steps', 'train.loss_chunk_tokens')
+            ]
+        )
 
     def shared(make):
         made = {}
@@ -43,12 +49,13 @@ def compile_once():
             if key(config) not in made:
                 made[key(config)] = make(config)
             return made[key(config)]
+
         return get
 
     patch = pytest.MonkeyPatch()
-    step = types.SimpleNamespace(**{name: value for name, value in vars(train_lib.step_lib).items() if name[:2] != '__'})
+    step = types.SimpleNamespace(**{name: value for name, value in vars(loop.step_lib).items() if name[:2] != '__'})
     step.train_step, step.eval_step = shared(step.train_step), shared(step.eval_step)
-    patch.setattr(train_lib, 'step_lib', step)
+    patch.setattr(loop, 'step_lib', step)
     yield
     patch.undo()
 
@@ -63,8 +70,14 @@ def config(tmp_path_factory):
 def finished(config, tmp_path_factory):
     """(workdir, Result) of a whole run with everything switched on; tests that change it take a copy."""
     workdir = tmp_path_factory.mktemp('finished') / 'workdir'
-    result = train(config, workdir, train__tensorboard=True, train__sample_tokens=5, train__profile_start_step=2,
-                   train__profile_steps=2)
+    result = train(
+        config,
+        workdir,
+        train__tensorboard=True,
+        train__sample_tokens=5,
+        train__profile_start_step=2,
+        train__profile_steps=2,
+    )
     assert result.code == 0, result
     return workdir, result
 
@@ -95,7 +108,9 @@ def test_killed_twice_equals_never_killed(config, tmp_path):
     assert result.code == -signal.SIGKILL, result
     assert 'stopped at step 5 and saved; the same command goes on from there\nexit code 75\n' in result.out
     assert 'resuming from step 5' in result.out
-    assert losses(tmp_path / 'killed').keys() == set(range(1, 11)), 'steps beyond the newest checkpoint, to be taken again'
+    assert losses(tmp_path / 'killed').keys() == set(range(1, 11)), (
+        'steps beyond the newest checkpoint, to be taken again'
+    )
 
     result = finish(start_process(config, killed, whole))
     assert result.out.count('exit code 0\n') == 2, result
@@ -146,7 +161,9 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(config, finishe
     assert result.code == 0, result
     warnings = [record.getMessage() for record in caplog.records if record.name.startswith('transxssm_jax')]
     assert any('skipping incomplete checkpoint' in line and '14.orbax' in line for line in warnings), warnings
-    assert any('skipping unreadable checkpoint' in line and line.split(':')[0].endswith('12') for line in warnings), warnings
+    assert any('skipping unreadable checkpoint' in line and line.split(':')[0].endswith('12') for line in warnings), (
+        warnings
+    )
     assert 'resuming from step 8' in result.out
     assert numbers(copy) == numbers(finished[0])
     assert checkpoint_steps(copy) == [8, 12]
@@ -201,7 +218,8 @@ def test_the_last_line_is_the_evaluation(finished):
     last = [record for record in records(finished[0]) if 'eval_loss' in record][-1]
     assert finished[1].out.splitlines()[-1] == (
         f'finished at step 12: evaluation loss {last["eval_loss"]:.4f} nats a token, '
-        f'{last["eval_bits_per_byte"]:.4f} bits a byte')
+        f'{last["eval_bits_per_byte"]:.4f} bits a byte'
+    )
     assert 'step 6: evaluation loss' in finished[1].out
     assert finished[1].err == ''
 
@@ -212,7 +230,11 @@ def test_the_announcement_names_what_differs_from_the_defaults(config, finished)
     assert not any(line.startswith('  model.tie_embeddings') for line in lines)
     saved = config_lib.from_json((finished[0] / 'config.json').read_text())
     assert config_lib.differences(saved, config_lib.load(config)).keys() == {
-        'train.tensorboard', 'train.sample_tokens', 'train.profile_start_step', 'train.profile_steps'}
+        'train.tensorboard',
+        'train.sample_tokens',
+        'train.profile_start_step',
+        'train.profile_steps',
+    }
 
 
 def test_tensorboard_holds_the_same_numbers(finished):
@@ -257,13 +279,19 @@ def test_the_profiler_window_leaves_a_trace(finished):
 def test_a_sample_is_printed_at_the_end(finished):
     lines = finished[1].out.splitlines()
     start = lines.index('--- a sampled continuation ---')
-    assert '---' in lines[start + 1:]
+    assert '---' in lines[start + 1 :]
 
 
 def test_accumulation(config, tmp_path):
     # That it changes no number is tested in test_step.py.
-    result = train(config, tmp_path / 'workdir', data__global_batch=16, train__accumulation_steps=2, train__steps=8,
-                   train__eval_every_steps=0)
+    result = train(
+        config,
+        tmp_path / 'workdir',
+        data__global_batch=16,
+        train__accumulation_steps=2,
+        train__steps=8,
+        train__eval_every_steps=0,
+    )
     assert result.code == 0 and '512 tokens a step' in result.out, result
     got = losses(tmp_path / 'workdir')
     assert got[1] == pytest.approx(math.log(264), abs=0.3) and got[8] < got[1] - 1
@@ -310,20 +338,27 @@ def settings_id(settings):
     return ','.join(f'{name.replace("__", ".")}={value}' for name, value in settings.items())
 
 
-@pytest.mark.parametrize('settings, parts', [
-    (dict(data__path=''), ['data.path is empty', 'transxssm_jax.data.prepare']),
-    (dict(data__path='/nowhere'), ['/nowhere', 'transxssm_jax.data.prepare']),
-    (dict(data__global_batch=12), ['data.global_batch=12 must be divisible by 8 data shards; try 8 or 16']),
-    (dict(data__global_batch=160), ['one batch of 160']),
-    (dict(model__vocab_size=128), ['257', 'vocab_size=128']),
-    (dict(data__train_split='tain'), ["no split 'tain'", 'train']),
-    (dict(data__eval_split='test'), ["no split 'test'", 'validation']),
-    (dict(model__d_modle=4), ['unknown setting model.d_modle; did you mean model.d_model?']),
-    (dict(train__steps='many'), ["train.steps='many' must be int"]),
-    (dict(optimizer__warmup_steps=50), ['optimizer.warmup_steps', 'train.steps=12']),
-    (dict(model__ssd_implementation='fastest'), ['model.ssd_implementation', "implementation='fastest' is unknown", 'xla']),
-    (dict(mesh__data=3), ['must multiply to the 8 devices']),
-], ids=lambda value: settings_id(value) if isinstance(value, dict) else '')
+@pytest.mark.parametrize(
+    'settings, parts',
+    [
+        (dict(data__path=''), ['data.path is empty', 'transxssm_jax.data.prepare']),
+        (dict(data__path='/nowhere'), ['/nowhere', 'transxssm_jax.data.prepare']),
+        (dict(data__global_batch=12), ['data.global_batch=12 must be divisible by 8 data shards; try 8 or 16']),
+        (dict(data__global_batch=160), ['one batch of 160']),
+        (dict(model__vocab_size=128), ['257', 'vocab_size=128']),
+        (dict(data__train_split='tain'), ["no split 'tain'", 'train']),
+        (dict(data__eval_split='test'), ["no split 'test'", 'validation']),
+        (dict(model__d_modle=4), ['unknown setting model.d_modle; did you mean model.d_model?']),
+        (dict(train__steps='many'), ["train.steps='many' must be int"]),
+        (dict(optimizer__warmup_steps=50), ['optimizer.warmup_steps', 'train.steps=12']),
+        (
+            dict(model__ssd_implementation='fastest'),
+            ['model.ssd_implementation', "implementation='fastest' is unknown", 'xla'],
+        ),
+        (dict(mesh__data=3), ['must multiply to the 8 devices']),
+    ],
+    ids=lambda value: settings_id(value) if isinstance(value, dict) else '',
+)
 def test_wrong_settings_are_refused_in_one_line(config, tmp_path, settings, parts):
     refused(train(config, tmp_path / 'workdir', **settings), *parts)
 
@@ -350,13 +385,15 @@ def test_help_lists_every_setting():
 
 def test_an_empty_data_directory_is_refused(config, tmp_path):
     (tmp_path / 'empty').mkdir()
-    refused(train(config, tmp_path / 'workdir', data__path=tmp_path / 'empty'), 'holds no prepared data', tmp_path / 'empty')
+    refused(
+        train(config, tmp_path / 'workdir', data__path=tmp_path / 'empty'), 'holds no prepared data', tmp_path / 'empty'
+    )
 
 
 @pytest.mark.parametrize('damage', ['cut', 'overwritten', 'gone'])
 def test_a_corrupt_shard_is_named(config, tmp_path, damage):
     data = shutil.copytree(config.parent / 'prepared', tmp_path / 'data')
-    shard, = data.glob('documents-train.array_record-*')
+    (shard,) = data.glob('documents-train.array_record-*')
     content = shard.read_bytes()
     if damage == 'gone':
         shard.unlink()
@@ -395,7 +432,7 @@ def test_a_damaged_saved_config_is_named(config, copy):
 
 def test_a_process_ends_with_the_exit_code_and_without_a_traceback(config, tmp_path):
     result = finish(start_process(config, arguments(config, tmp_path / 'workdir', data__path='/nowhere')))
-    refused(result._replace(err=result.err[result.err.index('error: '):]), '/nowhere')
+    refused(result._replace(err=result.err[result.err.index('error: ') :]), '/nowhere')
     assert 'Traceback' not in result.err
 
 

@@ -36,10 +36,23 @@ def prepare_bytes(directory: pathlib.Path) -> pathlib.Path:
 
     for split, first, last in (('train', 0, 60), ('validation', 60, 80)):
         source = directory / f'{split}.jsonl'
-        source.write_text(''.join(json.dumps({'text': f'{i} and {i} make {2 * i}. ' * (1 + i % 5)}) + '\n'
-                                  for i in range(first, last)))
-        assert prepare.main([f'--output={directory / "prepared"}', f'--split={split}', '--tokenizer=byte',
-                             f'--source={source}', '--num_workers=1']) == 0
+        source.write_text(
+            ''.join(
+                json.dumps({'text': f'{i} and {i} make {2 * i}. ' * (1 + i % 5)}) + '\n' for i in range(first, last)
+            )
+        )
+        assert (
+            prepare.main(
+                [
+                    f'--output={directory / "prepared"}',
+                    f'--split={split}',
+                    '--tokenizer=byte',
+                    f'--source={source}',
+                    '--num_workers=1',
+                ]
+            )
+            == 0
+        )
     return directory / 'prepared'
 
 
@@ -51,8 +64,12 @@ def write_config(directory: pathlib.Path, data: pathlib.Path) -> pathlib.Path:
 
 def arguments(config: pathlib.Path, workdir: pathlib.Path, **settings) -> list[str]:
     """A command line; settings by dotted name with __ for the dot."""
-    return ['train', f'--config={config}', f'--workdir={workdir}',
-            *(f'--config.{name.replace("__", ".")}={value}' for name, value in settings.items())]
+    return [
+        'train',
+        f'--config={config}',
+        f'--workdir={workdir}',
+        *(f'--config.{name.replace("__", ".")}={value}' for name, value in settings.items()),
+    ]
 
 
 class Result(typing.NamedTuple):
@@ -83,20 +100,20 @@ def call(argv: list[str]) -> Result:
 @contextlib.contextmanager
 def before_saving(step: int, action):
     """Calls action(run) when a run in this process has taken `step` steps, before it evaluates and saves them."""
-    from transxssm_jax import train as train_lib
+    from transxssm_jax.training import loop
 
-    original = train_lib.Run._evaluate_and_save
+    original = loop.Run._evaluate_and_save
 
     def hook(run):
         if run.step == step:
             action(run)
         original(run)
 
-    train_lib.Run._evaluate_and_save = hook
+    loop.Run._evaluate_and_save = hook
     try:
         yield
     finally:
-        train_lib.Run._evaluate_and_save = original
+        loop.Run._evaluate_and_save = original
 
 
 def send(signal_name: str):
@@ -115,14 +132,18 @@ def start_process(config, *runs) -> subprocess.Popen:
     """
     environment = {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'}
     environment |= {
-        'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0',
-        'JAX_COMPILATION_CACHE_DIR': str(config.parent / 'compiled'), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+        'JAX_PLATFORMS': 'cpu',
+        'XLA_FLAGS': '--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0',
+        'JAX_COMPILATION_CACHE_DIR': str(config.parent / 'compiled'),
+        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    }
     if len(runs) == 1 and runs[0][0] == 'train':
         program = ['-m', 'transxssm_jax.train', *runs[0][1:]]
     else:
         program = [str(TESTS / 'train_fixtures.py'), json.dumps(runs)]
-    return subprocess.Popen([sys.executable, *program], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, *program], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def finish(process: subprocess.Popen) -> Result:

@@ -89,27 +89,42 @@ def _checked(name: str, field: dataclasses.Field, value):
 
 @dataclasses.dataclass
 class Model(Section):
-    vocab_size: int = setting(50304, 'Rows of the embedding; a multiple of 128 tiles well.', minimum=1, of_checkpoint=True)
+    vocab_size: int = setting(
+        50304, 'Rows of the embedding; a multiple of 128 tiles well.', minimum=1, of_checkpoint=True
+    )
     d_model: int = setting(2048, 'Width D of the residual stream.', minimum=1, of_checkpoint=True)
     num_layers: int = setting(24, 'Layers; each is a mixer and an MLP.', minimum=1, of_checkpoint=True)
-    num_heads: int = setting(32, 'Heads H of both mixers; the head width is d_model / num_heads.', minimum=1, of_checkpoint=True)
+    num_heads: int = setting(
+        32, 'Heads H of both mixers; the head width is d_model / num_heads.', minimum=1, of_checkpoint=True
+    )
     num_kv_heads: int = setting(8, 'Groups of K and V in attention; divides num_heads.', minimum=1, of_checkpoint=True)
     num_ssd_groups: int = setting(
-        8, 'Groups of B and C in the state-space layer; divides num_heads.', minimum=1, of_checkpoint=True)
-    d_state: int = setting(128, 'State size N of the state-space layer; a multiple of 16.', minimum=16, of_checkpoint=True)
+        8, 'Groups of B and C in the state-space layer; divides num_heads.', minimum=1, of_checkpoint=True
+    )
+    d_state: int = setting(
+        128, 'State size N of the state-space layer; a multiple of 16.', minimum=16, of_checkpoint=True
+    )
     d_mlp: int = setting(6144, 'Inner width F of the SwiGLU MLP.', minimum=1, of_checkpoint=True)
     attention_period: int = setting(
-        8, 'Layers in a module, one of them attention; 1: attention everywhere, 0: nowhere.', minimum=0, of_checkpoint=True)
+        8,
+        'Layers in a module, one of them attention; 1: attention everywhere, 0: nowhere.',
+        minimum=0,
+        of_checkpoint=True,
+    )
     attention_offset: int = setting(7, 'Place of the attention layer within its module.', minimum=0, of_checkpoint=True)
     rope_theta: float = setting(10000.0, 'Base of the rotary frequencies.', minimum=1.0, of_checkpoint=True)
-    rope_scaling: str = setting('none', 'What to do beyond the training length.', choices=('none', 'linear', 'dynamic', 'length'))
+    rope_scaling: str = setting(
+        'none', 'What to do beyond the training length.', choices=('none', 'linear', 'dynamic', 'length')
+    )
     rope_factor: float = setting(4.0, 'Stretch of positions under linear and dynamic scaling.', minimum=1.0)
     rope_original_length: int = setting(4096, 'Training length in tokens that rope scaling starts from.', minimum=2)
     tie_embeddings: bool = setting(True, 'Whether the head is the embedding, transposed.', of_checkpoint=True)
     use_bias: bool = setting(False, 'Whether linear maps have biases.', of_checkpoint=True)
     use_dt_bias: bool = setting(
-        True, 'Whether dt = softplus(u W + bias) has a bias a head, which alone can start dt in [dt_min, dt_max].',
-        of_checkpoint=True)
+        True,
+        'Whether dt = softplus(u W + bias) has a bias a head, which alone can start dt in [dt_min, dt_max].',
+        of_checkpoint=True,
+    )
     dt_min: float = setting(0.001, 'Least step size at initialisation (with a dt bias).')
     dt_max: float = setting(0.1, 'Largest step size at initialisation (with a dt bias).')
     a_min: float = setting(1.0, 'Least decay rate -a at initialisation.')
@@ -120,7 +135,8 @@ class Model(Section):
     remat: str = setting(
         'hybrid',
         'What the backward pass recomputes: nothing, whole layers, all but matmul outputs, or all but those that are dear.',
-        choices=('none', 'full', 'dots', 'hybrid'))
+        choices=('none', 'full', 'dots', 'hybrid'),
+    )
     ssd_implementation: str = setting('auto', 'Scan implementation; auto picks the fastest that serves.')
     ssd_chunk_size: int = setting(0, 'Tokens a chunk of the scan; 0 picks by device.', minimum=0)
     attention_implementation: str = setting('auto', 'Attention implementation; auto picks the fastest that serves.')
@@ -143,7 +159,9 @@ class Data(Section):
     train_split: str = setting('train', 'Split to train on.', of_checkpoint=True)
     eval_split: str = setting('validation', 'Split to evaluate on; empty: no evaluation.')
     seq_len: int = setting(4096, 'Tokens a row.', minimum=1, of_checkpoint=True)
-    global_batch: int = setting(512, 'Rows a step, over all hosts and accumulation steps.', minimum=1, of_checkpoint=True)
+    global_batch: int = setting(
+        512, 'Rows a step, over all hosts and accumulation steps.', minimum=1, of_checkpoint=True
+    )
     seed: int = setting(0, 'Seed of the order of documents and of rows.', minimum=0, of_checkpoint=True)
     num_workers: int = setting(0, 'Loader processes a host; 0: threads in this process.', minimum=0)
     prefetch_batches: int = setting(4, 'Batches read ahead.', minimum=1)
@@ -172,7 +190,9 @@ class Train(Section):
     seed: int = setting(0, 'Seed of the initial parameters.', minimum=0, of_checkpoint=True)
     log_every_steps: int = setting(10, 'Steps between metrics records.', minimum=1)
     eval_every_steps: int = setting(1000, 'Steps between evaluations; one more comes at the end. 0: none.', minimum=0)
-    eval_batches: int = setting(0, 'Global batches per evaluation, a fixed sample of the split; 0: the whole split.', minimum=0)
+    eval_batches: int = setting(
+        0, 'Global batches per evaluation, a fixed sample of the split; 0: the whole split.', minimum=0
+    )
     checkpoint_every_steps: int = setting(1000, 'Steps between checkpoints; one more comes at the end.', minimum=1)
     keep_last: int = setting(2, 'Newest checkpoints to keep.', minimum=1)
     keep_best: int = setting(1, 'Checkpoints with the lowest evaluation loss to keep.', minimum=0)
@@ -186,7 +206,9 @@ class Train(Section):
 @dataclasses.dataclass
 class Mesh(Section):
     data: int = setting(-1, 'Devices that hold whole copies of the state; -1: all that are left.', minimum=-1)
-    fsdp: int = setting(1, 'Devices over which parameters and optimizer state are split; they split the batch too.', minimum=-1)
+    fsdp: int = setting(
+        1, 'Devices over which parameters and optimizer state are split; they split the batch too.', minimum=-1
+    )
     context: int = setting(1, 'Devices over which the tokens of a row are split.', minimum=-1)
     tensor: int = setting(1, 'Devices over which heads, MLP width and vocabulary are split.', minimum=-1)
     slices: int = setting(1, 'TPU slices, or GPU hosts, that the devices are of; data goes across them.', minimum=1)
@@ -237,8 +259,13 @@ def parse_flags(argv: list[str], flag_values: flags.FlagValues) -> Config:
             name = name.removeprefix('config.')
             raise ConfigError(f'unknown setting {name}{_nearest_path(name, types)}')
     holder = config_flags.DEFINE_config_dataclass(
-        'config', Config(), 'Config file; --config.a.b=value overrides a setting.',
-        flag_values=flag_values, sys_argv=argv, parse_fn=_read_file)
+        'config',
+        Config(),
+        'Config file; --config.a.b=value overrides a setting.',
+        flag_values=flag_values,
+        sys_argv=argv,
+        parse_fn=_read_file,
+    )
     try:
         extra = flag_values(argv)[1:]
     except flags.Error as error:
@@ -299,7 +326,9 @@ def start_from(asking_file: str, path: str) -> Config:
 
 def describe() -> str:
     """Every setting with its default and its meaning, a line each."""
-    return '\n'.join(f'--config.{name}={field.default}  {field.metadata["meaning"]}' for name, field in _settings(Config))
+    return '\n'.join(
+        f'--config.{name}={field.default}  {field.metadata["meaning"]}' for name, field in _settings(Config)
+    )
 
 
 def _settings(section, prefix=''):
@@ -330,29 +359,41 @@ def resolve(config: Config) -> Config:
     _divides('model.num_heads', model.num_heads, 'model.num_ssd_groups', model.num_ssd_groups)
     _divides('model.num_layers', model.num_layers, 'layers a module', len(model.layer_kinds))
     if model.head_dim % 16:
-        raise ConfigError(f'model.d_model={model.d_model} / model.num_heads={model.num_heads} = {model.head_dim} '
-                          'must be a multiple of 16; change either')
+        raise ConfigError(
+            f'model.d_model={model.d_model} / model.num_heads={model.num_heads} = {model.head_dim} '
+            'must be a multiple of 16; change either'
+        )
     if model.d_state % 16:
-        raise ConfigError(f'model.d_state={model.d_state} must be a multiple of 16; try {model.d_state // 16 * 16 + 16}')
+        raise ConfigError(
+            f'model.d_state={model.d_state} must be a multiple of 16; try {model.d_state // 16 * 16 + 16}'
+        )
     if 0 < model.attention_period <= model.attention_offset:
-        raise ConfigError(f'model.attention_offset={model.attention_offset} must be below model.attention_period='
-                          f'{model.attention_period}; try {model.attention_period - 1}')
+        raise ConfigError(
+            f'model.attention_offset={model.attention_offset} must be below model.attention_period='
+            f'{model.attention_period}; try {model.attention_period - 1}'
+        )
     if not 0 < model.dt_min <= model.dt_max:
         raise ConfigError(f'model.dt_min={model.dt_min} must be positive and at most model.dt_max={model.dt_max}')
     if not 0 < model.a_min <= model.a_max:
         raise ConfigError(f'model.a_min={model.a_min} must be positive and at most model.a_max={model.a_max}')
     if model.ssd_chunk_size % 16:
-        raise ConfigError(f'model.ssd_chunk_size={model.ssd_chunk_size} must be a multiple of 16; try '
-                          f'{model.ssd_chunk_size // 16 * 16 + 16}, or 0 to leave it to the device')
+        raise ConfigError(
+            f'model.ssd_chunk_size={model.ssd_chunk_size} must be a multiple of 16; try '
+            f'{model.ssd_chunk_size // 16 * 16 + 16}, or 0 to leave it to the device'
+        )
     for name in ('b1', 'b2'):
         if getattr(optimizer, name) >= 1:
-            raise ConfigError(f'optimizer.{name}={getattr(optimizer, name)} must be below 1; try 0.9 for b1, 0.999 for b2')
+            raise ConfigError(
+                f'optimizer.{name}={getattr(optimizer, name)} must be below 1; try 0.9 for b1, 0.999 for b2'
+            )
     _divides('data.global_batch', data.global_batch, 'train.accumulation_steps', train.accumulation_steps)
     decay_steps = optimizer.decay_steps if optimizer.schedule == 'wsd' else 0
     if optimizer.warmup_steps + decay_steps > train.steps:
         parts = 'optimizer.warmup_steps' + (' + optimizer.decay_steps' if decay_steps else '')
-        raise ConfigError(f'{parts} = {optimizer.warmup_steps + decay_steps} must be at most '
-                          f'train.steps={train.steps}; lower {parts.split()[0]}')
+        raise ConfigError(
+            f'{parts} = {optimizer.warmup_steps + decay_steps} must be at most '
+            f'train.steps={train.steps}; lower {parts.split()[0]}'
+        )
     mesh = dataclasses.asdict(config.mesh)
     if list(mesh.values()).count(-1) > 1 or 0 in mesh.values():
         raise ConfigError(f'mesh={mesh}: at most one axis may be -1 and none 0')
@@ -407,5 +448,8 @@ def from_json(text: str) -> Config:
 def unfit_for_checkpoint(saved: Config, wanted: Config) -> list[str]:
     """What keeps a checkpoint of `saved` from being resumed with `wanted`, a phrase a setting."""
     fixed = {name for name, field in _settings(Config) if field.metadata['of_checkpoint']}
-    return [f'{name} is {was!r} in the checkpoint and {now!r} in this config'
-            for name, (was, now) in differences(saved, wanted).items() if name in fixed]
+    return [
+        f'{name} is {was!r} in the checkpoint and {now!r} in this config'
+        for name, (was, now) in differences(saved, wanted).items()
+        if name in fixed
+    ]

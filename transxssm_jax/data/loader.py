@@ -27,7 +27,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from transxssm_jax.data.index import DataError, SplitIndex, finished_splits, read_index
+from transxssm_jax.data.manifest import DataError, SplitIndex, finished_splits, read_index
 from transxssm_jax.data.packing import Epochs, assign_row, pack_row, packing_efficiency
 from transxssm_jax.data.workers import follow_parent
 

@@ -41,10 +41,10 @@ os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 import numpy as np
 from tqdm import tqdm
 
-from transxssm_jax.data import index as index_lib
-from transxssm_jax.data import shards as shards_lib
-from transxssm_jax.data.index import DATASET_NAME, DataError, Shard, Source, SplitIndex
-from transxssm_jax.data.shards import Unit, lengths_path, result_path, shard_path, tokenize_unit
+from transxssm_jax.data import manifest as index_lib
+from transxssm_jax.data import shard_writer as shards_lib
+from transxssm_jax.data.manifest import DATASET_NAME, DataError, Shard, Source, SplitIndex
+from transxssm_jax.data.shard_writer import Unit, lengths_path, result_path, shard_path, tokenize_unit
 from transxssm_jax.data.source import cut, list_files, parse_source
 from transxssm_jax.data.tokenizer import load_tokenizer
 from transxssm_jax.data.workers import follow_parent
@@ -291,7 +291,14 @@ def commit(
             )
         totals.append(Source(spec=spec, weight=weight, first_document=sum(t.documents for t in totals), **total))
     index = SplitIndex(
-        output, split, same, tokenizer.describe(), tokenizer.dtype.name, shards_lib.RECORD_TOKENS, tuple(totals), tuple(shards)
+        output,
+        split,
+        same,
+        tokenizer.describe(),
+        tokenizer.dtype.name,
+        shards_lib.RECORD_TOKENS,
+        tuple(totals),
+        tuple(shards),
     )
     if index.tokenizer['kind'] == 'json':
         index_lib.write_file(output / 'tokenizer.json', tokenizer.content)

@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
-from transxssm_jax.data.index import DataError
+from transxssm_jax.data.manifest import DataError
 
 SPLIT_WORDS = {  # as the Hugging Face hub reads file names
     'train': 'train',

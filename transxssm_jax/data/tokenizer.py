@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from transxssm_jax.data.index import DataError, finished_splits, read_index
+from transxssm_jax.data.manifest import DataError, finished_splits, read_index
 
 EOS_TOKENS = ('<|endoftext|>', '<|end_of_text|>', '</s>', '<eos>', '<|eos|>', '[EOS]')
 

@@ -29,10 +29,10 @@ import numpy as np
 from absl import flags
 
 from transxssm_jax import config as config_lib
-from transxssm_jax import step as step_lib
 from transxssm_jax.config import Config, ConfigError, Model
-from transxssm_jax.decode import Decoder
-from transxssm_jax.sampling import Sampling
+from transxssm_jax.inference.decode import Decoder
+from transxssm_jax.inference.sampling import Sampling
+from transxssm_jax.model import parameters
 
 FINISHED, WRONG_INPUT = 0, 2
 MEMORY_SHARE = 0.94  # of the device's, for weights, caches and what a step works in
@@ -54,7 +54,7 @@ class Sizes:
         kinds = model.layer_kinds * (model.num_layers // len(model.layer_kinds))
         states = kinds.count('ssd') * model.num_heads * model.head_dim * model.d_state * 4
         cache = kinds.count('attention') * 2 * model.num_kv_heads * model.head_dim * width
-        return cls(step_lib.count_params(model) * width, states, cache)
+        return cls(parameters.count_params(model) * width, states, cache)
 
     def held(self, rows: int, context: int, model: Model) -> int:
         """Bytes in memory: besides the above, scores of one layer and logits, both float32 with a copy or two."""
@@ -79,6 +79,7 @@ def rows_that_fit(models: list[Model], rows: int, context: int, memory: float) -
 
     def fits(count):
         return all(size.held(count, context, model) <= memory for size, model in zip(sizes, models))
+
     tries = [rows, *range((rows - 1) // ROWS_STEP * ROWS_STEP, 0, -ROWS_STEP), 1]
     return next((count for count in tries if count <= rows and fits(count)), 0)
 
@@ -111,24 +112,39 @@ def runner(decoder: Decoder, rows: int, context: int, steps: int, blocks: int):
     """A function that decodes `steps` tokens a row near the end of the context; it can be called `blocks` times."""
     sampling = Sampling(temperature=1.0)
     start = context - steps * blocks
-    settings = {'limit_B': np.full(rows, context, np.int32), 'rope_length_B': np.full(rows, context, np.int32),
-                'seed_B': np.arange(rows, dtype=np.uint32)}
-    held = [random_state(decoder, rows, context)
-            | {'position_B': jnp.full(rows, start, jnp.int32), 'done_B': jnp.zeros(rows, bool)}]
+    settings = {
+        'limit_B': np.full(rows, context, np.int32),
+        'rope_length_B': np.full(rows, context, np.int32),
+        'seed_B': np.arange(rows, dtype=np.uint32),
+    }
+    held = [
+        random_state(decoder, rows, context)
+        | {'position_B': jnp.full(rows, start, jnp.int32), 'done_B': jnp.zeros(rows, bool)}
+    ]
     stop_T, done_B = np.zeros(0, np.int32), np.zeros(rows, bool)
 
     def run():
         held[0], tokens_BT = decoder.run(
-            held[0], settings, stop_T, done_B, np.int32(steps), plan=sampling.plan(decoder.model.vocab_size),
-            numbers=sampling.numbers(), block=steps)
+            held[0],
+            settings,
+            stop_T,
+            done_B,
+            np.int32(steps),
+            plan=sampling.plan(decoder.model.vocab_size),
+            numbers=sampling.numbers(),
+            block=steps,
+        )
         return tokens_BT
+
     return run
 
 
 def measure(decoder: Decoder, rows: int, context: int, steps: int, repeats: int) -> dict:
     """Times of a step in ms: 'ms' (median), 'least', 'most'; and 'compile_s', of the first block's compilation and run."""
     if context < steps * (repeats + 1) + 1:
-        raise ConfigError(f'--contexts={context} must be above --steps={steps} x (--repeats={repeats} + 1); lower those')
+        raise ConfigError(
+            f'--contexts={context} must be above --steps={steps} x (--repeats={repeats} + 1); lower those'
+        )
     run = runner(decoder, rows, context, steps, repeats + 1)
     started = time.perf_counter()
     jax.block_until_ready(run())
@@ -154,7 +170,9 @@ def memory_of_device() -> float:
     return stats.get('bytes_limit', float('inf'))
 
 
-def table(configs: dict[str, Config], contexts: list[int], batches: list[int], steps: int, repeats: int, say) -> list[dict]:
+def table(
+    configs: dict[str, Config], contexts: list[int], batches: list[int], steps: int, repeats: int, say
+) -> list[dict]:
     """Measures every model at every context and batch; says each line as it comes and returns all of them."""
     memory, speed = MEMORY_SHARE * memory_of_device(), bandwidth()
     device = jax.devices()[0]
@@ -164,28 +182,44 @@ def table(configs: dict[str, Config], contexts: list[int], batches: list[int], s
         for batch in batches:
             rows = rows_that_fit([config.model for config in configs.values()], batch, context, memory)
             if rows != batch:
-                needs = ', '.join(f'{name} {Sizes.of(config.model).held(batch, context, config.model) / 1e9:.0f} GB'
-                                  for name, config in configs.items())
-                say(f'{batch} rows of {context} tokens need {needs} of {memory / 1e9:.0f} GB: '
-                    + (f'measured with {rows} rows' if rows else 'not measured'))
+                needs = ', '.join(
+                    f'{name} {Sizes.of(config.model).held(batch, context, config.model) / 1e9:.0f} GB'
+                    for name, config in configs.items()
+                )
+                say(
+                    f'{batch} rows of {context} tokens need {needs} of {memory / 1e9:.0f} GB: '
+                    + (f'measured with {rows} rows' if rows else 'not measured')
+                )
             if rows:
                 cases.append((context, rows))
-    say(f'{"model":12} {"context":>7} {"rows":>4} {"ms":>8} {"spread":>15} {"tokens/s":>9} {"GB":>7} {"bound ms":>8} '
-        f'{"share":>6} {"weights":>7} {"compile s":>9}')
+    say(
+        f'{"model":12} {"context":>7} {"rows":>4} {"ms":>8} {"spread":>15} {"tokens/s":>9} {"GB":>7} {"bound ms":>8} '
+        f'{"share":>6} {"weights":>7} {"compile s":>9}'
+    )
     lines = []
     for name, config in configs.items():
         sizes = Sizes.of(config.model)
-        decoder = Decoder(jax.jit(functools.partial(step_lib.init_params, config.model))(0), config)
+        decoder = Decoder(jax.jit(functools.partial(parameters.init_params, config.model))(0), config)
         for context, rows in dict.fromkeys(cases):
             times = measure(decoder, rows, context, steps, repeats)
             moved = sizes.moved(rows, context)
             bound = 1e3 * moved / speed
-            line = dict(model=name, context=context, rows=rows, **times, tokens_per_s=1e3 * rows / times['ms'], bytes=moved,
-                        bound_ms=bound, over_weights=times['ms'] / (1e3 * sizes.weights / speed))
+            line = dict(
+                model=name,
+                context=context,
+                rows=rows,
+                **times,
+                tokens_per_s=1e3 * rows / times['ms'],
+                bytes=moved,
+                bound_ms=bound,
+                over_weights=times['ms'] / (1e3 * sizes.weights / speed),
+            )
             lines.append(line)
-            say(f'{name:12} {context:7} {rows:4} {line["ms"]:8.3f} {line["least"]:7.3f}-{line["most"]:7.3f} '
+            say(
+                f'{name:12} {context:7} {rows:4} {line["ms"]:8.3f} {line["least"]:7.3f}-{line["most"]:7.3f} '
                 f'{line["tokens_per_s"]:9.0f} {moved / 1e9:7.2f} {bound:8.3f} {bound / line["ms"]:6.0%} '
-                f'{line["over_weights"]:7.2f} {line["compile_s"]:9.1f}')
+                f'{line["over_weights"]:7.2f} {line["compile_s"]:9.1f}'
+            )
         del decoder
     for context, rows in dict.fromkeys(cases):
         of = {line['model']: line['ms'] for line in lines if (line['context'], line['rows']) == (context, rows)}
@@ -212,9 +246,14 @@ def main(argv: list[str]) -> int:
         if unknown:
             raise ConfigError(f'--models={unknown[0]} is not one of {", ".join(MODELS)}')
         configs = {'config': config, 'transformer': transformer_of(config)}
-        lines = table({name: configs[name] for name in models.value}, _numbers('contexts', contexts.value),
-                      _numbers('batches', batches.value), steps.value, repeats.value,
-                      functools.partial(print, flush=True))
+        lines = table(
+            {name: configs[name] for name in models.value},
+            _numbers('contexts', contexts.value),
+            _numbers('batches', batches.value),
+            steps.value,
+            repeats.value,
+            functools.partial(print, flush=True),
+        )
         if out.value:
             pathlib.Path(out.value).write_text(json.dumps(lines, indent=2) + '\n')
     except (ConfigError, OSError) as error:

@@ -21,13 +21,13 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from transxssm_jax import step
-from transxssm_jax.checkpoint import CheckpointError
 from transxssm_jax.config import Config, ConfigError
-from transxssm_jax.data.index import DataError
+from transxssm_jax.data.manifest import DataError
 from transxssm_jax.evals.scoring import Scorer, load_run
-from transxssm_jax.generate import Generator
-from transxssm_jax.sampling import InputError, Sampling
+from transxssm_jax.inference.generator import Generator
+from transxssm_jax.inference.sampling import InputError, Sampling
+from transxssm_jax.model import parameters
+from transxssm_jax.training.checkpoint import CheckpointError
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -65,13 +65,30 @@ class TransXSSMLM(TemplateLM):
       InputError: the tokenizer has more tokens than the model, or a number is below 1.
     """
 
-    def __init__(self, workdir: str, *, step: int = -1, tokenizer: str = '', max_length: int = 0,
-                 batch_tokens: int = 32768, max_gen_toks: int = 256, **ignored):
+    def __init__(
+        self,
+        workdir: str,
+        *,
+        step: int = -1,
+        tokenizer: str = '',
+        max_length: int = 0,
+        batch_tokens: int = 32768,
+        max_gen_toks: int = 256,
+        **ignored,
+    ):
         self._start(*load_run(workdir, step, tokenizer), max_length, batch_tokens, max_gen_toks)
 
     @classmethod
-    def of(cls, params: dict, config: Config, tokenizer, *, max_length: int = 0, batch_tokens: int = 32768,
-           max_gen_toks: int = 256) -> 'TransXSSMLM':
+    def of(
+        cls,
+        params: dict,
+        config: Config,
+        tokenizer,
+        *,
+        max_length: int = 0,
+        batch_tokens: int = 32768,
+        max_gen_toks: int = 256,
+    ) -> 'TransXSSMLM':
         """A model from parameters as `checkpoint.load_trained` gives them; the rest as above."""
         lm = cls.__new__(cls)
         lm._start(params, config, tokenizer, max_length, batch_tokens, max_gen_toks)
@@ -88,8 +105,9 @@ class TransXSSMLM(TemplateLM):
     def generator(self) -> Generator:
         """Made when a task first generates: it holds weights of its own."""
         if self._generator is None:
-            self._generator = Generator(self.params, self.config, self.tokenizer, max_length=self.max_length,
-                                        batch=GENERATED_TOGETHER)
+            self._generator = Generator(
+                self.params, self.config, self.tokenizer, max_length=self.max_length, batch=GENERATED_TOGETHER
+            )
         return self._generator
 
     # ---- what lm_eval asks of a model --------------------------------------
@@ -111,7 +129,9 @@ class TransXSSMLM(TemplateLM):
         """(log-likelihood in nats, is_greedy) of each request's (context, continuation)."""
         texts = [request.args for request in requests]
         pairs = encode_pairs(self.tokenizer, texts)
-        return self._loglikelihood_tokens([(text, *pair) for text, pair in zip(texts, pairs)], disable_tqdm=disable_tqdm)
+        return self._loglikelihood_tokens(
+            [(text, *pair) for text, pair in zip(texts, pairs)], disable_tqdm=disable_tqdm
+        )
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
         with tqdm(total=len(requests), desc='loglikelihood', disable=disable_tqdm, smoothing=0) as bar:
@@ -148,15 +168,20 @@ class TransXSSMLM(TemplateLM):
                 settings = normalize_gen_kwargs(json.loads(key), self.max_gen_toks)
                 room = self.max_length - settings['max_gen_toks']
                 if room < 1:
-                    raise InputError(f'a task generates {settings["max_gen_toks"]} tokens, which must be below '
-                                     f'--max_length={self.max_length}; raise it')
+                    raise InputError(
+                        f'a task generates {settings["max_gen_toks"]} tokens, which must be below '
+                        f'--max_length={self.max_length}; raise it'
+                    )
                 members.sort(key=lambda index: -len(contexts[index]))
                 for first in range(0, len(members), GENERATED_TOGETHER):
-                    batch = members[first:first + GENERATED_TOGETHER]
+                    batch = members[first : first + GENERATED_TOGETHER]
                     completions = self.generator.generate(
                         [contexts[i][-room:] if len(contexts[i]) else np.array([self.prefix_token_id]) for i in batch],
-                        max_tokens=settings['max_gen_toks'], sampling=_sampling(settings),
-                        stop_strings=[stop for stop in settings['until'] if stop], seeds=batch)
+                        max_tokens=settings['max_gen_toks'],
+                        sampling=_sampling(settings),
+                        stop_strings=[stop for stop in settings['until'] if stop],
+                        seeds=batch,
+                    )
                     for index, completion in zip(batch, completions):
                         texts[index] = completion.text
                         self.cache_hook.add_partial('generate_until', requests[index].args, completion.text)
@@ -165,8 +190,12 @@ class TransXSSMLM(TemplateLM):
 
     def get_model_info(self) -> dict:
         """What lm_eval records of the model."""
-        return {'model_num_parameters': step.count_params(self.config.model), 'model_dtype': self.config.model.dtype,
-                'max_length': self.max_length, 'tokenizer': self.tokenizer_name}
+        return {
+            'model_num_parameters': parameters.count_params(self.config.model),
+            'model_dtype': self.config.model.dtype,
+            'max_length': self.max_length,
+            'tokenizer': self.tokenizer_name,
+        }
 
 
 def encode_pairs(tokenizer, texts: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
@@ -179,14 +208,14 @@ def encode_pairs(tokenizer, texts: list[tuple[str, str]]) -> list[tuple[list[int
     moved = []
     for context, continuation in texts:
         kept = context.rstrip()
-        moved.append((kept, context[len(kept):] + continuation))
+        moved.append((kept, context[len(kept) :] + continuation))
     # Contexts come as often as they have continuations: each text is encoded once.
     distinct = list({text for kept, rest in moved for text in (kept, kept + rest, rest)})
     ids = dict(zip(distinct, tokenizer.encode_batch(distinct)))
     pairs = []
     for kept, rest in moved:
         if kept:
-            context, continuation = ids[kept], ids[kept + rest][len(ids[kept]):]
+            context, continuation = ids[kept], ids[kept + rest][len(ids[kept]) :]
             # Where the continuation melts into the context's last token there is nothing to divide.
             continuation = continuation if len(continuation) or not rest else ids[rest]
         elif len(ids[rest]) and ids[rest][0] == tokenizer.eos_id:
@@ -260,11 +289,17 @@ def main(argv: list[str]) -> int:
     workdir = flags.DEFINE_string('workdir', '', 'Directory of the run.', **define)
     tasks = flags.DEFINE_list('tasks', [], 'Names or patterns of tasks and groups, with commas.', **define)
     include_path = flags.DEFINE_list('include_path', [], 'Directories with task files of your own.', **define)
-    num_fewshot = flags.DEFINE_integer('num_fewshot', -1, "Examples before each question; -1: the task's own number.", **define)
+    num_fewshot = flags.DEFINE_integer(
+        'num_fewshot', -1, "Examples before each question; -1: the task's own number.", **define
+    )
     limit = flags.DEFINE_integer('limit', 0, 'Questions a task, for a quick look; 0: all.', **define, lower_bound=0)
     step = flags.DEFINE_integer('step', -1, 'Checkpoint; -1: the newest.', **define)
-    tokenizer = flags.DEFINE_string('tokenizer', '', 'byte, a json file or a prepared directory; empty: of the run.', **define)
-    max_length = flags.DEFINE_integer('max_length', 0, 'Most tokens shown at once; 0: data.seq_len.', **define, lower_bound=0)
+    tokenizer = flags.DEFINE_string(
+        'tokenizer', '', 'byte, a json file or a prepared directory; empty: of the run.', **define
+    )
+    max_length = flags.DEFINE_integer(
+        'max_length', 0, 'Most tokens shown at once; 0: data.seq_len.', **define, lower_bound=0
+    )
     batch_tokens = flags.DEFINE_integer('batch_tokens', 32768, 'Tokens a batch, with padding.', **define, lower_bound=1)
     log_samples = flags.DEFINE_bool('log_samples', False, 'Whether the JSON holds every question and answer.', **define)
     output = flags.DEFINE_string('output', '', 'JSON file; empty: WORKDIR/evals/harness_TIME.json.', **define)
@@ -283,11 +318,20 @@ def main(argv: list[str]) -> int:
         path = pathlib.Path(output.value or time.strftime(f'{workdir.value}/evals/harness_%Y-%m-%dT%H-%M-%S.json'))
         if output.value and not path.absolute().parent.is_dir():
             raise InputError(f'--output={output.value}: its directory does not exist; make it first')
-        lm = TransXSSMLM(workdir.value, step=step.value, tokenizer=tokenizer.value, max_length=max_length.value,
-                         batch_tokens=batch_tokens.value)
+        lm = TransXSSMLM(
+            workdir.value,
+            step=step.value,
+            tokenizer=tokenizer.value,
+            max_length=max_length.value,
+            batch_tokens=batch_tokens.value,
+        )
         results = simple_evaluate(
-            lm, **load_tasks(tasks.value, include_path.value), limit=limit.value or None, log_samples=log_samples.value,
-            num_fewshot=None if num_fewshot.value < 0 else num_fewshot.value)
+            lm,
+            **load_tasks(tasks.value, include_path.value),
+            limit=limit.value or None,
+            log_samples=log_samples.value,
+            num_fewshot=None if num_fewshot.value < 0 else num_fewshot.value,
+        )
         print(tables(results))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(results_json(results))

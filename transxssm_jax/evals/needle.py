@@ -25,19 +25,43 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from transxssm_jax.checkpoint import CheckpointError
-from transxssm_jax.completion import Row
 from transxssm_jax.config import ConfigError
 from transxssm_jax.data import source
-from transxssm_jax.data.index import DataError
-from transxssm_jax.decode import Decoder
+from transxssm_jax.data.manifest import DataError
 from transxssm_jax.evals.scoring import bucket, load_run
-from transxssm_jax.sampling import InputError
+from transxssm_jax.inference.completion import Row
+from transxssm_jax.inference.decode import Decoder
+from transxssm_jax.inference.sampling import InputError
+from transxssm_jax.training.checkpoint import CheckpointError
 
 FINISHED, WRONG_INPUT = 0, 2
 
-CITIES = ('Lisbon', 'Nairobi', 'Oslo', 'Lima', 'Osaka', 'Toronto', 'Cairo', 'Hanoi', 'Vienna', 'Dublin', 'Havana', 'Perth',
-          'Warsaw', 'Quito', 'Riga', 'Tunis', 'Seoul', 'Naples', 'Dakar', 'Geneva', 'Bergen', 'Kyoto', 'Malaga', 'Denver')
+CITIES = (
+    'Lisbon',
+    'Nairobi',
+    'Oslo',
+    'Lima',
+    'Osaka',
+    'Toronto',
+    'Cairo',
+    'Hanoi',
+    'Vienna',
+    'Dublin',
+    'Havana',
+    'Perth',
+    'Warsaw',
+    'Quito',
+    'Riga',
+    'Tunis',
+    'Seoul',
+    'Naples',
+    'Dakar',
+    'Geneva',
+    'Bergen',
+    'Kyoto',
+    'Malaga',
+    'Denver',
+)
 NEEDLE = ' The secret number of {city} is {number}.'
 QUESTION = '\n\nQuestion: What is the secret number of {city}?\nAnswer: The secret number of {city} is'
 ANSWER = ' {number}'
@@ -95,12 +119,16 @@ class Haystack:
         if not parts:
             raise DataError(f'--haystack={spec} has no text')
         self.tokens = np.concatenate(parts)
-        ends = {int(token) for token in np.unique(self.tokens)
-                if tokenizer.decode([token]).rstrip(' "\'').endswith(ENDS_OF_SENTENCES)}
+        ends = {
+            int(token)
+            for token in np.unique(self.tokens)
+            if tokenizer.decode([token]).rstrip(' "\'').endswith(ENDS_OF_SENTENCES)
+        }
         self._is_end = np.isin(self.tokens, list(ends))
 
-    def case(self, length: int, depth: float, sample: int, *, needles: int, ask: str, candidates: int,
-             seed: int) -> Case:
+    def case(
+        self, length: int, depth: float, sample: int, *, needles: int, ask: str, candidates: int, seed: int
+    ) -> Case:
         """One haystack with its needles: a pure function of its arguments.
 
         The first needle stands at `depth`, the others at even steps from there to the end; each is moved back to the
@@ -112,29 +140,39 @@ class Haystack:
         rng = np.random.default_rng([seed, length, round(100 * depth), sample])
         encode = self._encode
         cities = [str(city) for city in rng.choice(CITIES, needles, replace=False)]
-        numbers = rng.choice(np.arange(10**(DIGITS - 1), 10**DIGITS), max(candidates, needles), replace=False)
+        numbers = rng.choice(np.arange(10 ** (DIGITS - 1), 10**DIGITS), max(candidates, needles), replace=False)
         numbers = [str(number) for number in numbers]
         sentences = [NEEDLE.format(city=city, number=number) for city, number in zip(cities, numbers)]
         encoded = [encode(sentence) for sentence in sentences]
         asked = [encode(QUESTION.format(city=city)) for city in cities]
         fill = length - sum(map(len, encoded)) - max(map(len, asked)) - ROOM
         if fill < needles:
-            raise InputError(f'--lengths={length} is too short for {needles} needle(s), question and answer, which take '
-                             f'{length - fill} tokens; try --lengths={2 ** (length - fill).bit_length()}')
+            raise InputError(
+                f'--lengths={length} is too short for {needles} needle(s), question and answer, which take '
+                f'{length - fill} tokens; try --lengths={2 ** (length - fill).bit_length()}'
+            )
         first = int(rng.integers(len(self.tokens)))
         index = np.arange(first, first + fill) % len(self.tokens)
         depths = [depth + (100 - depth) * i / needles for i in range(needles)]
         ends = np.concatenate([[0], 1 + np.flatnonzero(self._is_end[index])])
-        places = [fill if d == 100 else int(ends[np.searchsorted(ends, fill * d / 100, side='right') - 1]) for d in depths]
+        places = [
+            fill if d == 100 else int(ends[np.searchsorted(ends, fill * d / 100, side='right') - 1]) for d in depths
+        ]
         parts, previous = [], 0
         for place, needle in zip(places, encoded):
             parts += [self.tokens[index[previous:place]], needle]
             previous = place
         parts.append(self.tokens[index[previous:]])
         questions = [
-            Question(asked[i], sentences[i].strip(), depths[i], numbers[i],
-                     ([numbers[i]] + numbers[:i] + numbers[i + 1:])[:max(candidates, needles)])
-            for i in range(needles if ask == 'all' else 1)]
+            Question(
+                asked[i],
+                sentences[i].strip(),
+                depths[i],
+                numbers[i],
+                ([numbers[i]] + numbers[:i] + numbers[i + 1 :])[: max(candidates, needles)],
+            )
+            for i in range(needles if ask == 'all' else 1)
+        ]
         return Case(length, depth, sample, np.concatenate(parts).astype(np.int32), questions)
 
     def _encode(self, text: str) -> list[int]:
@@ -157,19 +195,24 @@ class Reader:
 
     def __init__(self, decoder: Decoder, tokenizer):
         self.decoder, self.tokenizer = decoder, tokenizer
-        self._log_softmax = jax.jit(lambda logits_CV, token_C: jnp.take_along_axis(
-            jax.nn.log_softmax(logits_CV), token_C[:, None], axis=1)[:, 0])
-        self._likeliest = jax.jit(lambda logits_BV: jnp.argmax(logits_BV[:, :tokenizer.vocab_size], axis=-1))
+        self._log_softmax = jax.jit(
+            lambda logits_CV, token_C: jnp.take_along_axis(jax.nn.log_softmax(logits_CV), token_C[:, None], axis=1)[
+                :, 0
+            ]
+        )
+        self._likeliest = jax.jit(lambda logits_BV: jnp.argmax(logits_BV[:, : tokenizer.vocab_size], axis=-1))
         self._copies = jax.jit(
-            lambda state, count: jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=0), state), static_argnums=1)
+            lambda state, count: jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=0), state), static_argnums=1
+        )
 
     def read(self, case: Case) -> dict:
         """The decoder's state after a haystack."""
         state = self.decoder.empty(1, bucket(case.length))
         tokens_BL = np.zeros((1, bucket(len(case.tokens))), np.int32)
-        tokens_BL[0, :len(case.tokens)] = case.tokens
+        tokens_BL[0, : len(case.tokens)] = case.tokens
         return self.decoder.prefill(
-            state, tokens_BL, np.array([len(case.tokens)], np.int32), np.array([case.length], np.int32))
+            state, tokens_BL, np.array([len(case.tokens)], np.int32), np.array([case.length], np.int32)
+        )
 
     def answer(self, state: dict, case: Case, question: Question) -> dict:
         """What the model says to a question after a haystack's state, which stays as it is.
@@ -183,13 +226,20 @@ class Reader:
         state = self._copies(state, 1)
         for token in question.tokens:
             state = self.decoder.step(state, np.array([token], np.int32), length)
-        candidates = [ids.tolist() for ids in self.tokenizer.encode_batch(
-            [ANSWER.format(number=number) for number in question.candidates])]
+        candidates = [
+            ids.tolist()
+            for ids in self.tokenizer.encode_batch([ANSWER.format(number=number) for number in question.candidates])
+        ]
         scores = self._score(self._copies(state, len(candidates)), candidates, length)
         text = self._generate(state, question, length)
         rank = 1 + sum(score >= scores[0] for score in scores[1:])
-        return {'response': text, 'generated': float(question.answer in text), 'log_likelihoods': scores, 'rank': rank,
-                'chosen': float(rank == 1)}
+        return {
+            'response': text,
+            'generated': float(question.answer in text),
+            'log_likelihoods': scores,
+            'rank': rank,
+            'chosen': float(rank == 1),
+        }
 
     def _score(self, state, candidates, length):
         longest = max(map(len, candidates))
@@ -217,9 +267,15 @@ def means(results: list[dict]) -> list[dict]:
     cells = {}
     for result in results:
         cells.setdefault((result['context_length'], result['depth_percent']), []).append(result)
-    return [{'context_length': length, 'depth_percent': depth, 'questions': len(members),
-             **{name: float(np.mean([member[name] for member in members])) for name in ('generated', 'chosen', 'rank')}}
-            for (length, depth), members in cells.items()]
+    return [
+        {
+            'context_length': length,
+            'depth_percent': depth,
+            'questions': len(members),
+            **{name: float(np.mean([member[name] for member in members])) for name in ('generated', 'chosen', 'rank')},
+        }
+        for (length, depth), members in cells.items()
+    ]
 
 
 def heat_map(path: pathlib.Path, cells: list[dict], score: str, title: str) -> None:
@@ -250,15 +306,19 @@ def table(cells: list[dict], score: str) -> str:
     lengths = sorted({cell['context_length'] for cell in cells})
     values = {(cell['depth_percent'], cell['context_length']): cell[score] for cell in cells}
     lines = [f'{score:>10s}' + ''.join(f'{length:>9,d}' for length in lengths)]
-    lines += [f'{depth:>9g}%' + ''.join(f'{values[depth, length]:9.2f}' for length in lengths)
-              for depth in sorted({depth for depth, _ in values})]
+    lines += [
+        f'{depth:>9g}%' + ''.join(f'{values[depth, length]:9.2f}' for length in lengths)
+        for depth in sorted({depth for depth, _ in values})
+    ]
     return '\n'.join(lines)
 
 
 # ---- the command -----------------------------------------------------------
 
 
-def run(reader: Reader, haystack: Haystack, cases: list[tuple[int, float, int]], settings: dict, progress: bool) -> list[dict]:
+def run(
+    reader: Reader, haystack: Haystack, cases: list[tuple[int, float, int]], settings: dict, progress: bool
+) -> list[dict]:
     """Results of every question of (length, depth, sample) cases, a dict each with the names of results.json."""
     results = []
     for length, depth, sample in tqdm(cases, desc='haystacks', disable=not progress, file=sys.stderr, smoothing=0):
@@ -266,11 +326,23 @@ def run(reader: Reader, haystack: Haystack, cases: list[tuple[int, float, int]],
         state = reader.read(case)
         for question in case.questions:
             answer = reader.answer(state, case, question)
-            results.append({
-                'context_length': length, 'depth_percent': depth, 'sample': sample, 'needle': question.needle,
-                'needle_depth_percent': question.depth, 'expected': question.answer, 'model_response': answer['response'],
-                'score': answer['generated'], 'generated': answer['generated'], 'chosen': answer['chosen'],
-                'rank': answer['rank'], 'candidates': question.candidates, 'log_likelihoods': answer['log_likelihoods']})
+            results.append(
+                {
+                    'context_length': length,
+                    'depth_percent': depth,
+                    'sample': sample,
+                    'needle': question.needle,
+                    'needle_depth_percent': question.depth,
+                    'expected': question.answer,
+                    'model_response': answer['response'],
+                    'score': answer['generated'],
+                    'generated': answer['generated'],
+                    'chosen': answer['chosen'],
+                    'rank': answer['rank'],
+                    'candidates': question.candidates,
+                    'log_likelihoods': answer['log_likelihoods'],
+                }
+            )
     return results
 
 
@@ -279,15 +351,28 @@ def main(argv: list[str]) -> int:
     define = dict(flag_values=values)
     workdir = flags.DEFINE_string('workdir', '', 'Directory of the run.', **define)
     spec = flags.DEFINE_string('haystack', '', 'Text: a file (text, jsonl, parquet), directory or pattern.', **define)
-    lengths = flags.DEFINE_list('lengths', ['1024', '2048', '4096'], 'Tokens of haystack, question and answer.', **define)
-    depths = flags.DEFINE_list('depths', ['0', '25', '50', '75', '100'], 'Depths of the first needle, in percent.', **define)
-    needles = flags.DEFINE_integer('needles', 1, 'Needles a haystack.', lower_bound=1, upper_bound=len(CITIES), **define)
+    lengths = flags.DEFINE_list(
+        'lengths', ['1024', '2048', '4096'], 'Tokens of haystack, question and answer.', **define
+    )
+    depths = flags.DEFINE_list(
+        'depths', ['0', '25', '50', '75', '100'], 'Depths of the first needle, in percent.', **define
+    )
+    needles = flags.DEFINE_integer(
+        'needles', 1, 'Needles a haystack.', lower_bound=1, upper_bound=len(CITIES), **define
+    )
     ask = flags.DEFINE_enum('ask', 'one', ['one', 'all'], 'Ask for the first needle or for each.', **define)
     samples = flags.DEFINE_integer('samples', 1, 'Haystacks of each length and depth.', lower_bound=1, **define)
     candidates = flags.DEFINE_integer(
-        'candidates', 10, 'Numbers that the answer is ranked among; those of other needles are.', lower_bound=2, **define)
+        'candidates',
+        10,
+        'Numbers that the answer is ranked among; those of other needles are.',
+        lower_bound=2,
+        **define,
+    )
     step = flags.DEFINE_integer('step', -1, 'Checkpoint; -1: the newest.', **define)
-    tokenizer = flags.DEFINE_string('tokenizer', '', 'byte, a json file or a prepared directory; empty: of the run.', **define)
+    tokenizer = flags.DEFINE_string(
+        'tokenizer', '', 'byte, a json file or a prepared directory; empty: of the run.', **define
+    )
     seed = flags.DEFINE_integer('seed', 0, 'Of haystacks and numbers.', lower_bound=0, **define)
     output = flags.DEFINE_string('output', '', 'Directory; empty: WORKDIR/evals/needle.', **define)
     if {'--help', '-h'} & set(argv[1:]):
@@ -304,8 +389,12 @@ def main(argv: list[str]) -> int:
         depths = [_number('depths', text, float, 0, 100) for text in depths.value]
         params, config, found = load_run(workdir.value, step.value, tokenizer.value)
         haystack = Haystack(spec.value, found, 4 * max(lengths))
-        cases = [(length, depth, sample) for length in sorted(set(lengths)) for depth in sorted(set(depths))
-                 for sample in range(samples.value)]
+        cases = [
+            (length, depth, sample)
+            for length in sorted(set(lengths))
+            for depth in sorted(set(depths))
+            for sample in range(samples.value)
+        ]
         settings = dict(needles=needles.value, ask=ask.value, candidates=candidates.value, seed=seed.value)
         for length in set(lengths):
             haystack.case(length, 0, 0, **settings)  # one too short is said now
@@ -319,10 +408,19 @@ def main(argv: list[str]) -> int:
         print(f'chosen: the answer is the likeliest of the candidates, by chance {chance:.2f}')
         folder = pathlib.Path(output.value or f'{workdir.value}/evals/needle')
         folder.mkdir(parents=True, exist_ok=True)
-        record = {'model': workdir.value, 'haystack': spec.value, 'settings': settings, 'cells': cells, 'results': results}
+        record = {
+            'model': workdir.value,
+            'haystack': spec.value,
+            'settings': settings,
+            'cells': cells,
+            'results': results,
+        }
         (folder / 'results.json').write_text(json.dumps(record, indent=1, ensure_ascii=False) + '\n')
         try:
-            for score, title in (('generated', 'the completion holds the answer'), ('chosen', 'the answer is the likeliest')):
+            for score, title in (
+                ('generated', 'the completion holds the answer'),
+                ('chosen', 'the answer is the likeliest'),
+            ):
                 heat_map(folder / f'{score}.png', cells, score, title)
         except ModuleNotFoundError as error:
             print(f'no heat maps: {error.name} is not installed; pip install -e .[eval]', file=sys.stderr)
@@ -339,8 +437,10 @@ def _number(name, text, kind, least, most):
     except ValueError:
         value = least - 1
     if not least <= value <= most:
-        raise InputError(f'--{name}={text} must be {"whole numbers" if kind is int else "numbers"} from {least} to {most}, '
-                         'with commas')
+        raise InputError(
+            f'--{name}={text} must be {"whole numbers" if kind is int else "numbers"} from {least} to {most}, '
+            'with commas'
+        )
     return value
 
 

@@ -37,14 +37,14 @@ import numpy as np
 import tqdm
 from flax import nnx
 
-from transxssm_jax import checkpoint
 from transxssm_jax.config import Config, ConfigError, Model
-from transxssm_jax.data.index import DataError, read_index
 from transxssm_jax.data.loader import check_vocab, make_loader
+from transxssm_jax.data.manifest import DataError, read_index
 from transxssm_jax.data.tokenizer import load_tokenizer
 from transxssm_jax.evals.scoring import log_likelihoods
-from transxssm_jax.loss import IGNORED
-from transxssm_jax.step import split_model
+from transxssm_jax.model.loss import IGNORED
+from transxssm_jax.model.parameters import split_model
+from transxssm_jax.training import checkpoint
 
 FINISHED, WRONG_INPUT = 0, 2
 SCALINGS = ('none', 'linear', 'dynamic', 'length')
@@ -69,11 +69,12 @@ def token_losses(hidden_BLD: jax.Array, head_VD: jax.Array, targets_BL: jax.Arra
         return jnp.where(target_T == IGNORED, 0.0, -log_likelihood_T)
 
     nll_T = jax.lax.map(one_chunk, (x_TD.reshape(-1, chunk, x_TD.shape[-1]), target_T.reshape(-1, chunk)))
-    return nll_T.reshape(-1)[:targets_BL.size].reshape(targets_BL.shape)
+    return nll_T.reshape(-1)[: targets_BL.size].reshape(targets_BL.shape)
 
 
-def losses_by_position(params: dict, config: Config, spans: np.ndarray, length: int, *, batch: int = 1,
-                       advance=lambda tokens: None) -> tuple[np.ndarray, np.ndarray]:
+def losses_by_position(
+    params: dict, config: Config, spans: np.ndarray, length: int, *, batch: int = 1, advance=lambda tokens: None
+) -> tuple[np.ndarray, np.ndarray]:
     """Loss at every position of windows of one length.
 
     Args:
@@ -87,9 +88,9 @@ def losses_by_position(params: dict, config: Config, spans: np.ndarray, length: 
       counted where its text goes on.
     """
     windows, rest = spans.shape[1] // length, spans.shape[1] % length
-    tokens_BL = spans[:, :windows * length].reshape(-1, length)
+    tokens_BL = spans[:, : windows * length].reshape(-1, length)
     targets = np.concatenate([spans[:, 1:], np.full_like(spans[:, :1], IGNORED)], axis=1)
-    targets_BL = targets[:, :spans.shape[1] - rest].reshape(-1, length)
+    targets_BL = targets[:, : spans.shape[1] - rest].reshape(-1, length)
     padding = -len(tokens_BL) % batch
     tokens_BL = np.pad(tokens_BL, ((0, padding), (0, 0)))
     targets_BL = np.pad(targets_BL, ((0, padding), (0, 0)), constant_values=IGNORED)
@@ -147,17 +148,21 @@ def read_spans(path: pathlib.Path | str, split: str, length: int, *, documents: 
     """
     lengths = read_index(path, split).lengths()
     if documents == 'long' and lengths.max() < length:
-        raise DataError(f'{path} has no document of {length} tokens in split {split!r}, the longest has {lengths.max()}; lower '
-                        '--lengths, or give --documents=joined')
+        raise DataError(
+            f'{path} has no document of {length} tokens in split {split!r}, the longest has {lengths.max()}; lower '
+            '--lengths, or give --documents=joined'
+        )
     if documents == 'joined' and lengths.sum(dtype=np.int64) < length:
-        raise DataError(f'{path} has {lengths.sum(dtype=np.int64)} tokens in split {split!r}, less than one window of {length}; '
-                        'lower --lengths')
+        raise DataError(
+            f'{path} has {lengths.sum(dtype=np.int64)} tokens in split {split!r}, less than one window of {length}; '
+            'lower --lengths'
+        )
     spans = []
     for document in _documents(path, split) if documents == 'long' else _joined(path, split, length):
-        spans += [document[i * length:(i + 1) * length] for i in range(len(document) // length)]
+        spans += [document[i * length : (i + 1) * length] for i in range(len(document) // length)]
         if count and len(spans) >= count:
             break
-    return np.stack(spans[:count or None])
+    return np.stack(spans[: count or None])
 
 
 def _rows(path, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -192,8 +197,16 @@ def _joined(path, split: str, length: int) -> Iterator[np.ndarray]:
 # ---- the command -----------------------------------------------------------------
 
 
-def evaluate(params: dict, config: Config, spans: np.ndarray, *, lengths: list[int], scalings: list[str], factor: float,
-             batch: int) -> list[dict]:
+def evaluate(
+    params: dict,
+    config: Config,
+    spans: np.ndarray,
+    *,
+    lengths: list[int],
+    scalings: list[str],
+    factor: float,
+    batch: int,
+) -> list[dict]:
     """One result for each scaling and length, with its buckets; shows a progress bar."""
     training_length, results = config.data.seq_len, []
     total = len(scalings) * sum(spans.shape[0] * (spans.shape[1] // length * length) for length in lengths)
@@ -203,25 +216,35 @@ def evaluate(params: dict, config: Config, spans: np.ndarray, *, lengths: list[i
             for length in lengths:
                 bar.set_postfix_str(f'{scaling}, {length}')
                 nats_L, counts_L = losses_by_position(
-                    params, dataclasses.replace(config, model=model), spans, length, batch=batch, advance=bar.update)
+                    params, dataclasses.replace(config, model=model), spans, length, batch=batch, advance=bar.update
+                )
                 edges = bucket_edges(length, training_length)
                 total_of = _summary(nats_L, counts_L, 0, length)
-                results.append({
-                    'rope_scaling': scaling, 'length': length, 'windows': spans.shape[0] * (spans.shape[1] // length),
-                    **{name: total_of[name] for name in ('tokens', 'nats_per_token', 'perplexity')},
-                    'buckets': [_summary(nats_L, counts_L, *edges[i:i + 2]) for i in range(len(edges) - 1)]})
+                results.append(
+                    {
+                        'rope_scaling': scaling,
+                        'length': length,
+                        'windows': spans.shape[0] * (spans.shape[1] // length),
+                        **{name: total_of[name] for name in ('tokens', 'nats_per_token', 'perplexity')},
+                        'buckets': [_summary(nats_L, counts_L, *edges[i : i + 2]) for i in range(len(edges) - 1)],
+                    }
+                )
     return results
 
 
 def table(results: list[dict], training_length: int) -> str:
-    lines = [f'{"rope scaling":>12} {"length":>8} {"positions":>17} {"tokens":>11} {"nats/token":>11} {"perplexity":>11}']
+    lines = [
+        f'{"rope scaling":>12} {"length":>8} {"positions":>17} {"tokens":>11} {"nats/token":>11} {"perplexity":>11}'
+    ]
     for result in results:
         whole = {'from': 0, 'to': result['length'], **result}
         for bucket in [*result['buckets'], whole] if len(result['buckets']) > 1 else [whole]:
             what = 'all' if bucket is whole else f'{bucket["from"]}-{bucket["to"]}'
             beyond = '+' if bucket is not whole and bucket['from'] >= training_length else ''
-            lines.append(f'{result["rope_scaling"]:>12} {result["length"]:>8} {what + beyond:>17} {bucket["tokens"]:>11,} '
-                         f'{bucket["nats_per_token"]:>11.4f} {bucket["perplexity"]:>11.4g}')
+            lines.append(
+                f'{result["rope_scaling"]:>12} {result["length"]:>8} {what + beyond:>17} {bucket["tokens"]:>11,} '
+                f'{bucket["nats_per_token"]:>11.4f} {bucket["perplexity"]:>11.4g}'
+            )
     return '\n'.join([*lines, f'+ beyond the training length of {training_length}'])
 
 
@@ -231,8 +254,10 @@ def _parse_lengths(text: str, training_length: int) -> list[int]:
         match = re.fullmatch(r'(\d+)(x?)', part.strip())
         length = int(match[1]) * (training_length if match[2] else 1) if match else 0
         if length < 2:
-            raise ConfigError(f'--lengths={text}: {part!r} must be a number of tokens of at least 2, or a multiple of the '
-                              f'training length ({training_length}) such as 2x')
+            raise ConfigError(
+                f'--lengths={text}: {part!r} must be a number of tokens of at least 2, or a multiple of the '
+                f'training length ({training_length}) such as 2x'
+            )
         lengths.add(length)
     return sorted(lengths)
 
@@ -255,20 +280,28 @@ def _check_tokenizer(path: str, split: str, config: Config) -> None:
         return  # what it was trained on is not here
     given = read_index(path, split).tokenizer
     if (given['kind'], given['sha256']) != (trained['kind'], trained['sha256']):
-        raise DataError(f'{path} was prepared with another tokenizer than the one of the run ({config.data.path}); prepare the '
-                        'text with that one')
+        raise DataError(
+            f'{path} was prepared with another tokenizer than the one of the run ({config.data.path}); prepare the '
+            'text with that one'
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog='python -m transxssm_jax.evals.perplexity', allow_abbrev=False,
-                                     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog='python -m transxssm_jax.evals.perplexity',
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument('--workdir', required=True, help='directory of the run')
     parser.add_argument('--step', type=int, default=-1, help='which checkpoint; default: the newest')
     parser.add_argument('--data', default='', help="prepared data; default: the run's")
     parser.add_argument('--split', default='', help="split of it; default: the run's evaluation split")
     parser.add_argument('--lengths', default='1x,2x,4x,8x', help='window lengths, in tokens or training lengths (2x)')
     parser.add_argument('--rope_scaling', default=','.join(SCALINGS), help='scalings to compare')
-    parser.add_argument('--rope_factor', type=float, default=0.0, help="stretch of linear and dynamic; default: the run's")
+    parser.add_argument(
+        '--rope_factor', type=float, default=0.0, help="stretch of linear and dynamic; default: the run's"
+    )
     parser.add_argument('--documents', choices=('long', 'joined'), default='long', help='see above')
     parser.add_argument('--windows', type=int, default=16, help='most windows of the longest length; 0: all there are')
     parser.add_argument('--batch', type=int, default=1, help='windows at once')
@@ -281,7 +314,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         if arguments.batch < 1 or arguments.windows < 0:
-            raise ConfigError(f'--batch={arguments.batch} must be at least 1 and --windows={arguments.windows} at least 0')
+            raise ConfigError(
+                f'--batch={arguments.batch} must be at least 1 and --windows={arguments.windows} at least 0'
+            )
         if arguments.rope_factor and not 1 <= arguments.rope_factor < math.inf:
             raise ConfigError(f'--rope_factor={arguments.rope_factor} must be at least 1')
         scalings = _parse_scalings(arguments.rope_scaling)
@@ -294,9 +329,18 @@ def main(argv: list[str] | None = None) -> int:
         _check_tokenizer(data, split, config)
         spans = read_spans(data, split, lengths[-1], documents=arguments.documents, count=arguments.windows)
         factor = arguments.rope_factor or config.model.rope_factor
-        results = evaluate(params, config, spans, lengths=lengths, scalings=scalings, factor=factor, batch=arguments.batch)
-        report = {'workdir': str(arguments.workdir), 'data': str(data), 'split': split, 'documents': arguments.documents,
-                  'training_length': config.data.seq_len, 'rope_factor': factor, 'results': results}
+        results = evaluate(
+            params, config, spans, lengths=lengths, scalings=scalings, factor=factor, batch=arguments.batch
+        )
+        report = {
+            'workdir': str(arguments.workdir),
+            'data': str(data),
+            'split': split,
+            'documents': arguments.documents,
+            'training_length': config.data.seq_len,
+            'rope_factor': factor,
+            'results': results,
+        }
         output = pathlib.Path(arguments.output or pathlib.Path(arguments.workdir) / 'perplexity.json')
         output.write_text(json.dumps(report, indent=1) + '\n')
     except (ConfigError, DataError, checkpoint.CheckpointError, OSError) as error:

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from transxssm_jax import checkpoint, mesh
 from transxssm_jax.config import Config
-from transxssm_jax.data.index import DataError
+from transxssm_jax.data.manifest import DataError
 from transxssm_jax.data.tokenizer import load_tokenizer
-from transxssm_jax.sampling import InputError, check_tokenizer
-from transxssm_jax.step import split_model
+from transxssm_jax.inference.sampling import InputError, check_tokenizer
+from transxssm_jax.model.parameters import split_model
+from transxssm_jax.parallel import collectives, mesh
+from transxssm_jax.training import checkpoint
 
 READS = (64, 512)  # logits made at a time, [R, V]: all of a batch would not fit
 SHORTEST = 32  # rows are padded to this length at least
@@ -56,8 +57,11 @@ class Scorer:
 
         self._hidden, self._read = hidden, read
 
-    def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
-              advance: Callable[[int], object] = lambda count: None) -> list[tuple[float, bool]]:
+    def score(
+        self,
+        pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+        advance: Callable[[int], object] = lambda count: None,
+    ) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation after its context.
 
         A context too long for max_length loses its beginning; so does what stands
@@ -88,8 +92,9 @@ class Scorer:
             np.add.at(pending, [index for index, _, _ in reads], 1)
         advance(int(np.sum(pending == 0)))
         for batch in self._batches(rows):
-            log_likelihood_R, likeliest_R = self._score_batch([np.frombuffer(key, np.int32) for key in batch],
-                                                              [rows[key] for key in batch])
+            log_likelihood_R, likeliest_R = self._score_batch(
+                [np.frombuffer(key, np.int32) for key in batch], [rows[key] for key in batch]
+            )
             index_R = np.array([index for key in batch for index, _, _ in rows[key]])
             np.add.at(totals, index_R, log_likelihood_R)
             np.logical_and.at(greedy, index_R, likeliest_R)
@@ -102,11 +107,11 @@ class Scorer:
         keys, first = sorted(rows, key=len, reverse=True), 0
         while first < len(keys):
             count = max(self.batch_tokens // bucket(len(np.frombuffer(keys[first], np.int32))), 1)
-            yield keys[first:first + count]
+            yield keys[first : first + count]
             first += count
 
     def _score_batch(self, rows, reads):
-        shards = mesh.parts_in_use('batch')
+        shards = collectives.num_shards('batch')
         length = bucket(len(rows[0]))
         # As many rows as a full batch has, or a power of two: a batch of a new size is a compilation.
         count = min(2 ** (len(rows) - 1).bit_length(), max(self.batch_tokens // length, 1))
@@ -115,16 +120,20 @@ class Scorer:
         # Positions of padding stay at the last: with dynamic rope scaling the angles depend on a row's largest.
         positions_BL = np.zeros((count, length), np.int32)
         for i, row in enumerate(rows):
-            tokens_BL[i, :len(row)] = row
+            tokens_BL[i, : len(row)] = row
             positions_BL[i] = np.minimum(np.arange(length), len(row) - 1)
         hidden_BLD = self._hidden(self.params, *self._on_devices(tokens_BL, positions_BL))
         at_R = np.array([i * length + place for i, row in enumerate(reads) for _, place, _ in row], np.int32)
         target_R = np.array([target for row in reads for _, _, target in row], np.int32)
         size = next((size for size in READS if len(at_R) <= size), READS[-1])
         padding = -len(at_R) % size
-        pieces = [self._read(self.params, hidden_BLD, at, target) for at, target in zip(
-            np.pad(at_R, (0, padding)).reshape(-1, size), np.pad(target_R, (0, padding)).reshape(-1, size))]
-        log_likelihood_R, likeliest_R = (np.concatenate(parts)[:len(at_R)] for parts in zip(*jax.device_get(pieces)))
+        pieces = [
+            self._read(self.params, hidden_BLD, at, target)
+            for at, target in zip(
+                np.pad(at_R, (0, padding)).reshape(-1, size), np.pad(target_R, (0, padding)).reshape(-1, size)
+            )
+        ]
+        log_likelihood_R, likeliest_R = (np.concatenate(parts)[: len(at_R)] for parts in zip(*jax.device_get(pieces)))
         return log_likelihood_R.astype(np.float64), likeliest_R
 
     def _on_devices(self, *arrays):
@@ -136,8 +145,10 @@ def log_likelihoods(hidden_RD: jax.Array, head_VD: jax.Array, target_R: jax.Arra
     """(float32 [R] log-probability of each target, bool [R] whether it is the likeliest of the first vocab_size)."""
     logits_RV = jnp.einsum('RD,VD->RV', hidden_RD, head_VD.astype(hidden_RD.dtype), preferred_element_type=jnp.float32)
     target_logit_R = jnp.take_along_axis(logits_RV, target_R[:, None], axis=1)[:, 0]
-    return (target_logit_R - jax.nn.logsumexp(logits_RV, axis=-1),
-            jnp.argmax(logits_RV[:, :vocab_size], axis=-1) == target_R)
+    return (
+        target_logit_R - jax.nn.logsumexp(logits_RV, axis=-1),
+        jnp.argmax(logits_RV[:, :vocab_size], axis=-1) == target_R,
+    )
 
 
 def windows(context: Sequence[int], continuation: Sequence[int], max_length: int):
@@ -146,7 +157,7 @@ def windows(context: Sequence[int], continuation: Sequence[int], max_length: int
     start = len(context)
     while start < len(whole):
         stop = min(start + max_length, len(whole))
-        yield whole[max(0, stop - 1 - max_length):stop - 1], whole[start:stop]
+        yield whole[max(0, stop - 1 - max_length) : stop - 1], whole[start:stop]
         start = stop
 
 
@@ -170,11 +181,16 @@ def load_run(workdir: str, step: int, tokenizer: str) -> tuple:
     """
     config = checkpoint.load_config(workdir, step)
     if not (tokenizer or config.data.path):
-        raise DataError(f'the run in {workdir} does not say what it was trained on (data.path is empty); give --tokenizer=PATH')
+        raise DataError(
+            f'the run in {workdir} does not say what it was trained on (data.path is empty); give --tokenizer=PATH'
+        )
     try:
         found = load_tokenizer(tokenizer or config.data.path)
     except DataError as error:
-        raise error if tokenizer else DataError(f'{error}: that is data.path of the run; give its tokenizer with '
-                                                '--tokenizer=PATH') from error
+        raise (
+            error
+            if tokenizer
+            else DataError(f'{error}: that is data.path of the run; give its tokenizer with --tokenizer=PATH')
+        ) from error
     check_tokenizer(found, config.model)
     return checkpoint.load_trained(workdir, step)[0], config, found

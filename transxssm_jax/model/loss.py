@@ -1,0 +1,110 @@
+"""Masked next-token cross-entropy that never holds the logits of a whole batch.
+
+Shape legend: B batch, L length, D model, V vocabulary, T tokens of a device.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from transxssm_jax.parallel import collectives
+
+IGNORED = -1  # target of a position where nothing is predicted
+
+
+def next_token_loss(
+    hidden_BLD: jax.Array, head_VD: jax.Array, targets_BL: jax.Array, *, z_loss: float, chunk_tokens: int
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Summed loss of every position whose target is not IGNORED.
+
+    Logits are made for chunk_tokens tokens a device at a time, from operands of
+    hidden's dtype, accumulated in float32. The gradient is taken in the same
+    pass, so that the head costs three matmuls and no recomputation.
+
+    Args:
+      hidden_BLD: after the final norm; a device's own tokens, where the step is cut over tokens
+        (`collectives.shard_map`): what they sum to over devices is the caller's.
+      head_VD: whole over D; its gradient has its dtype, rounded once from a float32 sum.
+      targets_BL: int32, the next token or IGNORED.
+      z_loss: weight of log(sum(exp(logits)))^2, added to the loss.
+      chunk_tokens: tokens a device whose logits exist at a time.
+
+    Returns:
+      (objective, sums): objective = sum of cross-entropy + z_loss * lse^2 in
+      nats, float32, differentiable in hidden and head; sums = float32 scalars
+      without gradient: 'nll' (cross-entropy alone) and 'tokens' (how many).
+    """
+    objective, nll, tokens = _loss(hidden_BLD, head_VD, targets_BL, z_loss, chunk_tokens)
+    return objective, jax.lax.stop_gradient({'nll': nll, 'tokens': tokens})
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _loss(hidden_BLD, head_VD, targets_BL, z_loss, chunk_tokens):
+    return _in_chunks(hidden_BLD, head_VD, targets_BL, z_loss, chunk_tokens, with_gradient=False)
+
+
+def _loss_forward(hidden_BLD, head_VD, targets_BL, z_loss, chunk_tokens):
+    *sums, d_hidden, d_head = _in_chunks(hidden_BLD, head_VD, targets_BL, z_loss, chunk_tokens, with_gradient=True)
+    return tuple(sums), (d_hidden, d_head)
+
+
+def _loss_backward(z_loss, chunk_tokens, residuals, cotangents):
+    d_hidden, d_head = residuals
+    scale = cotangents[0]
+    return d_hidden * scale.astype(d_hidden.dtype), d_head * scale.astype(d_head.dtype), None
+
+
+_loss.defvjp(_loss_forward, _loss_backward)
+
+
+def _in_chunks(hidden, head, targets, z_loss, chunk_tokens, with_gradient):
+    """Sums, and the gradients where asked for; of the head a device may have only its rows."""
+    names = collectives.sharded_over('vocab')
+    over_vocab = functools.partial(jax.lax.psum, axis_name=names) if names else lambda x: x
+    dtype = hidden.dtype
+    weights_VD = head.astype(dtype)
+    num_rows_V, width_D = weights_VD.shape
+    first_V = jax.lax.axis_index(names) * num_rows_V if names else 0
+
+    x_TD, target_T = hidden.reshape(-1, width_D), targets.reshape(-1)
+    num_tokens = x_TD.shape[0]
+    chunk = min(chunk_tokens, num_tokens)
+    padding = -num_tokens % chunk
+    x_TD = jnp.pad(x_TD, ((0, padding), (0, 0)))
+    target_T = jnp.pad(target_T, (0, padding), constant_values=IGNORED)
+
+    def one_chunk(carry, inputs):
+        x_TD, target_T = inputs
+        objective, nll, tokens, d_head_VD = carry
+        logits_TV = jnp.einsum('TD,VD->TV', x_TD, weights_VD, preferred_element_type=jnp.float32)
+        top_T = jax.lax.stop_gradient(jnp.max(logits_TV, axis=-1))
+        if names:
+            top_T = jax.lax.pmax(top_T, names)
+        lse_T = top_T + jnp.log(over_vocab(jnp.sum(jnp.exp(logits_TV - top_T[:, None]), axis=-1)))
+        is_target_TV = jnp.arange(num_rows_V)[None, :] == (target_T - first_V)[:, None]
+        target_logit_T = over_vocab(jnp.sum(jnp.where(is_target_TV, logits_TV, 0.0), axis=-1))
+        counted_T = (target_T != IGNORED).astype(jnp.float32)
+        nll_T = (lse_T - target_logit_T) * counted_T
+        objective += jnp.sum(nll_T + z_loss * jnp.square(lse_T) * counted_T)
+        nll += jnp.sum(nll_T)
+        tokens += jnp.sum(counted_T)
+        if not with_gradient:
+            return (objective, nll, tokens, d_head_VD), None
+        # d objective / d logits = softmax (1 + 2 z lse) - onehot(target).
+        share_T = (1 + 2 * z_loss * lse_T)[:, None]
+        d_logits_TV = jnp.exp(logits_TV - lse_T[:, None]) * share_T - is_target_TV
+        d_logits_TV = (d_logits_TV * counted_T[:, None]).astype(dtype)
+        d_head_VD += jnp.einsum('TV,TD->VD', d_logits_TV, x_TD, preferred_element_type=jnp.float32)
+        d_x_TD = jnp.einsum('TV,VD->TD', d_logits_TV, weights_VD, preferred_element_type=jnp.float32).astype(dtype)
+        return (objective, nll, tokens, d_head_VD), over_vocab(d_x_TD)
+
+    zero = jnp.zeros((), jnp.float32)
+    d_head_VD = jnp.zeros(weights_VD.shape if with_gradient else (), jnp.float32)
+    (objective, nll, tokens, d_head_VD), d_x = jax.lax.scan(
+        one_chunk, (zero, zero, zero, d_head_VD), (x_TD.reshape(-1, chunk, width_D), target_T.reshape(-1, chunk))
+    )
+    if not with_gradient:
+        return objective, nll, tokens
+    d_hidden = d_x.reshape(-1, width_D)[:num_tokens].reshape(hidden.shape)
+    return objective, nll, tokens, d_hidden, d_head_VD.astype(head.dtype)

@@ -1,0 +1,34 @@
+"""The parameters of a model: their values at initialisation, their names, shapes and logical axes."""
+
+import jax
+from flax import nnx
+
+from transxssm_jax.config import Model
+from transxssm_jax.model.language_model import LanguageModel
+
+
+def split_model(model: Model, for_decoding: bool = False):
+    """(graph definition, State of abstract Params): the one place where the NNX model is split."""
+    return nnx.split(nnx.eval_shape(lambda: LanguageModel(model, rngs=nnx.Rngs(0), for_decoding=for_decoding)))
+
+
+def init_params(model: Model, seed: int | jax.Array) -> dict:
+    """Nested dict of float32 arrays."""
+    return nnx.to_pure_dict(nnx.state(LanguageModel(model, rngs=nnx.Rngs(jax.random.key(seed))), nnx.Param))
+
+
+def param_axes(model: Model, for_decoding: bool = False) -> dict:
+    """Logical axes of every parameter, a tuple a leaf, in the tree of init_params; stacking axes are None."""
+
+    def axes(param):
+        stacked = len(param.get_value().shape) - len(param.get_metadata('axes'))
+        return (None,) * stacked + tuple(param.get_metadata('axes'))
+
+    _, abstract = split_model(model, for_decoding)
+    return nnx.to_pure_dict(jax.tree.map(axes, abstract, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)))
+
+
+def count_params(model: Model) -> int:
+    """Parameters, without making them."""
+    _, abstract = split_model(model)
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.to_pure_dict(abstract)))

@@ -1,0 +1,75 @@
+"""Unified rotary position embedding: one source of angles for attention and SSD.
+
+Frequencies theta^(-2i/d) and the half-split rotation of the paper (section on
+Unified RoPE). Q, K of attention rotate over the head width, C, B of the
+state-space layer over the state size.
+
+Shape legend: B batch, L length, H heads, K width of what rotates.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float32
+
+from transxssm_jax.config import Model
+from transxssm_jax.parallel import collectives
+
+Table = Float32[Array, 'B L half']
+Rope = tuple[Table, Table]  # cos, sin; half the width of what rotates
+
+
+def tables(positions_BL: jax.Array, width: int, model: Model, length_B: jax.Array | None = None) -> Rope:
+    """Cosines and sines of every position's angles.
+
+    Args:
+      positions_BL: int32 positions within each document.
+      width: K, even: what rotates has this width.
+      model: theta and the scaling: 'linear' divides positions by rope_factor
+        (position interpolation); 'dynamic' raises theta once a row is longer
+        than rope_original_length (NTK-aware, as the transformers library
+        computes it from the longest position of the row); 'length' leaves the
+        angles alone (see `length_scale`).
+      length_B: int32, the length of the row that 'dynamic' computes with; default: the longest
+        position, plus 1. Decoding needs it: a state cannot be rotated anew when the row grows.
+
+    Returns:
+      cos, sin: float32 [B, L, K/2].
+    """
+    positions = positions_BL.astype(jnp.float32)
+    exponent = jnp.arange(0, width, 2, dtype=jnp.float32) / width
+    theta = jnp.float32(model.rope_theta)
+    if model.rope_scaling == 'linear':
+        positions = positions / model.rope_factor
+    elif model.rope_scaling == 'dynamic':
+        # By row, so that a row's result does not depend on what else is in the batch. It does depend on the
+        # longest document of the row, as in the published code: this scaling is for text beyond the training
+        # length, one document a row.
+        length = (
+            length_B[:, None]
+            if length_B is not None
+            else collectives.all_reduce_max(jnp.max(positions, axis=-1, keepdims=True) + 1, 'length')
+        )
+        length = jnp.maximum(length.astype(jnp.float32), model.rope_original_length)
+        stretch = model.rope_factor * length / model.rope_original_length - (model.rope_factor - 1)
+        theta = (theta * stretch ** (width / (width - 2)))[..., None]
+    angles = positions[..., None] * theta**-exponent
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def length_scale(positions_BL: jax.Array, model: Model) -> jax.Array | None:
+    """max(1, log_base(n)) for the n-th token of its document, or None where rope_scaling is not 'length'.
+
+    The paper's appendix scales C, and Q alike, beyond the training length
+    `base`, so that attention stays sharp over more keys. float32 [B, L].
+    """
+    if model.rope_scaling != 'length':
+        return None
+    n = positions_BL.astype(jnp.float32) + 1
+    return jnp.maximum(1.0, jnp.log(n) / jnp.log(jnp.float32(model.rope_original_length)))
+
+
+def rotate(x_BLHK: jax.Array, rope: Rope) -> jax.Array:
+    """Rotates pairs (i, i + K/2) of every head in float32 and rounds once to x's dtype."""
+    cos, sin = (table[..., None, :] for table in rope)
+    first, second = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BLHK.dtype)
