@@ -470,8 +470,8 @@ class PackedModel:
 
     @classmethod
     def install(cls, monkeypatch):
-        parts = [types.SimpleNamespace(bind=f) for f in (cls.forward, cls.backward)]
-        monkeypatch.setattr(cudnn, '_private', lambda: (*parts, None, None))
+        primitives = [types.SimpleNamespace(bind=f) for f in (cls.forward, cls.backward)]
+        monkeypatch.setattr(cudnn, '_private', lambda: (*primitives, None, None))
 
 
 def documents(*rows):
@@ -621,8 +621,8 @@ def test_splash_lowers(variant, G):
 def test_compiles_for_v5e(implementation):
     if importlib.util.find_spec('libtpu') is None:
         pytest.skip('libtpu is not installed: pip install jax[tpu]')
-    said = run_alone(__file__, implementation)
-    assert said.count('compiled') == 4, said
+    output = run_alone(__file__, implementation)
+    assert output.count('compiled') == 4, output
 
 
 def compile_for_v5e(implementation):
@@ -635,10 +635,10 @@ def compile_for_v5e(implementation):
         for G in (32, 8):
             _, backward, arguments = loss_and_arguments(implementation, variant, G)
 
-            def place(x):
+            def replicated(x):
                 return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(devices, P()))
 
-            lowered = jax.jit(backward).trace(*map(place, arguments)).lower(lowering_platforms=('tpu',))
+            lowered = jax.jit(backward).trace(*map(replicated, arguments)).lower(lowering_platforms=('tpu',))
             memory = lowered.compile().memory_analysis()
             # Four copies of q in float32 and the score blocks of all heads are more than enough.
             assert memory.temp_size_in_bytes < 1 << 30, memory

@@ -1,4 +1,4 @@
-"""Ring attention on virtual devices against causal attention on one: values, gradients, documents, what travels.
+"""Ring attention on virtual devices: values and gradients against the definition, documents, what is sent.
 
 Shapes: B batch, L length of the whole row, H heads, G key/value heads, K head width.
 """
@@ -84,9 +84,9 @@ def check(got, want, tolerance, rows=None):
     errors = {}
     for name in want:
         assert got[name].dtype == want[name].dtype and got[name].shape == want[name].shape
-        parts = dict.fromkeys([''], slice(None)) if rows is None else {row: i for i, row in enumerate(rows)}
-        for row, part in parts.items():
-            g, w = (np.asarray(x[name][part], np.float64) for x in (got, want))
+        selected = dict.fromkeys([''], slice(None)) if rows is None else {row: i for i, row in enumerate(rows)}
+        for row, index in selected.items():
+            g, w = (np.asarray(x[name][index], np.float64) for x in (got, want))
             # The floor is for gradients that are exactly 0 (documents of one token).
             errors[name, row] = np.linalg.norm(g - w) / max(np.linalg.norm(w), 1.0)
     assert all(e <= tolerance for e in errors.values()), errors
@@ -266,7 +266,7 @@ def test_splash_causal_mask():
 
 @pytest.mark.parametrize('n', [2, 3, 5, 8])
 def test_pieces(n):
-    """Shard i holds pieces i and 2n-1-i, and gives them back."""
+    """Device i gets pieces i and 2n-1-i, and the rows come back as they were."""
     some = ring._Ring('context', n, 'xla', 1.0, False)
 
     def there_and_back(x):
@@ -366,7 +366,7 @@ def test_what_travels(n, implementation, monkeypatch):
 
     # Of one shard.
     q, kv, ids_bytes = 2 * B * L // n * H * K, 2 * 2 * B * L // n * G * K, 4 * B * L // n
-    moved = 0.5 if n == 2 else 1  # half of the pieces of two shards are at home
+    moved = 0.5 if n == 2 else 1  # half of the pieces of two shards stay on their device
     forward = (n - 1) * (kv + ids_bytes) + moved * (2 * q + kv + ids_bytes)
     gradients = kv if n == 2 else 2 * kv  # float32 where they are sums
     known = q if implementation == 'cudnn' else 4 * B * L // n * H
@@ -390,7 +390,7 @@ def test_memory_does_not_grow_with_shards(segmented):
 
     inside = [e for e, _ in equations(jax.make_jaxpr(grads)(*arrays, ids).jaxpr) if e.primitive.name == 'shard_map']
     sizes = [x.aval.size for shard in inside for e, _ in equations(shard.params['jaxpr']) for x in e.outvars]
-    block = 2 * H * xla.DEFAULT_CHUNK**2  # two pieces a row
+    block = 2 * H * xla.DEFAULT_CHUNK**2  # two pieces per row
     assert len(sizes) > 100 and max(sizes) <= max(local * H * K, block)
 
 

@@ -1,10 +1,10 @@
 """The rotary scan's Hopper kernels: lowered for CUDA and interpreted on any machine, and on the GPU itself.
 
-What runs here without a GPU: the choice and the refusals; Pallas's whole lowering for CUDA, of every
-form of the kernels; JAX's interpreter of GPU kernels (threads, barriers, copies, uninitialised
-memory) on small shapes, which replaces the accumulating products of gpu_chunk.py by plain ones. What
-only a GPU shows is behind the marker gpu: the machine code, the layouts, the asynchronous products
-and copies as they are, the speed.
+Three kinds of tests run without a GPU: the choice and its errors; Pallas's whole lowering for CUDA of
+every form of the kernels; and JAX's interpreter of GPU kernels (threads, barriers, copies,
+uninitialised memory) on small shapes, with plain products in place of the accumulating products of
+gpu_chunk.py. The marker gpu is on the tests that need a GPU: of the machine code, the layouts, the
+asynchronous products and copies.
 
   JAX_PLATFORMS=cuda,cpu python -m pytest -m gpu tests/test_ssd_gpu.py
 
@@ -148,7 +148,7 @@ def count_kernels(f, *values):
 
 @functools.partial(jax.jit, static_argnames=('plan', 'interpret', 'implementation'))
 def both_ways(arguments, rope, segments, dy, dfinal, *, plan=None, interpret=False, implementation='mosaic_gpu'):
-    """Outputs and gradients by name, like `with_gradients` of the oracle. plan: cut the work like this."""
+    """Outputs and gradients by name, like `with_gradients` of the oracle. plan: how the work is cut."""
 
     def f(x, dt, a, b, c, state):
         if plan is None:
@@ -252,7 +252,7 @@ def test_conforms_interpreted(name):
 
 
 def passed_on(x, dt, a, b, state, rope, segments, **keywords):
-    """The last state, from what `rotary_ssd_state` says of the row."""
+    """The last state, from the results of `rotary_ssd_state` for the row."""
     decay, own = rotary_ssd_state(x, dt, a, b, rope, segment_ids=segments, **KERNEL, **keywords)
     return decay[..., None, None] * state + own
 
@@ -331,7 +331,7 @@ def test_spans_conform_on_gpu(spans, hopper):
 @pytest.mark.gpu
 @pytest.mark.parametrize('H, G', [(32, 8), (32, 32), (32, 1), (12, 4), (7, 7)])
 def test_long_rows_on_gpu(H, G, hopper):
-    """Against the float32 xla form, which the oracle has judged: all of a multiprocessor's places taken, many chunks."""
+    """Against the float32 xla form, which is tested against the oracle: full multiprocessors, many chunks."""
     inputs = draw((2, 16384, H, 64, G, 128, 2, True), 'bfloat16', 'usual', 0)
     arguments, rope, segments, dy, dfinal = inputs
     wide = {k: v.astype(jnp.float32) for k, v in arguments.items()}
