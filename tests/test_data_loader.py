@@ -87,7 +87,7 @@ def pairs_of_documents(documents):
     found = collections.Counter()
     for text in documents:
         tokens = ids(text).tolist()
-        found.update(zip(tokens, tokens[1:] + [-1], strict=True))
+        found.update(zip([256] + tokens[:-1], tokens, strict=True))  # the byte tokenizer begins documents with eos
     return found
 
 
@@ -104,8 +104,13 @@ def test_batches_have_the_stated_form(data):
         ).all()
         inside = (steps == 0) & real[:, 1:]
         np.testing.assert_array_equal(batch['targets'][:, :-1][inside], batch['tokens'][:, 1:][inside])
-        assert (batch['targets'][:, :-1][~inside] == -1).all()
-        assert (batch['targets'][batch['tokens'] == 256] == -1).all()  # nothing is to be predicted after eos
+        # A document that begins in the row begins with the begin token (here 256) and ends with the target eos.
+        later = begins & real & (batch['segment_ids'] > 1)
+        assert (batch['tokens'][later] == 256).all()
+        assert (batch['targets'][:, :-1][later[:, 1:]] == 256).all()
+        # eos is no input but where it is the begin token: at the first slot of a segment.
+        assert begins[batch['tokens'] == 256].all()
+        assert (batch['targets'][real] >= 0).all()
         assert (batch['tokens'][~real] == 0).all() and (batch['targets'][~real] == -1).all()
 
 
@@ -143,21 +148,45 @@ def test_every_token_once_an_epoch(data, documents):
         epochs = [list(itertools.islice(loader, loader.rows_per_epoch)) for _ in range(2)]
         targets = sum(int((batch['targets'] >= 0).sum()) for batch in epochs[0])
         assert loader.packing_efficiency == targets / (loader.rows_per_epoch * SEQ_LEN)
-        assert targets == loader.num_tokens - loader.num_documents
+        assert targets == loader.num_tokens
     for batches in epochs:
         assert pairs(batches) == pairs_of_documents(documents)
     assert not np.array_equal(epochs[0][0]['tokens'], epochs[1][0]['tokens'])
 
 
-def test_targets_of_rows_that_end_inside_a_document(data):
+def test_rows_that_end_inside_a_document(data):
     first, second = load(data, 2, global_batch=1, shuffle=False)
-    assert first['tokens'][0, -1] != 256
+    assert first['targets'][0, -1] != 256
     assert first['targets'][0, -1] == second['tokens'][0, 0] and second['positions'][0, 0] == 0
+
+
+@pytest.mark.parametrize('bos, begin', [('', 0), ('<pad>', 1), ('</s>', 2)])
+def test_documents_begin_with_bos(tmp_path, bos, begin):
+    """The tokenizer's bos is the input before a document's first token, wherever rows and records are cut."""
+    tokenizer = train_tokenizer(tmp_path / 't.json', ['<s>', '<pad>', '</s>'])
+    source = write_jsonl(tmp_path / 'd.jsonl', texts(40) + ['<s> and </s> are plain text here'])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shard_writer, 'RECORD_TOKENS', 16)
+        assert run_prepare(tmp_path / 'out', source, tokenizer=tokenizer, bos=bos) == 0
+    stored = [
+        np.append(tokens, 2).tolist() for tokens in load_tokenizer(tokenizer).encode_batch(texts(40) + ['a'])[:40]
+    ]
+    for seq_len in (15, 16, 17):
+        batches = load(tmp_path / 'out', None, seq_len=seq_len, global_batch=3, shuffle=False, repeat=False)
+        inputs = np.concatenate([tokens for tokens, _ in segments(batches)])
+        targets = np.concatenate([targets for _, targets in segments(batches)])
+        ends = np.flatnonzero(targets == 2) + 1
+        assert len(ends) == 41
+        for tokens, inside, document in zip(np.split(inputs, ends), np.split(targets, ends), stored):
+            assert inside.tolist() == document and tokens.tolist() == [begin] + document[:-1]
+        with make_loader(tmp_path / 'out', 'train', seq_len=seq_len, global_batch=3, seed=0) as loader:
+            assert (loader.begin_id, loader.eos_id) == (begin, 2)
+    assert load_tokenizer(tmp_path / 'out').begin_id == begin
 
 
 def test_evaluation_pass(data, documents):
     batches = load(data, None, shuffle=False, repeat=False)
-    stream = np.concatenate([tokens for tokens, _ in segments(batches)])
+    stream = np.concatenate([targets for _, targets in segments(batches)])
     np.testing.assert_array_equal(stream, np.concatenate([ids(text) for text in documents]))
     with make_loader(data, 'train', seq_len=SEQ_LEN, global_batch=BATCH, seed=1, repeat=False) as loader:
         assert loader.num_steps == len(batches) == -(-loader.rows_per_epoch // BATCH)
@@ -182,7 +211,7 @@ def test_mixture_is_exact(data):
     for batch in batches:
         for row in range(10):
             one = {name: values[row : row + 1] for name, values in batch.items()}
-            (source,) = sources(one['tokens'][one['segment_ids'] > 0])  # a row is of one source
+            (source,) = sources(one['targets'][one['segment_ids'] > 0])  # a row is of one source
             found[source].append(one)
         assert [len(rows) % n for rows, n in zip(found, (5, 3, 2), strict=True)] == [0, 0, 0]
     assert [len(rows) for rows in found] == [500, 300, 200]
@@ -192,7 +221,7 @@ def test_mixture_is_exact(data):
         assert len(rows) > rows_per_epoch
         assert pairs(rows[:rows_per_epoch]) == expected
     # One pass ignores the weights: every document once.
-    stream = np.concatenate([tokens for tokens, _ in segments(load(data, None, 'mixture', repeat=False))])
+    stream = np.concatenate([targets for _, targets in segments(load(data, None, 'mixture', repeat=False))])
     assert (stream == 256).sum() == 20 + 30 + 40
 
 
@@ -339,7 +368,7 @@ def test_shared_books(tmp_path):
         == 0
     )
     batches = load(tmp_path / 'out', None, 'validation', seq_len=1024, global_batch=8, shuffle=False, repeat=False)
-    stream = np.concatenate([tokens for tokens, _ in segments(batches)])
+    stream = np.concatenate([targets for _, targets in segments(batches)])
     books = pyarrow.parquet.read_table(source, columns=['text'])['text'].to_pylist()
     end = np.flatnonzero(stream == 0)[1]
     begin = np.flatnonzero(stream == 0)[0] + 1

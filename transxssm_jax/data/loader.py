@@ -28,8 +28,9 @@ import numpy as np
 from absl import flags
 
 from transxssm_jax.data.manifest import DataError, SplitIndex, finished_splits, read_index
-from transxssm_jax.data.packing import Epochs, assign_row, pack_row, packing_efficiency
-from transxssm_jax.data.workers import follow_parent
+from transxssm_jax.data.mixture import Mixture
+from transxssm_jax.data.packing import pack_row
+from transxssm_jax.data.workers import exit_with_parent
 
 _ENDLESS = 1 << 60  # steps of a run that repeats its data
 
@@ -39,9 +40,9 @@ class Loader:
 
     Attributes:
       num_documents, num_tokens (eos included), num_bytes (UTF-8 text, for bits per byte): of the split.
-      vocab_size, eos_id: of the tokenizer.
+      vocab_size, eos_id, begin_id: of the tokenizer; begin_id is the input whose target is a document's first token.
       rows_per_epoch: rows that hold every document once (of all sources of a mixture).
-      packing_efficiency: share of slots that have a target, padded rows of a last batch aside.
+      packing_efficiency: share of slots that have a target, without the padded rows of a last batch.
       fingerprint: changes with the prepared data; a checkpoint that keeps it can tell that its data was replaced.
       num_steps: steps of one pass, counted from step 0; only where repeat is False, else 0.
     """
@@ -50,6 +51,7 @@ class Loader:
         index = batches.index
         self.num_documents, self.num_tokens, self.num_bytes = index.num_documents, index.num_tokens, index.num_bytes
         self.vocab_size, self.eos_id = index.tokenizer['vocab_size'], index.tokenizer['eos_id']
+        self.begin_id = index.tokenizer['begin_id']
         self.fingerprint = index.fingerprint()
         self.rows_per_epoch = batches.rows_per_epoch
         self.packing_efficiency = batches.packing_efficiency
@@ -190,7 +192,7 @@ def _broken(path: Path, reason) -> DataError:
 
 def _start_worker(worker: int, num_workers: int) -> None:
     del worker, num_workers
-    follow_parent()
+    exit_with_parent()
     # grain imports jax; a reader must never take the accelerator.
     os.environ['JAX_PLATFORMS'] = 'cpu'
     if 'jax' in sys.modules:
@@ -206,6 +208,7 @@ class _Documents:
         self._example = tf_example_pb2.Example
         self._index = index
         self._dtype = np.dtype(index.token_dtype).newbyteorder('<')
+        self._begin = np.array([index.tokenizer['begin_id']], self._dtype)
         self._lengths = lengths
         self._shard_ends = np.cumsum([shard.records for shard in index.shards])
         self._readers = {}
@@ -235,28 +238,35 @@ class _Documents:
             return self._readers[shard]
 
     def read(self, spans: list[tuple[int, int, int]]) -> list[np.ndarray]:
-        """Tokens [start:stop] of each (document, start, stop); every record is read once."""
+        """The tokens of each (document, first slot, past last slot); every record is read once.
+
+        Of each span its slots' targets, stored tokens [start, stop), after the input of its first slot: the
+        stored token before them, or begin_id where the span begins the document.
+        """
         size = self._index.record_tokens
-        needed = []
+        needed = []  # (first record of the document, first record to read, last record to read) of each span
         for document, start, stop in spans:
             first = document if self._first_record is None else int(self._first_record[document])
-            needed.append((first, first + start // size, first + (stop - 1) // size))
+            needed.append((first, first + max(start - 1, 0) // size, first + (stop - 1) // size))
         records = self._read_records(
-            {record for _, begin, end in needed for record in range(begin, end + 1)},
             {
                 record: (document, record - first)
                 for (document, _, _), (first, begin, end) in zip(spans, needed, strict=True)
                 for record in range(begin, end + 1)
-            },
+            }
         )
         parts = []
         for (_, start, stop), (first, begin, end) in zip(spans, needed, strict=True):
             joined = records[begin] if begin == end else np.concatenate([records[r] for r in range(begin, end + 1)])
             skip = (begin - first) * size
-            parts.append(joined[start - skip : stop - skip])
+            if start:
+                parts.append(joined[start - 1 - skip : stop - skip])
+            else:
+                parts.append(np.concatenate([self._begin, joined[:stop]]))
         return parts
 
-    def _read_records(self, records: set[int], places: dict[int, tuple[int, int]]) -> dict[int, np.ndarray]:
+    def _read_records(self, records: dict[int, tuple[int, int]]) -> dict[int, np.ndarray]:
+        """Tokens of each record; records: the document that each is of, and which of its records it is."""
         by_shard = collections.defaultdict(list)
         ordered = np.array(sorted(records))
         for record, shard in zip(
@@ -276,17 +286,16 @@ class _Documents:
             except Exception as error:  # RuntimeError, DecodeError, ... by where it broke
                 raise _broken(path, error) from None
             for record in own:
-                document, part = places[record]
-                expected = min(
-                    int(self._lengths[document]) - part * self._index.record_tokens, self._index.record_tokens
-                )
+                document, number = records[record]
+                size = self._index.record_tokens
+                expected = min(int(self._lengths[document]) - number * size, size)
                 if len(tokens[record]) != expected:
                     raise _broken(path, f'document {document} has {len(tokens[record])} tokens instead of {expected}')
         return tokens
 
 
 class _Batches:
-    """Random-access source of this host's part of each step, for grain. Pickles to its settings."""
+    """Random-access source of this host's rows of each step, for grain. Pickles to its settings."""
 
     def __init__(
         self,
@@ -304,22 +313,14 @@ class _Batches:
         self._start_step, self._rows, self._repeat = start_step, rows, repeat
         lengths = index.lengths()
         self._documents = _Documents(index, lengths)
-        self._weights = index.mixture_weights() if repeat else []
-        if self._weights:
-            bounds = [(source.first_document, source.first_document + source.documents) for source in index.sources]
+        weights = index.mixture_weights() if repeat else []
+        if weights:
+            pools = [(source.first_document, source.documents) for source in index.sources]
         else:
-            bounds = [(0, index.num_documents)]
-        self._first_document = [first for first, _ in bounds]
-        self._pools = [
-            Epochs(lengths[first:last], seq_len, key=(seed, pool), shuffle=shuffle)
-            for pool, (first, last) in enumerate(bounds)
-        ]
-        self.rows_per_epoch = sum(pool.rows for pool in self._pools)
-        efficiencies = [
-            packing_efficiency(last - first, pool.tokens, pool.rows, seq_len)
-            for pool, (first, last) in zip(self._pools, bounds, strict=True)
-        ]
-        self.packing_efficiency = float(np.average(efficiencies, weights=self._weights or None))
+            pools = [(0, index.num_documents)]
+        self._mixture = Mixture(lengths, pools, weights, seq_len=seq_len, seed=seed, shuffle=shuffle)
+        self.rows_per_epoch = self._mixture.rows_per_epoch
+        self.packing_efficiency = self._mixture.packing_efficiency
         self.num_steps = 0 if repeat else -(-self.rows_per_epoch // global_batch)
 
     def __reduce__(self):
@@ -338,12 +339,8 @@ class _Batches:
             row += step * self._global_batch
             if not self._repeat and row >= self.rows_per_epoch:
                 row_spans.append([])
-                continue
-            pool, row = assign_row(row, self._weights) if self._weights else (0, row)
-            first = self._first_document[pool]
-            row_spans.append(
-                [(first + document, start, stop) for document, start, stop in self._pools[pool].spans(row)]
-            )
+            else:
+                row_spans.append(self._mixture.spans(row))
         parts = iter(self._documents.read([span for spans in row_spans for span in spans]))
         batch = {
             name: np.empty((len(self._rows), self._seq_len), np.int32)

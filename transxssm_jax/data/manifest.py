@@ -16,12 +16,12 @@ the record of any token follows from the lengths alone.
 import dataclasses
 import hashlib
 import json
-import math
 import os
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+
+from transxssm_jax.data.mixture import whole_number_weights
 
 DATASET_NAME = 'documents'
 INDEX_VERSION = 1
@@ -81,9 +81,7 @@ class SplitIndex:
         """Whole-number weights in the exact proportion of the sources' weights; empty where sources have none."""
         if not self.sources[0].weight:
             return []
-        fractions = [Fraction(source.weight) for source in self.sources]
-        denominator = math.lcm(*(fraction.denominator for fraction in fractions))
-        return [int(fraction * denominator) for fraction in fractions]
+        return whole_number_weights([source.weight for source in self.sources])
 
     def fingerprint(self) -> str:
         """sha256 of the index file: arguments, tokenizer, and the size and count of every shard."""

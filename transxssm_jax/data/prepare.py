@@ -47,7 +47,7 @@ from transxssm_jax.data.manifest import DATASET_NAME, DataError, Shard, Source, 
 from transxssm_jax.data.shard_writer import Unit, lengths_path, result_path, shard_path, tokenize_unit
 from transxssm_jax.data.source import cut, list_files, parse_source
 from transxssm_jax.data.tokenizer import load_tokenizer
-from transxssm_jax.data.workers import follow_parent
+from transxssm_jax.data.workers import exit_with_parent
 
 MIN_SHARD_BYTES = 4 << 20  # of text: seconds of work, what an interruption can lose
 MAX_SHARDS = 512  # about; every one is an open file in the loader
@@ -98,6 +98,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--text_field', default='text', help='field, column or feature that holds the text')
     parser.add_argument('--eos', default='', help='token or id that ends a document, where the tokenizer has several')
     parser.add_argument(
+        '--bos', default='', help="token or id that begins a document (default: the tokenizer's bos, else eos)"
+    )
+    parser.add_argument(
         '--vocab_size', type=int, default=0, help="refuse a tokenizer with more ids than this (the model's)"
     )
     parser.add_argument('--num_workers', type=int, default=os.cpu_count(), help='processes that tokenise')
@@ -112,7 +115,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def prepare(arguments: argparse.Namespace) -> SplitIndex:
     """Prepares one split. Raises DataError, or OSError for a full disk and the like."""
     output, split = arguments.output, arguments.split
-    tokenizer = load_tokenizer(arguments.tokenizer, arguments.eos)
+    tokenizer = load_tokenizer(arguments.tokenizer, arguments.eos, arguments.bos)
     if arguments.vocab_size and tokenizer.vocab_size > arguments.vocab_size:
         raise DataError(
             f'--tokenizer={arguments.tokenizer} has {tokenizer.vocab_size} ids, more than '
@@ -219,7 +222,7 @@ def tokenize(units: list[Unit], state: Path, arguments: argparse.Namespace, toke
             workers,
             context,
             _start_worker,
-            (str(arguments.tokenizer), arguments.eos, arguments.text_field, state, progress, stop),
+            (str(arguments.tokenizer), arguments.eos, arguments.bos, arguments.text_field, state, progress, stop),
         )
         try:
             waiting = {pool.submit(_work, unit) for unit in pending}
@@ -245,10 +248,10 @@ def tokenize(units: list[Unit], state: Path, arguments: argparse.Namespace, toke
 _worker = {}  # what a worker process keeps between units: tokenizer, text_field, state, progress, stop
 
 
-def _start_worker(tokenizer, eos, text_field, state, progress, stop):
-    follow_parent()
+def _start_worker(tokenizer, eos, bos, text_field, state, progress, stop):
+    exit_with_parent()
     _worker.update(
-        tokenizer=load_tokenizer(tokenizer, eos), text_field=text_field, state=state, progress=progress, stop=stop
+        tokenizer=load_tokenizer(tokenizer, eos, bos), text_field=text_field, state=state, progress=progress, stop=stop
     )
 
 

@@ -166,11 +166,12 @@ def read_spans(path: pathlib.Path | str, split: str, length: int, *, documents: 
 
 
 def _rows(path, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(tokens, whether the document ends with it) of the split, a row after another."""
+    """(stored tokens, whether the document ends with it) of the split, a row after another."""
     with make_loader(path, split, seq_len=ROW_TOKENS, global_batch=1, seed=0, shuffle=False, repeat=False) as loader:
         for batch in loader:
             kept = batch['segment_ids'][0] > 0
-            yield batch['tokens'][0][kept], batch['targets'][0][kept] == IGNORED
+            tokens = batch['targets'][0][kept]  # the inputs hold the begin token in place of eos
+            yield tokens, tokens == loader.eos_id
 
 
 def _documents(path, split: str) -> Iterator[np.ndarray]:
