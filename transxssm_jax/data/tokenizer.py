@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from transxssm_jax.data.manifest import DataError, finished_splits, read_index
+from transxssm_jax.data.manifest import DataError, finished_splits, first_line, read_manifest
 
 EOS_TOKENS = (
     '<|endoftext|>',
@@ -106,7 +106,7 @@ class JsonTokenizer:
             tokenizer = Tokenizer.from_buffer(self.content)
         except Exception as error:  # the library raises plain Exception and ValueError
             raise DataError(
-                f'{self._name} is no tokenizers json file ({_first_line(error)}); '
+                f'{self._name} is no tokenizers json file ({first_line(error)}); '
                 'give byte or the tokenizer.json of a model'
             ) from None
         tokenizer.no_truncation()
@@ -208,7 +208,7 @@ def load_tokenizer(path, eos: str = '', bos: str = '') -> ByteTokenizer | JsonTo
     path = Path(path)
     if path.is_dir():
         splits = finished_splits(path)
-        description = read_index(path, splits[0]).tokenizer
+        description = read_manifest(path, splits[0]).tokenizer
         if description['kind'] == 'byte':
             return ByteTokenizer()
         file = path / 'tokenizer.json'
@@ -247,7 +247,3 @@ def _find_named(flag: str, value: str, vocabulary: dict[str, int], name: str) ->
     elif value in vocabulary:
         return value, vocabulary[value]
     raise DataError(f'--{flag}={value} is neither a token nor an id of {name}; give one of its tokens')
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
