@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 from data_fixtures import ROOT, digests, ids, run_prepare, texts, train_tokenizer, write_jsonl
 
-from transxssm_jax.data import prepare, shard_writer
+from transxssm_jax.data import commit, prepare, shard_writer
 from transxssm_jax.data.manifest import read_manifest
 
 # Prepares with tiny shards in a process of its own. With GATE=FIFO,NUMBER the tasks of shards from NUMBER on wait
 # until somebody writes to the FIFO, so that a test can stop the run at a known place.
 SCRIPT = """
 import os, sys
-from transxssm_jax.data import prepare, shard_writer
+from transxssm_jax.data import commit, prepare, shard_writer
 
 prepare.MIN_SHARD_BYTES = 3000
 real = prepare.write_shard
@@ -177,7 +177,7 @@ def test_killed_commit_continues(corpus, prepared, tmp_path, monkeypatch, capsys
         def interrupt(*_):
             raise KeyboardInterrupt
 
-        patch.setattr(prepare, '_write_tfds_metadata', interrupt)
+        patch.setattr(commit, 'write_tfds_metadata', interrupt)
         assert run_prepare(output, corpus[0]) == 130
     assert 'run the same command to continue' in capsys.readouterr().err
     assert not (output / 'dataset_info.json').exists()
@@ -240,7 +240,7 @@ def test_two_commands_that_died_in_their_commits(corpus, tmp_path, monkeypatch, 
         def interrupt(*_):
             raise KeyboardInterrupt
 
-        patch.setattr(prepare, '_write_tfds_metadata', interrupt)
+        patch.setattr(commit, 'write_tfds_metadata', interrupt)
         for source in (corpus[0], other):
             assert run_prepare(output, source) == 130
     assert 'was replaced by another run of prepare; run the same command again' in refused(capsys, output, corpus[0])
