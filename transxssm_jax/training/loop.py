@@ -108,7 +108,8 @@ class Run:
         return make_loader(
             data.path,
             split,
-            **dict(seq_len=data.seq_len, global_batch=data.global_batch, seed=data.seed, rows=rows) | kwargs,
+            **dict(seq_len=data.seq_len, global_batch=data.global_batch, seed=data.seed, rows=rows, verify=data.verify)
+            | kwargs,
         )
 
     def _check_alike(self) -> None:

@@ -105,8 +105,8 @@ def memory() -> dict[str, float]:
 
 
 def targets_per_byte(loader) -> float:
-    """Predicted tokens a byte of text; a document's first token is never predicted."""
-    return (loader.num_tokens - loader.num_documents) / loader.num_bytes
+    """Predicted tokens per byte of text: every stored token, eos included, is a target."""
+    return loader.num_tokens / loader.num_bytes
 
 
 def of_loss(loss: float, targets_per_byte: float, prefix: str = '') -> dict[str, float]:
