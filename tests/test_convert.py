@@ -274,7 +274,7 @@ def test_a_model_trained_here_computes_the_same_after_export_and_import(tmp_path
     zeros = jax.tree.map(np.zeros_like, params)
     for step, scale in ((3, 2.0), (7, 1.0)):
         scaled = jax.tree.map(lambda leaf, scale=scale: leaf * np.float32(scale), params)
-        checkpoints.save(step, {'step': np.int32(step), 'params': scaled, 'mu': zeros, 'nu': zeros}, {})
+        checkpoints.save(step, {'step': np.int32(step), 'params': scaled, 'opt_state': {'mu': zeros, 'nu': zeros}}, {})
     checkpoints.close()
     notes = conversion.export_published(tmp_path / 'run', tmp_path / 'out')
     assert notes == [

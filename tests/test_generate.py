@@ -297,7 +297,9 @@ def workdir(config, params, tmp_path_factory):
     for number in (3, 7):
         scaled = jax.tree.map(lambda leaf: leaf * (number / 7), params)  # noqa: B023
         checkpoints.save(
-            number, {'step': jnp.int32(number), 'params': scaled, 'mu': scaled, 'nu': scaled}, {'next_step': 0}
+            number,
+            {'step': jnp.int32(number), 'params': scaled, 'opt_state': {'mu': scaled, 'nu': scaled}},
+            {'next_step': 0},
         )
         checkpoints.wait()
     checkpoints.close()

@@ -162,7 +162,7 @@ def workdir(tmp_path_factory, config, params, data):
     checkpoint.open_workdir(directory, config)
     checkpoints = checkpoint.Checkpoints(directory, config)
     zeros = jax.tree.map(np.zeros_like, params)
-    checkpoints.save(1, {'step': np.int32(1), 'params': params, 'mu': zeros, 'nu': zeros}, {})
+    checkpoints.save(1, {'step': np.int32(1), 'params': params, 'opt_state': {'mu': zeros, 'nu': zeros}}, {})
     checkpoints.close()
     return directory
 

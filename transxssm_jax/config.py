@@ -169,6 +169,7 @@ class Data(Section):
 
 @dataclasses.dataclass
 class Optimizer(Section):
+    name: str = setting('adamw', 'Which optimizer of training/optimizer.py.', choices=('adamw',), of_checkpoint=True)
     learning_rate: float = setting(2e-4, 'Peak learning rate.', minimum=0.0)
     schedule: str = setting('cosine', 'Shape after warmup.', choices=('cosine', 'linear', 'wsd', 'constant'))
     warmup_steps: int = setting(1000, 'Steps of linear warmup from 0.', minimum=0)

@@ -33,6 +33,7 @@ from transxssm_jax.pytorch.checkpoint_format import (
     tensors_of,
 )
 from transxssm_jax.training import checkpoint
+from transxssm_jax.training.step import init_state
 
 MEMORY = 'published.json'
 
@@ -142,14 +143,12 @@ def import_published(
             path: _Lazy(shape, float32, functools.partial(source.parts, path, shape, bar.update))
             for path, shape in shapes.items()
         }
-        zeros = {
-            path: _Lazy(shape, float32, functools.partial(_zeros, shape, np.float32)) for path, shape in shapes.items()
-        }
-        state = {
-            name: nnx.traversals.unflatten_mapping(leaves)
-            for name, leaves in (('params', params), ('mu', zeros), ('nu', zeros))
-        }
-        state['step'] = _Lazy((), np.dtype(np.int32), functools.partial(_zeros, (), np.int32))
+        # A fresh state but for its parameters: optimizers start from zeros.
+        state = jax.tree.map(
+            lambda leaf: _Lazy(leaf.shape, leaf.dtype, functools.partial(_zeros, leaf.shape, leaf.dtype)),
+            jax.eval_shape(functools.partial(init_state, config), 0),
+        )
+        state['params'] = nnx.traversals.unflatten_mapping(params)
         try:
             _save(workdir / 'checkpoints', state, config)
         except ConvertError:
