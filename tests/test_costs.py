@@ -9,7 +9,6 @@ and not what an implementation does:
   within a chunk, counted one by one.
 """
 
-import functools
 import math
 import pathlib
 
@@ -189,35 +188,3 @@ def test_the_large_config():
 )
 def test_peak_of_a_device(device_kind, tflops):
     assert costs.peak_flops(device_kind) == tflops * 1e12
-
-
-def test_rates_use_the_analytic_work(monkeypatch):
-    from transxssm_jax.training import metrics
-
-    config = small_config()
-    clock = metrics.Clock()
-    now = iter([100.0, 104.0] + [106.0] * 10)
-    monkeypatch.setattr(metrics.time, 'perf_counter', lambda: next(now))
-    clock.restart()
-    clock._away_seconds = 1.0
-    clock.input_seconds = 0.6
-    rates = metrics.rates(config, steps=6, clock=clock)  # 104 - 100 - 1: three seconds of training
-    assert rates['tokens_per_second'] == pytest.approx(6 * config.tokens_per_step / 3)
-    assert rates['step_seconds'] == pytest.approx(0.5) and rates['input_fraction'] == pytest.approx(0.2)
-    work = 6 * config.tokens_per_step * costs.train_flops_per_token(config.model, config.data.seq_len)
-    assert rates['model_tflops_per_second'] == pytest.approx(work / 3 / jax.device_count() / 1e12)
-    assert 'mfu' not in rates, 'a CPU has no known peak'
-    monkeypatch.setattr(costs, 'peak_flops', functools.partial(lambda kind: 1e12))
-    now = iter([104.0] * 10)
-    assert metrics.rates(config, 6, clock)['mfu'] == pytest.approx(rates['model_tflops_per_second'])
-
-
-def test_time_away_does_not_count(monkeypatch):
-    from transxssm_jax.training import metrics
-
-    now = iter([10.0, 12.0, 17.0, 20.0])
-    monkeypatch.setattr(metrics.time, 'perf_counter', lambda: next(now))
-    clock = metrics.Clock()
-    with clock.away():
-        pass
-    assert clock.seconds == 20.0 - 10.0 - 5.0

@@ -18,7 +18,7 @@ from transxssm_jax.training import checkpoint
 
 
 def doing(what):
-    return [str(TESTS / 'hosts_fixtures.py'), what]
+    return [str(TESTS / 'process_fixtures.py'), what]
 
 
 # ---- agreeing --------------------------------------------------------------
@@ -29,7 +29,7 @@ def test_processes_agree_and_stop_at_the_same_turn():
     for process in ended:
         assert process.code == 75, process
         assert process.out.splitlines() == [
-            "first said {'n': 1}",
+            "broadcast {'n': 1}",
             "gathered ['p0', 'p1', 'p2']",
             'stopped at turn 5 with 75',
         ], process
@@ -63,7 +63,7 @@ def test_a_failure_ends_all_and_says_whose_it_is(failing):
 @pytest.mark.parametrize('lost', [2, 0], ids=['a process', 'the coordinator'])
 def test_a_killed_process_is_missed(lost):
     with start_all(doing('wait'), 3, heartbeat_timeout_seconds=10) as running:
-        running.until_said('watched')
+        running.until_printed('watched')
         running[lost].kill()
         ended = running.finish()
     for process, end in enumerate(ended):
@@ -76,13 +76,25 @@ def test_a_killed_process_is_missed(lost):
         )
 
 
+def test_a_stopped_coordinator_is_missed():
+    """SIGSTOP: its connections stay open, and the kernel accepts new ones."""
+    with start_all(doing('wait'), 2, heartbeat_timeout_seconds=10) as running:
+        running.until_printed('watched')
+        running[0].send_signal(signal.SIGSTOP)
+        code = running[1].wait(120)
+        err = running[1].output()[1]
+    assert code == processes.PEER_LOST, err
+    (error,) = [line for line in err.splitlines() if line.startswith('error')]
+    assert error.startswith('error (process 1 of 2): process 0 of 2 (the coordinator, ') and 'stopped' in error
+
+
 def test_a_process_that_was_killed_and_started_again_is_another():
-    """Its place is taken, so its heartbeat comes; the others must notice all the same, and all start anew."""
+    """Its place is taken, so there is a heartbeat; the others must notice all the same, and all end."""
     port, flags = free_port(), dict(heartbeat_timeout_seconds=10, connect_timeout_seconds=30)
     with Processes() as running:
         for process in range(3):
             running.append(Process(doing('wait'), process, 3, port, **flags))
-        running.until_said('watched')
+        running.until_printed('watched')
         running[2].kill()
         running.append(Process(doing('wait'), 2, 3, port, **flags))
         assert [end.code for end in running.finish()] == [
@@ -95,7 +107,7 @@ def test_a_process_that_was_killed_and_started_again_is_another():
 
 def test_output_that_nobody_reads_does_not_keep_a_process():
     program = (
-        'import sys, threading, time; from transxssm_jax import hosts\n'
+        'import sys, threading, time; from transxssm_jax.parallel import processes\n'
         'threading.Thread(target=lambda: [print("x" * 999) for _ in range(9999)], daemon=True).start()\n'
         'time.sleep(1); processes._end(processes.PEER_LOST, "process 1 is gone")'
     )
@@ -217,7 +229,7 @@ def test_where_processes_are_found(monkeypatch, environment, expected):
         raise ValueError('as far as this test goes')
 
     monkeypatch.setattr(processes, '_has_tpu', lambda: 'TPU' in environment)
-    monkeypatch.setattr(processes, '_us', processes._Membership())
+    monkeypatch.setattr(processes, '_membership', processes._Membership())
     monkeypatch.setattr(processes, '_catch_abort', lambda: None)
     monkeypatch.setattr(jax.distributed, 'initialize', initialize)
     monkeypatch.setattr(jax.config, 'update', lambda name, value: None)
@@ -240,7 +252,7 @@ def test_what_may_pass_ends_as_lost(monkeypatch, capfd, error):
     def leave(code):
         raise SystemExit(code)
 
-    monkeypatch.setattr(processes, '_us', processes._Membership())
+    monkeypatch.setattr(processes, '_membership', processes._Membership())
     monkeypatch.setattr(processes, '_catch_abort', lambda: None)
     monkeypatch.setattr(jax.distributed, 'initialize', fail)
     monkeypatch.setattr(jax.config, 'update', lambda name, value: None)
@@ -288,7 +300,7 @@ def stopped(config, killed):
     """(workdir, ends) of the same command again; one process is told to stop."""
     workdir = killed[0]
     with start_all(trainer(config, workdir, mesh__data=1, mesh__fsdp=8, train__steps=400), 4, devices=2) as running:
-        running.until_said('first step after', 0)
+        running.until_printed('first step after', 0)
         running[2].send_signal(signal.SIGTERM)
         ends = running.finish()
     return shutil.copytree(workdir, workdir.parent / 'stopped'), ends

@@ -157,7 +157,11 @@ class Model(Section):
 class Data(Section):
     path: str = setting('', 'Prepared data set (python -m transxssm_jax.data.prepare).')
     train_split: str = setting('train', 'Split to train on.', of_checkpoint=True)
-    eval_split: str = setting('validation', 'Split to evaluate on; empty: no evaluation.')
+    eval_splits: str = setting(
+        'validation',
+        'Splits to evaluate on, separated by commas; the loss of the first decides which checkpoints are best. '
+        'Empty: no evaluation.',
+    )
     seq_len: int = setting(4096, 'Tokens a row.', minimum=1, of_checkpoint=True)
     global_batch: int = setting(
         512, 'Rows a step, over all hosts and accumulation steps.', minimum=1, of_checkpoint=True
@@ -165,6 +169,10 @@ class Data(Section):
     seed: int = setting(0, 'Seed of the order of documents and of rows.', minimum=0, of_checkpoint=True)
     num_workers: int = setting(0, 'Loader processes a host; 0: threads in this process.', minimum=0)
     prefetch_batches: int = setting(4, 'Batches read ahead.', minimum=1)
+
+    @property
+    def eval_split_names(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name.strip() for name in self.eval_splits.split(',') if name.strip()))
 
 
 @dataclasses.dataclass

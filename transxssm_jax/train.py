@@ -2,8 +2,9 @@
 
 Exit codes: 0 finished; 2 wrong input or a failed write, said in one line; 3 the
 loss is not finite; 69 another process of the run is gone or did not come; 75
-stopped by SIGTERM and 130 by Ctrl-C, both after saving. After 69, 75 and 130
-the same command goes on from the last checkpoint.
+stopped by SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2, or because a loader process was
+killed, and 130 by Ctrl-C, all after saving. After 69, 75 and 130 the same
+command goes on from the last checkpoint.
 
 On several hosts the same command runs on each. TPU slices, SLURM, Open MPI and
 indexed Kubernetes jobs are recognised; elsewhere --coordinator, --num_processes
@@ -25,8 +26,9 @@ from transxssm_jax.config import ConfigError
 from transxssm_jax.data.loader import DataError
 from transxssm_jax.inference.generator import sample
 from transxssm_jax.parallel import processes
-from transxssm_jax.training import checkpoint
-from transxssm_jax.training.loop import NotFiniteError, Run, StopRequest
+from transxssm_jax.training import checkpoint, loop
+from transxssm_jax.training.health import NotFiniteError
+from transxssm_jax.training.stopping import StopRequest
 
 FINISHED, CRASHED, WRONG_INPUT, NOT_FINITE, TERMINATED, INTERRUPTED = 0, 1, 2, 3, 75, 130
 
@@ -43,7 +45,7 @@ def main(argv: list[str]) -> int:
             f'{config_lib.describe()}'
         )
         return FINISHED
-    stop, run = StopRequest(), None
+    stop = StopRequest()
     stop.install()
     try:
         flag_values = _flags()
@@ -52,9 +54,7 @@ def main(argv: list[str]) -> int:
         processes.join(**{name: flag_values[name].value for name in _HOST_FLAGS})
         if not processes.is_coordinator():
             logging.getLogger().setLevel(logging.ERROR)  # what concerns all, process 0 says
-        run = Run(config, workdir, stop, sample)
-        run.announce()
-        exit_code = run.train()
+        exit_code = loop.train(config, workdir, stop, sample)
     except (ConfigError, DataError, checkpoint.CheckpointError, processes.ProcessesError, OSError) as error:
         exit_code = _fail(error, WRONG_INPUT)
     except NotFiniteError as error:
@@ -69,9 +69,6 @@ def main(argv: list[str]) -> int:
             raise
         # The kernels know which of their implementations there are and what each can serve.
         exit_code = _fail(f'model.ssd_implementation or model.attention_implementation: {error}', WRONG_INPUT)
-    finally:
-        if run is not None:
-            run.close()
     processes.shutdown(exit_code)
     return exit_code
 

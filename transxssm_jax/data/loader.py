@@ -34,6 +34,10 @@ from transxssm_jax.data.workers import follow_parent
 _ENDLESS = 1 << 60  # steps of a run that repeats its data
 
 
+class WorkerLostError(RuntimeError):
+    """A worker process of the loader was killed; a new loader that starts at the same step goes on."""
+
+
 class Loader:
     """Iterator over batches: dicts of int32 [len(rows), seq_len] `tokens`, `targets`, `segment_ids`, `positions`.
 
@@ -77,7 +81,12 @@ class Loader:
     def __next__(self) -> dict[str, np.ndarray]:
         if not self._iterators:
             raise ValueError('this loader is closed')
-        batch = next(self._iterators[0])
+        try:
+            batch = next(self._iterators[0])
+        except RuntimeError as error:
+            if self._from_workers and 'was terminated unexpectedly' in str(error):  # grain's words
+                raise WorkerLostError(' '.join(str(error).partition('. ')[0].split())) from error
+            raise
         if self._from_workers:
             # Out of the workers' shared memory (/dev/shm is small in containers), whatever the caller keeps.
             batch = {name: np.array(values, subok=False) for name, values in batch.items()}
@@ -165,6 +174,17 @@ def check_vocab(path, vocab_size: int) -> None:
         raise DataError(
             f'the tokenizer of {path} has {need} ids, more than model.vocab_size={vocab_size}; '
             f'raise it to at least {need} ({-(-need // 128) * 128} is a multiple of 128)'
+        )
+
+
+def check_batch(path, split: str, seq_len: int, global_batch: int) -> None:
+    """Raises DataError where a split has fewer rows than one batch, before anything of the batch's size is made."""
+    index = read_index(path, split)
+    most_rows = index.num_tokens // seq_len + len(index.sources)  # each source may end in a row that is not full
+    if most_rows < global_batch:
+        raise DataError(
+            f'{path} has at most {most_rows} rows of {seq_len} tokens in split {split!r}, less than one batch of '
+            f'{global_batch}; lower data.global_batch to at most {most_rows}, lower data.seq_len, or prepare more text'
         )
 
 

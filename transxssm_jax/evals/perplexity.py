@@ -325,7 +325,7 @@ def main(argv: list[str] | None = None) -> int:
         data = arguments.data or config.data.path
         if not data:
             raise ConfigError('the run names no data; give --data=DIR (python -m transxssm_jax.data.prepare)')
-        split = arguments.split or config.data.eval_split or 'validation'
+        split = arguments.split or next(iter(config.data.eval_split_names), 'validation')
         _check_tokenizer(data, split, config)
         spans = read_spans(data, split, lengths[-1], documents=arguments.documents, count=arguments.windows)
         factor = arguments.rope_factor or config.model.rope_factor

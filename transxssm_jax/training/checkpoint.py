@@ -130,7 +130,8 @@ def load_config(workdir: pathlib.Path | str, step: int = -1) -> Config:
 
 
 def _trained_config(path: pathlib.Path) -> Config:
-    return config_lib.from_json(json.dumps(ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(path / 'config')))
+    with contextlib.closing(ocp.JsonCheckpointHandler()) as texts:  # by itself: it does not wait for other processes
+        return config_lib.from_json(json.dumps(texts.restore(path / 'config')))
 
 
 def _read_trained(workdir, step, read):
