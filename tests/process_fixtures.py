@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import typing
 
@@ -18,17 +19,22 @@ class Ended(typing.NamedTuple):
     code: int
     out: str
     err: str
-    seconds: float  # from the call of `Processes.finish`
 
     def error(self) -> str:
         """The last line with an error, beneath what JAX's own client may have logged."""
         return [line for line in self.err.splitlines() if line.startswith('error')][-1]
 
 
+_reserved = []  # sockets that keep the ports of the tests from other programs, as long as the tests run
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(('localhost', 0))
-        return probe.getsockname()[1]
+    """A port that nobody listens at and no other program gets; JAX's coordinator shares it, by SO_REUSEPORT."""
+    reserved = socket.socket(socket.AF_INET6)
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    reserved.bind(('::', 0))
+    _reserved.append(reserved)
+    return reserved.getsockname()[1]
 
 
 class Process(subprocess.Popen):
@@ -71,7 +77,7 @@ class Processes(list):
         for process in self:
             process.wait()
 
-    def until(self, condition, seconds: float = 240) -> None:
+    def until(self, condition, seconds: float = 600) -> None:
         """Waits for a condition; fails where it does not come in time, or one of the processes ends before."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -87,15 +93,15 @@ class Processes(list):
                 lambda process=process: any(printed.startswith(line) for printed in process.output()[0].splitlines())
             )
 
-    def finish(self, timeout: float = 300) -> list[Ended]:
+    def finish(self, timeout: float = 600) -> list[Ended]:
         """Waits for all; where one does not end in time, all are killed, and the test fails."""
-        started, ended = time.monotonic(), {}
+        deadline, ended = time.monotonic() + timeout, {}
         with self:
             while len(ended) < len(self):
                 for index, process in enumerate(self):
                     if index not in ended and process.poll() is not None:
-                        ended[index] = Ended(process.returncode, *process.output(), time.monotonic() - started)
-                assert time.monotonic() < started + timeout, [process.output() for process in self]
+                        ended[index] = Ended(process.returncode, *process.output())
+                assert time.monotonic() < deadline, [process.output() for process in self]
                 time.sleep(0.05)
         return [ended[index] for index in range(len(self))]
 
@@ -136,7 +142,7 @@ def wait(processes) -> int:
     while not processes.is_watching():
         time.sleep(0.05)
     print('watched', flush=True)
-    time.sleep(100)
+    threading.Event().wait()  # for ever: the loss of another ends this process
     return 0
 
 
@@ -145,7 +151,7 @@ def fail(processes) -> int:
     print('joined', flush=True)
     if f'fail{processes.process_index()}' in sys.argv[1]:
         processes.abort_all(2, 'data.path=/nowhere: no such\n directory')
-    time.sleep(100)
+    threading.Event().wait()
     return 0
 
 

@@ -146,7 +146,7 @@ def start_process(config, *runs) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> Result:
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     return Result(process.returncode, out, err)
 
 

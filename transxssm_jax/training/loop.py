@@ -29,7 +29,7 @@ PROMPT_TOKENS = 128  # of the document that the sample at the end continues
 
 log = logging.getLogger(__name__)
 
-# Called with the Run after every step, before it is logged, evaluated and saved: for notebooks and tests.
+# Called with the Run after every step, once it is logged and before it is evaluated and saved: for notebooks and tests.
 after_step_callbacks: list[Callable[['Run'], None]] = []
 
 
@@ -267,8 +267,6 @@ def train_to_the_end(run: Run, sample: Callable) -> int:
         run.step += 1
         pending.push(run.step, step_metrics)
         writers.advance()
-        for callback in after_step_callbacks:
-            callback(run)
 
         is_first = run.step == run.started_from + 1
         is_last = run.step == train.steps
@@ -284,6 +282,8 @@ def train_to_the_end(run: Run, sample: Callable) -> int:
         if is_first or log_now:
             clock.restart()
             window_start = run.step
+        for callback in after_step_callbacks:
+            callback(run)
 
         evaluate_now = is_evaluation_due(run)
         save_now = is_last or run.step % train.checkpoint_every_steps == 0
