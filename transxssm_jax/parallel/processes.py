@@ -34,7 +34,6 @@ PEER_LOST = 69  # exit code: another process is gone, or did not come; the same 
 
 _ROOT = 'transxssm_jax/'
 _FAILURE = _ROOT + 'failure'
-_STOP = _ROOT + 'stop'
 _PATIENCE_MS = 6 * 3600 * 1000  # of agreements; a process that will never come is missed by its heartbeat
 _GOODBYE_MS = 5000  # for all to have heard of a failure
 
@@ -237,15 +236,37 @@ def _wait_for_coordinator() -> None:
 # ---- agreeing --------------------------------------------------------------
 
 
-def broadcast_from_0(value):
-    """The value that process 0 passed; every process calls it, at the same place. JSON types only."""
+def broadcast_from_0(value, topic: str = ''):
+    """The value that process 0 passed; every process calls it, at the same place. JSON types only.
+
+    Args:
+      topic: a name that is used once, for a thread beside the main one; '': numbered by the main thread's calls.
+    """
     if not is_multiprocess():
         return value
-    key = f'{_ROOT}said/{next(_us.sayings)}'
+    key = f'{_ROOT}{topic}' if topic else f'{_ROOT}said/{next(_us.sayings)}'
     if is_coordinator():
         _client().key_value_set(key, json.dumps(value))
         return value
     return json.loads(_client().blocking_key_value_get(key, _PATIENCE_MS))
+
+
+def gather_at_0(value, topic: str) -> list:
+    """The values that the processes passed, at process 0; elsewhere []. JSON types only; any thread may call it.
+
+    Args:
+      topic: a name that is used once.
+    """
+    if not is_multiprocess():
+        return [value]
+    if not is_coordinator():
+        _client().key_value_set(f'{_ROOT}{topic}/{_us.process}', json.dumps(value))
+        return []
+    values = [value]
+    for process in range(1, _us.processes):
+        values.append(json.loads(_client().blocking_key_value_get(f'{_ROOT}{topic}/{process}', _PATIENCE_MS)))
+        _client().key_value_delete(f'{_ROOT}{topic}/{process}')  # it may be large
+    return values
 
 
 def all_gather_json(value) -> list:
@@ -269,8 +290,8 @@ class PreemptionSync:
     That costs one message to process 0 a turn, while the devices work.
     """
 
-    def __init__(self):
-        self._turn = 0
+    def __init__(self, topic: str = 'stop'):
+        self._turn, self._key = 0, _ROOT + topic
 
     def should_stop(self, exit_code: int) -> int:
         """
@@ -285,9 +306,9 @@ class PreemptionSync:
         self._turn += 1
         if exit_code:
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was told too, and was first
-                _client().key_value_set(_STOP, json.dumps([self._turn + 2, exit_code]))
+                _client().key_value_set(self._key, json.dumps([self._turn + 2, exit_code]))
         try:
-            at, exit_code = json.loads(_client().key_value_try_get(_STOP))
+            at, exit_code = json.loads(_client().key_value_try_get(self._key))
         except jax.errors.JaxRuntimeError as error:
             if 'NOT_FOUND' not in str(error):
                 raise

@@ -16,7 +16,7 @@ from transxssm_jax.data.loader import check_vocab, make_loader
 from transxssm_jax.data.tokenizer import load_tokenizer
 from transxssm_jax.model import parameters
 from transxssm_jax.parallel import mesh, processes
-from transxssm_jax.training import checkpoint, metrics
+from transxssm_jax.training import checkpoint, metrics, optimizer
 from transxssm_jax.training import step as step_lib
 
 FINISHED, CRASHED, WRONG_INPUT, NOT_FINITE, TERMINATED, INTERRUPTED = 0, 1, 2, 3, 75, 130
@@ -147,6 +147,7 @@ class Run:
                 if self._evaluated_at == self.step:
                     self.checkpoints.evaluated(self.step, self.eval_loss)
             while self.step < train.steps and not self._told_to_stop():
+                self.checkpoints.check(self._save_again)
                 self._profile()
                 with self.clock.input():
                     batch = next(self.loader)
@@ -170,11 +171,14 @@ class Run:
             self._finish_profile()
             if self._stopping:
                 self._settle()
-                self._save()
-                self.checkpoints.wait()
-                self.writers.say(f'stopped at step {self.step} and saved; the same command goes on from there')
+                if self.step:
+                    self._save()
+                    self.checkpoints.wait(self._save_again)
+                    self.writers.say(f'stopped at step {self.step} and saved; the same command goes on from there')
+                else:
+                    self.writers.say('stopped before the first step; nothing was saved')
                 return self._stopping
-            self.checkpoints.wait()
+            self.checkpoints.wait(self._save_again)
             if config.data.eval_split and train.eval_every_steps and self._evaluated_at != self.step:
                 self._evaluate()
                 if self._stopping:
@@ -285,6 +289,10 @@ class Run:
         eval_loss = self.eval_loss if self._evaluated_at == self.step else None
         self.checkpoints.save(self.step, self.state, self._data_position(), eval_loss)
 
+    def _save_again(self) -> None:
+        self._settle()
+        self._save()
+
     # ---- reporting ---------------------------------------------------------
 
     def announce(self) -> None:
@@ -307,6 +315,12 @@ class Run:
         )
         if self.step:
             say(f'resuming from step {self.step}')
+        if self.checkpoints.changed:
+            say('changed since the checkpoint:')
+            for name, (value, before) in self.checkpoints.changed.items():
+                say(f'  {name} = {value!r} (was {before!r})')
+            if self.step < config.train.steps:
+                say(f'learning rate of the next step: {float(optimizer.schedule(config)(self.step)):.4g}')
 
     def _log(self, step_metrics: dict, steps: int) -> None:
         scalars = {
