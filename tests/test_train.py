@@ -90,7 +90,8 @@ def copy(finished, tmp_path):
 def saved_state(workdir, step):
     import orbax.checkpoint as ocp
 
-    return ocp.StandardCheckpointer().restore(workdir / 'checkpoints' / str(step) / 'state')
+    path = workdir / 'checkpoints' / str(step)
+    return {name: ocp.StandardCheckpointer().restore(path / name) for name in ('params', 'training')}
 
 
 def numbers(workdir):
@@ -153,7 +154,7 @@ def test_a_second_ctrl_c_ends_at_once(config, tmp_path):
 
 
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(config, finished, copy, caplog):
-    for path in (copy / 'checkpoints' / '12' / 'state').rglob('*'):
+    for path in (copy / 'checkpoints' / '12' / 'params').rglob('*'):
         if path.is_file():
             path.write_bytes(path.read_bytes()[:10])
     (copy / 'checkpoints' / '14.orbax-checkpoint-tmp-0').mkdir()

@@ -341,6 +341,13 @@ def abort_all(exit_code: int, message: str) -> None:
     _exit(exit_code)
 
 
+def end_all(exit_code: int, message: str) -> None:
+    """Prints an error and ends all processes at once, from any thread of one of them."""
+    _say(message)
+    abort_all(exit_code, message)
+    _exit(exit_code)
+
+
 def wait_for_peer_failure() -> None:
     """To be called before blaming this process for an error that a lost one may have caused.
 

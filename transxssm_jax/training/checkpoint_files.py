@@ -10,6 +10,7 @@ import logging
 import os
 import pathlib
 import re
+import secrets
 import shutil
 import threading
 
@@ -200,7 +201,8 @@ class Save:
     ):
         self.step, self.problem, self.error = step, '', None
         self._directory, self._on_commit = directory, on_commit
-        self._partial = directory / f'{step}{PARTIAL}'
+        # A name that no other run uses, not even one that lost the workdir and does not know it yet.
+        self._partial = directory / processes.broadcast_from_0(f'{step}-{secrets.token_hex(4)}{PARTIAL}')
         self._handler = handler or ocp.PyTreeCheckpointHandler()
         self._groups = grouped(state)
         self._topic = f'save/{next(_save_numbers)}'
@@ -240,8 +242,6 @@ class Save:
         return ''
 
     def _make_directory(self, texts: dict, eval_loss: float | None) -> None:
-        if self._partial.exists():
-            shutil.rmtree(self._partial)
         for group in self._groups:
             (self._partial / group).mkdir(parents=True)
         for name, text in texts.items():

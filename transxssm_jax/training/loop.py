@@ -16,7 +16,7 @@ from transxssm_jax.data.loader import check_vocab, make_loader
 from transxssm_jax.data.tokenizer import load_tokenizer
 from transxssm_jax.model import parameters
 from transxssm_jax.parallel import mesh, processes
-from transxssm_jax.training import checkpoint, metrics, optimizer
+from transxssm_jax.training import checkpoint, lease, metrics, optimizer
 from transxssm_jax.training import step as step_lib
 
 FINISHED, CRASHED, WRONG_INPUT, NOT_FINITE, TERMINATED, INTERRUPTED = 0, 1, 2, 3, 75, 130
@@ -60,6 +60,12 @@ class Run:
             )
         self.mesh = mesh.build(config)
         check_vocab(config.data.path, config.model.vocab_size)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(lease.hold(workdir))  # before anything is written there
+            self._open(config, workdir)
+            self._held = stack.pop_all()
+
+    def _open(self, config: Config, workdir: pathlib.Path) -> None:
         checkpoint.open_workdir(workdir, config)
         self.checkpoints = checkpoint.Checkpoints(workdir, config)
         restored = self.checkpoints.restore(step_lib.abstract_state(config, self.mesh))
@@ -385,5 +391,5 @@ class Run:
         """Ends threads and open files. A checkpoint that could not be written was said by wait or save."""
         self.writers.close()
         self.loader.close()
-        with contextlib.suppress(checkpoint.CheckpointError):
+        with self._held, contextlib.suppress(checkpoint.CheckpointError):
             self.checkpoints.close()
