@@ -391,9 +391,9 @@ def test_a_checkpoint_that_one_process_cannot_read_is_used_by_none(config, stopp
     """Orbax keeps what each process wrote in a directory of its own; one of them is damaged."""
     workdir = shutil.copytree(stopped[0], tmp_path / 'damaged')
     newest = checkpoint_steps(workdir)[-1]
-    part = workdir / 'checkpoints' / str(newest) / 'state' / 'ocdbt.process_3'
+    part = workdir / 'checkpoints' / str(newest) / 'params' / 'ocdbt.process_3'
     assert part.is_dir(), list(part.parent.iterdir())
-    for path in (workdir / 'checkpoints' / str(newest) / 'state').rglob('d/*'):
+    for path in (workdir / 'checkpoints' / str(newest) / 'params').rglob('d/*'):
         if path.stat().st_size > 1000:
             path.write_bytes(path.read_bytes()[:10])
             break

@@ -79,7 +79,8 @@ def copy(finished, tmp_path):
 def saved_state(workdir, step):
     import orbax.checkpoint as ocp
 
-    return ocp.StandardCheckpointer().restore(workdir / 'checkpoints' / str(step) / 'state')
+    path = workdir / 'checkpoints' / str(step)
+    return {name: ocp.StandardCheckpointer().restore(path / name) for name in ('params', 'training')}
 
 
 def numbers(workdir):
@@ -175,7 +176,7 @@ def test_a_killed_loader_process_stops_the_run_and_saves(config, tmp_path, caplo
 
 
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(config, finished, copy, caplog):
-    for path in (copy / 'checkpoints' / '12' / 'state').rglob('*'):
+    for path in (copy / 'checkpoints' / '12' / 'params').rglob('*'):
         if path.is_file():
             path.write_bytes(path.read_bytes()[:10])
     (copy / 'checkpoints' / '14.orbax-checkpoint-tmp-0').mkdir()

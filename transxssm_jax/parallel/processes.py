@@ -34,7 +34,6 @@ PEER_LOST = 69  # exit code: another process is lost, or did not join; the same 
 
 _ROOT = 'transxssm_jax/'
 _FAILURE = _ROOT + 'failure'
-_STOP = _ROOT + 'stop'
 _COLLECTIVE_TIMEOUT_MS = 6 * 3600 * 1000  # a process that will never come is noticed by its heartbeat
 _FAILURE_KNOWN_MS = 5000  # until all processes have received a failure
 
@@ -253,15 +252,37 @@ def _wait_for_coordinator() -> None:
 # ---- agreeing --------------------------------------------------------------
 
 
-def broadcast_from_0(value):
-    """Returns the value that process 0 passed. Every process calls it, at the same place. JSON types only."""
+def broadcast_from_0(value, topic: str = ''):
+    """Returns the value that process 0 passed. Every process calls it, at the same place. JSON types only.
+
+    Args:
+      topic: a name that is used once, for a thread beside the main one; '': numbered by the main thread's calls.
+    """
     if not is_multiprocess():
         return value
-    key = f'{_ROOT}round/{next(_membership.rounds)}'
+    key = f'{_ROOT}{topic}' if topic else f'{_ROOT}round/{next(_membership.rounds)}'
     if is_coordinator():
         _client().key_value_set(key, json.dumps(value))
         return value
     return json.loads(_client().blocking_key_value_get(key, _COLLECTIVE_TIMEOUT_MS))
+
+
+def gather_at_0(value, topic: str) -> list:
+    """Returns the values of all processes, by process, at process 0; elsewhere []. JSON types only; any thread may call it.
+
+    Args:
+      topic: a name that is used once.
+    """
+    if not is_multiprocess():
+        return [value]
+    if not is_coordinator():
+        _client().key_value_set(f'{_ROOT}{topic}/{_membership.process}', json.dumps(value))
+        return []
+    values = [value]
+    for process in range(1, _membership.processes):
+        values.append(json.loads(_client().blocking_key_value_get(f'{_ROOT}{topic}/{process}', _COLLECTIVE_TIMEOUT_MS)))
+        _client().key_value_delete(f'{_ROOT}{topic}/{process}')  # it may be large
+    return values
 
 
 def all_gather_json(value) -> list:
@@ -285,8 +306,8 @@ class PreemptionSync:
     Each call costs one message to process 0, while the devices work.
     """
 
-    def __init__(self):
-        self._call = 0
+    def __init__(self, topic: str = 'stop'):
+        self._call, self._key = 0, _ROOT + topic
 
     def should_stop(self, exit_code: int) -> int:
         """
@@ -300,12 +321,11 @@ class PreemptionSync:
             return exit_code
         self._call += 1
         if exit_code:
-            with contextlib.suppress(
-                jax.errors.JaxRuntimeError
-            ):  # another process was asked too, and announced it first
-                _client().key_value_set(_STOP, json.dumps([self._call + 2, exit_code]))
+            # An error means that another process was asked too, and announced it first.
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                _client().key_value_set(self._key, json.dumps([self._call + 2, exit_code]))
         try:
-            at, exit_code = json.loads(_client().key_value_try_get(_STOP))
+            at, exit_code = json.loads(_client().key_value_try_get(self._key))
         except jax.errors.JaxRuntimeError as error:
             if 'NOT_FOUND' not in str(error):
                 raise
@@ -335,6 +355,13 @@ def abort_all(exit_code: int, message: str) -> None:
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first, or process 0 is gone
         _client().key_value_set(_FAILURE, failure)
     _wait_until_failure_is_known()
+    _exit(exit_code)
+
+
+def end_all(exit_code: int, message: str) -> None:
+    """Prints an error and ends all processes at once, from any thread of one of them."""
+    _print_error(message)
+    abort_all(exit_code, message)
     _exit(exit_code)
 
 

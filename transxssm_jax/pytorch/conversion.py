@@ -150,15 +150,9 @@ def import_published(
         )
         state['params'] = nnx.traversals.unflatten_mapping(params)
         try:
-            _save(workdir / 'checkpoints', state, config)
-        except ConvertError:
-            raise
-        except Exception as error:  # a failed write comes as many kinds from Orbax and TensorStore
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][-200:]
-            raise ConvertError(
-                f'a checkpoint could not be written to {workdir}: {reason}; free space there, or choose '
-                'another --workdir'
-            ) from error
+            _save(workdir, state, config)
+        except checkpoint.CheckpointError as error:
+            raise (error.__cause__ if isinstance(error.__cause__, ConvertError) else error) from None
     return source
 
 
@@ -201,16 +195,8 @@ def _check_tokenizer(name: str, tokenizer, model: Model) -> None:
         )
 
 
-def _save(directory: pathlib.Path, state: dict, config: Config) -> None:
+def _save(workdir: pathlib.Path, state: dict, config: Config) -> None:
     """Step 0 in the layout of checkpoint.Checkpoints, from _Lazy leaves."""
-    types = ocp.type_handlers.create_type_handler_registry((_Lazy, _LazyHandler()))
-    json_item = ocp.JsonCheckpointHandler()
-    handlers = {
-        'state': ocp.PyTreeCheckpointHandler(type_handler_registry=types),
-        'data': json_item,
-        'config': json_item,
-    }
-    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
     # A chunk of the file holds one layer, so that no more than it is encoded at a time; small arrays are one chunk.
     layers = {leaf: leaf.nbytes // math.prod(leaf.shape[:2]) for leaf in jax.tree.leaves(state) if len(leaf.shape) > 2}
     layouts = jax.tree.map(
@@ -221,18 +207,9 @@ def _save(directory: pathlib.Path, state: dict, config: Config) -> None:
         ),
         state,
     )
-    with ocp.CheckpointManager(
-        directory, item_names=tuple(handlers), item_handlers=handlers, options=options
-    ) as manager:
-        manager.save(
-            0,
-            force=True,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(state, layouts),
-                data=ocp.args.JsonSave(None),
-                config=ocp.args.JsonSave(json.loads(config_lib.to_json(config))),
-            ),
-        )
+    types = ocp.type_handlers.create_type_handler_registry((_Lazy, _LazyHandler()))
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=types)
+    checkpoint.write_first(workdir, state, config, handler, layouts)
 
 
 def _override(config: Config, overrides: dict[str, str]) -> Config:
@@ -266,7 +243,7 @@ def export_published(
     """Writes the parameters of a checkpoint in the published format.
 
     Args:
-      step: which checkpoint; -1: the newest.
+      step: which checkpoint; -1: the newest that can be read.
       tokenizer: a tokenizers json file to go with it, or a prepared directory that has one.
       max_shard_bytes: of tensors in one file.
       dtype: 'float32' or 'bfloat16', of every tensor.
@@ -281,10 +258,8 @@ def export_published(
     workdir, out = pathlib.Path(workdir), pathlib.Path(out)
     if any(out.glob('model*.safetensors*')):
         raise ConvertError(f'--out={out} holds weights already; choose another directory')
-    if step == -1:
-        step = max(_steps(workdir), default=-1)
-    config = _override(checkpoint.load_config(workdir, step), overrides or {})
-    state = workdir.absolute() / 'checkpoints' / str(step) / 'state'
+    params, config = checkpoint.find_params(workdir, step)
+    config = _override(config, overrides or {})
     ours, model = config.model, published_model(config.model)
     memory = json.loads((workdir / MEMORY).read_text()) if (workdir / MEMORY).exists() else {'config': {}, 'A': {}}
     fields = published_config(model, config.data.seq_len, memory['config'], dtype)
@@ -313,7 +288,7 @@ def export_published(
         tqdm.tqdm(total=len(tensors), desc='export', unit=' tensors', disable=None) as bar,
     ):
         for ours_path, shape in shapes_of(model).items():
-            array = _array_for_export(state, ours_path, shape, ours)
+            array = _array_for_export(params, ours_path, shape, ours)
             for tensor in tensors.values():
                 if tensor.path == ours_path:
                     writer.write(tensor, _with_memory(tensor, array, memory['A']))

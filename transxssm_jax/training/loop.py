@@ -16,7 +16,7 @@ from transxssm_jax.config import Config, ConfigError
 from transxssm_jax.data.loader import Loader, WorkerLostError, check_batch, check_vocab, make_loader
 from transxssm_jax.data.tokenizer import load_tokenizer
 from transxssm_jax.parallel import mesh, processes
-from transxssm_jax.training import announcement, checkpoint, metrics
+from transxssm_jax.training import announcement, checkpoint, lease, metrics
 from transxssm_jax.training import step as step_lib
 from transxssm_jax.training.evaluators import Evaluator, HeldOutLoss
 from transxssm_jax.training.health import NotFiniteError  # noqa: F401, which `train` raises
@@ -76,7 +76,9 @@ def train(config: Config, workdir: pathlib.Path, stop: StopRequest, sample: Call
       OSError: a file cannot be written; the message names it.
       KeyboardInterrupt: a Ctrl-C after the first request to stop.
     """
+    check_input(config)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(lease.hold(workdir))  # before anything is written there
         run = open_run(config, workdir, stop)
         stack.callback(close, run)
         with jax.set_mesh(run.mesh):
@@ -87,16 +89,21 @@ def train(config: Config, workdir: pathlib.Path, stop: StopRequest, sample: Call
 # ---- open, restore or create -------------------------------------------------
 
 
-def open_run(config: Config, workdir: pathlib.Path, stop: StopRequest) -> Run:
-    """Checks the input, restores or creates the state, and prints what the run is. Raises as `train`."""
+def check_input(config: Config) -> None:
+    """Raises ConfigError or DataError for what can be known before the workdir is touched."""
     data = config.data
     if not data.path:
         raise ConfigError(
             'data.path is empty; prepare data with python -m transxssm_jax.data.prepare and give --config.data.path=DIR'
         )
-    device_mesh = mesh.build(config)
+    mesh.build(config)
     check_vocab(data.path, config.model.vocab_size)
     check_batch(data.path, data.train_split, data.seq_len, data.global_batch)
+
+
+def open_run(config: Config, workdir: pathlib.Path, stop: StopRequest) -> Run:
+    """Opens the workdir and the data, restores or creates the state, and prints what the run is. Raises as `train`."""
+    device_mesh = mesh.build(config)
     checkpoint.open_workdir(workdir, config)
 
     # The state, and the data at the step where it stands.
@@ -106,7 +113,7 @@ def open_run(config: Config, workdir: pathlib.Path, stop: StopRequest) -> Run:
     loader = open_train_split(config, device_mesh, step)
     if position is not None and position != data_position(config, loader, step):
         raise checkpoint.CheckpointError(
-            f'data.path={data.path} is not what the run in {workdir} was trained on; '
+            f'data.path={config.data.path} is not what the run in {workdir} was trained on; '
             'point it to the same data or use another --workdir'
         )
     check_same_on_all_processes(config, loader)
@@ -254,8 +261,10 @@ def train_to_the_end(run: Run, sample: Callable) -> int:
     clock.restart()
     window_start = run.step  # the first step of the window that the clock measures
 
+    save_again = functools.partial(save, run)
     make_up_evaluation(run, evaluators)
     while run.step < train.steps and not stop.is_due():
+        run.checkpoints.check(save_again)
         if profiler.begins_at(run.step):
             profiler.start()
         elif profiler.ends_at(run.step):
@@ -300,7 +309,7 @@ def train_to_the_end(run: Run, sample: Callable) -> int:
         writers.print(profiler.stop())
     if stop.exit_code:
         return save_and_stop(run)
-    run.checkpoints.wait()
+    run.checkpoints.wait(save_again)
     if evaluators and run.evaluated_at != run.step:
         evaluate(run, evaluators)
         if stop.exit_code:
@@ -386,6 +395,7 @@ def make_up_evaluation(run: Run, evaluators: list[Evaluator]) -> None:
 
 def save(run: Run) -> None:
     """Starts writing a checkpoint, where there is none of this step."""
+    run.pending.flush()  # a step that is not finite is not saved
     # All processes save or none: a listing of the directory may come late to one of them.
     if run.step in processes.broadcast_from_0(run.checkpoints.steps()):
         return
@@ -395,12 +405,11 @@ def save(run: Run) -> None:
 
 def save_and_stop(run: Run) -> int:
     """Saves what was trained and returns the exit code that was asked for."""
-    run.pending.flush()
     if run.step == 0:  # a checkpoint of it would hold a workdir to settings that nothing was trained with
         line = 'stopped before the first step; nothing was saved'
     else:
         save(run)
-        run.checkpoints.wait()
+        run.checkpoints.wait(functools.partial(save, run))
         line = f'stopped at step {run.step} and saved; the same command goes on from there'
     run.stop.request.finish()
     run.writers.print(line)
