@@ -14,6 +14,7 @@ from data_fixtures import SHARED
 from eval_fixtures import SMALLER, random_params, save_run
 from small import small_config
 
+from transxssm_jax.cli import ExitCode
 from transxssm_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 from transxssm_jax.evals import scoring
 
@@ -307,7 +308,6 @@ def test_the_command_prints_a_table_and_writes_results(harness, workdir, monkeyp
     assert (
         harness.main(
             [
-                'harness',
                 f'--workdir={workdir}',
                 '--tasks=openbookqa_local',
                 f'--include_path={TASKS}',
@@ -316,7 +316,7 @@ def test_the_command_prints_a_table_and_writes_results(harness, workdir, monkeyp
                 '--batch_tokens=1024',
             ]
         )
-        == harness.FINISHED
+        == ExitCode.FINISHED
     )
     out = capsys.readouterr().out
     assert '|openbookqa_local|' in out.replace(' ', '') and 'acc_norm' in out
@@ -358,7 +358,7 @@ def test_the_harness_makes_the_model_from_its_own_arguments(harness, workdir):
             ['--workdir={run}', '--tasks=qqqqqqq', '--tokenizer=byte'],
             '--tasks=qqqqqqq: no such task; --include_path=DIR adds',
         ),
-        (['--workdir={run}', '--tasks=piqa', '--taks=1'], "Unknown command line flag 'taks'"),
+        (['--workdir={run}', '--tasks=piqa', '--taks=1'], 'unknown flag --taks; did you mean --tasks?'),
         (
             ['--workdir={run}', '--tasks=broken', '--tokenizer=byte', '--include_path={tmp}/broken'],
             '--tasks=broken: cannot be loaded',
@@ -385,7 +385,7 @@ def test_wrong_input_is_said_in_one_line(harness, workdir, tmp_path, monkeypatch
         'task: broken\ndataset_path: json\ndataset_kwargs: {data_files: {test: nowhere.jsonl}}\ntest_split: test\n'
         'output_type: loglikelihood\ndoc_to_text: "{{text}}"\ndoc_to_target: "{{text}}"\n'
     )
-    assert harness.main(['harness', *(argument.format(run=workdir, tmp=tmp_path) for argument in arguments)]) == 2
+    assert harness.main([*(argument.format(run=workdir, tmp=tmp_path) for argument in arguments)]) == 2
     err = [line for line in capsys.readouterr().err.splitlines() if line.startswith('error: ')]
     assert len(err) == 1 and message in err[0]
 

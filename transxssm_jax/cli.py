@@ -58,6 +58,10 @@ class UsageError(UserError):
     """A command line that the command does not take."""
 
 
+class MissingPackageError(UserError, ModuleNotFoundError):
+    """A package that only this command needs is not installed."""
+
+
 # ---- values ------------------------------------------------------------------------------------
 
 _BOOLS = {'true': True, 'yes': True, '1': True, 'false': False, 'no': False, '0': False}
@@ -95,9 +99,9 @@ def as_whole(value: float) -> int:
     """The whole number that a float is, e.g. 1e5.
 
     Raises:
-      ValueError: it is not whole, not finite, or too large for every whole number below it to be a float.
+      ValueError: it is not whole or not finite.
     """
-    if not (math.isfinite(value) and value == int(value) and abs(value) <= 1 << 53):
+    if not (math.isfinite(value) and value == int(value)):
         raise ValueError(f'{value} is no whole number')
     return int(value)
 
@@ -108,7 +112,7 @@ def shorten(text: str, most: int = 200) -> str:
 
 def nearest(name: str, known) -> str:
     """'; did you mean X?', or what is known where that is little, or ''."""
-    near = difflib.get_close_matches(shorten(name), known := sorted(known), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(shorten(name), known := sorted(known), n=1, cutoff=0.6)
     if near:
         return f'; did you mean {near[0]}?'
     return f'; known: {", ".join(known)}' if len(known) <= 16 else ''
@@ -229,8 +233,8 @@ class Command:
     def parse(self, argv: Sequence[str]) -> types.SimpleNamespace:
         """The flags by name, with their defaults.
 
-        With settings also `config_file` ('' if not given), `overrides` (dotted name -> what was typed; config.from_flags
-        makes a config of both) and, always, `argv`.
+        Also `given`, the names of those that were on the command line, and with settings `config_file` ('' if not
+        given) and `overrides` (dotted name -> what was typed), of which config.from_flags makes a config.
 
         Raises:
           UsageError: an unknown, wrong or missing flag; the message is one line.
@@ -271,7 +275,7 @@ class Command:
                 raise UsageError(f'--{flag.name} is missing, e.g. --{flag.name}={flag.example}')
         defaults = {flag.name: flag.default for flag in self.flags}
         return types.SimpleNamespace(
-            **{**defaults, **values, 'argv': list(argv), 'config_file': config_file, 'overrides': overrides}
+            **{**defaults, **values, 'given': frozenset(values), 'config_file': config_file, 'overrides': overrides}
         )
 
     def _unexpected(self, word: str) -> UsageError:
@@ -408,15 +412,21 @@ def _stdout_is_gone(error: BaseException) -> bool:
 def start(module: str) -> None:
     """Imports a command's module by its real name, runs its main() and ends the process with its exit code.
 
-    To be called at the top of the module where it runs as __main__. Ctrl-C during the imports, which take seconds, ends
-    the process at once and quietly: nothing has begun. Under its real name, classes of the module can be pickled for
-    worker processes.
+    To be called at the top of the module where it runs as __main__. During the imports, which take seconds, Ctrl-C and
+    SIGTERM end the process at once and quietly: nothing has begun. Under its real name, classes of the module can be
+    pickled for worker processes.
     """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        # Raised in the middle of an extension module's import, KeyboardInterrupt may come out as another error.
-        signal.signal(signal.SIGINT, lambda *_: os._exit(ExitCode.INTERRUPTED))
+    # Raised in the middle of an extension module's import, KeyboardInterrupt could come out as another error.
+    ends = {signal.SIGINT: ExitCode.INTERRUPTED, signal.SIGTERM: ExitCode.TERMINATED}
+    usual = (signal.default_int_handler, signal.SIG_DFL)  # a background job of a shell ignores Ctrl-C, and goes on to
+    handlers = {number: handler for number in ends if (handler := signal.getsignal(number)) in usual}
+    for number in handlers:
+        signal.signal(number, lambda number, frame: os._exit(ends[number]))
+    try:
         main = importlib.import_module(module).main
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    else:  # a shell's background job ignores it
-        main = importlib.import_module(module).main
+    except UserError as error:
+        print_error(error)
+        sys.exit(error.exit_code)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     sys.exit(main(sys.argv[1:]))

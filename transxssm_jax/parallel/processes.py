@@ -30,7 +30,9 @@ import time
 import jax
 from jax._src import distributed  # its client is the only way to the key-value store; Orbax takes the same one
 
-PEER_LOST = 69  # exit code: another process is gone, or did not come; the same command goes on from the last checkpoint
+from transxssm_jax import cli
+
+PEER_LOST = cli.ExitCode.PEER_LOST
 
 _ROOT = 'transxssm_jax/'
 _FAILURE = _ROOT + 'failure'
@@ -41,7 +43,7 @@ _GOODBYE_MS = 5000  # for all to have heard of a failure
 log = logging.getLogger(__name__)
 
 
-class ProcessesError(RuntimeError):
+class ProcessesError(cli.UserError, RuntimeError):
     """The processes cannot be joined as asked; the message is one line."""
 
 

@@ -18,6 +18,7 @@ import time
 import jax
 import orbax.checkpoint as ocp
 
+from transxssm_jax import cli
 from transxssm_jax import config as config_lib
 from transxssm_jax.config import Config
 from transxssm_jax.parallel import processes
@@ -28,7 +29,7 @@ UNREADABLE = '.unreadable'  # suffix of a damaged checkpoint's directory once an
 log = logging.getLogger(__name__)
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(cli.UserError, RuntimeError):
     """A checkpoint cannot be written, read, or used; the message is one line."""
 
 
@@ -83,7 +84,7 @@ def _steps_in(directory: pathlib.Path) -> list[int]:
 
 def _read_config(path: pathlib.Path) -> Config:
     try:
-        return config_lib.from_json(path.read_text())
+        return config_lib.from_json(path.read_bytes())
     except config_lib.ConfigError as error:
         raise CheckpointError(f'{path}: {error}; delete it if its checkpoints are of this config') from error
 

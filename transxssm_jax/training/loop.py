@@ -10,7 +10,9 @@ import time
 
 import jax
 
+from transxssm_jax import cli
 from transxssm_jax import config as config_lib
+from transxssm_jax.cli import ExitCode
 from transxssm_jax.config import Config, ConfigError
 from transxssm_jax.data.loader import check_vocab, make_loader
 from transxssm_jax.data.tokenizer import load_tokenizer
@@ -19,14 +21,13 @@ from transxssm_jax.parallel import mesh, processes
 from transxssm_jax.training import checkpoint, metrics
 from transxssm_jax.training import step as step_lib
 
-FINISHED, CRASHED, WRONG_INPUT, NOT_FINITE, TERMINATED, INTERRUPTED = 0, 1, 2, 3, 75, 130
-
-
 PROMPT_TOKENS = 128  # of the document that the sample at the end continues
 
 
-class NotFiniteError(ArithmeticError):
+class NotFiniteError(cli.UserError, ArithmeticError):
     """The loss, gradient or update of a step is NaN or infinite."""
+
+    exit_code = ExitCode.NOT_FINITE
 
 
 class StopRequest:
@@ -36,8 +37,8 @@ class StopRequest:
         self.exit_code = 0  # none
 
     def install(self) -> None:
-        signal.signal(signal.SIGTERM, functools.partial(self._on_signal, TERMINATED))
-        signal.signal(signal.SIGINT, functools.partial(self._on_signal, INTERRUPTED))
+        signal.signal(signal.SIGTERM, functools.partial(self._on_signal, ExitCode.TERMINATED))
+        signal.signal(signal.SIGINT, functools.partial(self._on_signal, ExitCode.INTERRUPTED))
 
     def _on_signal(self, exit_code, signum, frame):
         self.exit_code = exit_code
@@ -180,7 +181,7 @@ class Run:
                 if self._stopping:
                     return self._stopping
             self._summarise()
-        return FINISHED
+        return ExitCode.FINISHED
 
     def _compile_before_all_start(self) -> None:
         """Where processes must start a program together, none starts before all have compiled it, which takes each its time."""
