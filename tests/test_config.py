@@ -479,7 +479,7 @@ def test_any_saved_config_is_taken_or_refused_in_one_line():
     for _ in range(600):
         damaged = json.loads(text)
         section = rng.choice(list(tree))
-        kind = rng.randrange(4)
+        kind = rng.choice((0, 0, 0, 1, 2, 3))
         if kind == 0:  # another value
             damaged[section][rng.choice(list(tree[section]))] = rng.choice([*VALUES[:-1], *WORDS])
         elif kind == 1:  # another name
@@ -491,13 +491,13 @@ def test_any_saved_config_is_taken_or_refused_in_one_line():
             for _ in range(rng.randint(1, 3)):
                 raw[rng.randrange(len(raw))] = rng.randrange(256)
         try:
-            config = config_lib.from_json(bytes(raw[: rng.choice([len(raw), len(raw), rng.randrange(len(raw))])]))
+            config = config_lib.from_json(bytes(raw[: rng.choice([*[len(raw)] * 5, rng.randrange(len(raw))])]))
         except ConfigError as error:
             assert '\n' not in str(error) and len(str(error)) < 700
         else:
             assert config_lib.from_json(config_lib.to_json(config)) == config
             taken += 1
-    assert 20 < taken < 580
+    assert 15 < taken < 585
     assert Config() == settings.copy(Config()) and Config.__name__ == 'Config'
 
 
@@ -574,10 +574,10 @@ def test_a_shipped_config_loads(path):
     assert f'configs/{path.name}' in docstring or 'make demo' in docstring, 'the docstring names the command'
 
 
-@pytest.mark.parametrize('name, parameters', [('1p3b', 1.30e9), ('320m', 320e6)])
-def test_parameter_counts(name, parameters):
+@pytest.mark.parametrize('name, count', [('1p3b', 1.30e9), ('320m', 320e6)])
+def test_parameter_counts(name, count):
     model = config_lib.load(CONFIGS / f'{name}.py').model
-    assert parameters.count_params(model) == pytest.approx(parameters, rel=0.01)
+    assert parameters.count_params(model) == pytest.approx(count, rel=0.01)
     assert model.vocab_size == 50304 and model.tie_embeddings
     assert model.layer_kinds == ('ssd',) * 7 + ('attention',)
     assert _parameters(model) == parameters.count_params(model)

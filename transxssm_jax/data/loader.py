@@ -20,6 +20,7 @@ if __name__ == '__main__':
 
 import collections
 import os
+import sys
 import threading
 import time
 import weakref

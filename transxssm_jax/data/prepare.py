@@ -34,6 +34,7 @@ import os
 import queue
 import re
 import shutil
+import sys
 import time
 import types
 from collections.abc import Iterator

@@ -27,6 +27,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import sys
 import time
 
 import jax
