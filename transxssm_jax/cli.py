@@ -28,6 +28,7 @@ import importlib
 import math
 import os
 import re
+import select
 import signal
 import sys
 import types
@@ -373,13 +374,12 @@ def explain(error: BaseException) -> tuple[ExitCode, str] | None:
 
 
 def _is_unsupported(error: BaseException) -> bool:
-    """Whether a kernel refused: an implementation that was named cannot serve the device or the shape."""
+    """Whether the kernels refused: a named implementation does not exist, or cannot serve the device or the shape."""
     # The kernels import jax, this module does not. Where they were never imported, nothing of theirs was raised.
     dispatch = sys.modules.get('pallas_kernels.dispatch')
-    unsupported = getattr(dispatch, 'UnsupportedError', None)
-    if unsupported is not None:
-        return isinstance(error, unsupported)
-    return isinstance(error, NotImplementedError) and str(error).startswith('implementation=')
+    unsupported = getattr(dispatch, 'UnsupportedError', NotImplementedError)
+    is_unknown = isinstance(error, ValueError | NotImplementedError) and str(error).startswith('implementation=')
+    return (dispatch is not None and isinstance(error, unsupported)) or is_unknown
 
 
 def one_line(error) -> str:
@@ -401,12 +401,15 @@ def _stdout_is_gone(error: BaseException) -> bool:
     if not isinstance(error, BrokenPipeError):
         return False
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # What is still in the buffer must not raise again when Python ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+        stdout, poll = sys.stdout.fileno(), select.poll()
+    except (AttributeError, OSError, ValueError):  # no stdout, or one that is no file
+        return False
+    poll.register(stdout, 0)  # errors are reported even so
+    if not poll.poll(0):
+        return False  # another pipe broke, e.g. that of a worker
+    # What is still in the buffer must not raise again when Python ends.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    return True
 
 
 def start(module: str) -> None:

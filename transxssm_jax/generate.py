@@ -233,7 +233,3 @@ def _write(generator: Generator, records: list[dict], request: dict, flags) -> N
             values = record | {'completion': completion.text, 'finish': completion.finish}
             file.write(json.dumps(values, ensure_ascii=False) + '\n')
     print(f'{len(records)} completions in {flags.output}')
-
-
-if __name__ == '__main__':
-    sys.exit(main())
