@@ -203,9 +203,11 @@ def test_logits(tmp_path, name):
 def test_import_then_export_gives_the_same_bytes(tmp_path, name, capsys):
     tensors = write(tmp_path / 'published', files=3, num_attention_heads=4, seed=5, **VARIANTS[name])
     assert run('import', f'--source={tmp_path / "published"}', f'--workdir={tmp_path / "run"}') == 0
-    assert run('export', f'--workdir={tmp_path / "run"}', f'--out={tmp_path / "single"}') == 0
+    assert run('export', f'--workdir={tmp_path / "run"}', f'--output={tmp_path / "single"}') == 0
     same_bytes(tensors, load_file(tmp_path / 'single' / 'model.safetensors'))
-    assert run('export', f'--workdir={tmp_path / "run"}', f'--out={tmp_path / "sharded"}', '--max_shard_size=50KB') == 0
+    assert (
+        run('export', f'--workdir={tmp_path / "run"}', f'--output={tmp_path / "sharded"}', '--max_shard_size=50KB') == 0
+    )
     index = json.loads((tmp_path / 'sharded' / 'model.safetensors.index.json').read_text())
     files = sorted((tmp_path / 'sharded').glob('*.safetensors'))
     assert len(files) > 3 and {path.name for path in files} == set(index['weight_map'].values())
@@ -353,14 +355,22 @@ def test_tokenizer_files(tmp_path, capsys):
     assert config.data.path == str(workdir / 'tokenizer.json')
     assert 'data.path' not in (workdir / 'config.py').read_text()
     assert (
-        run('export', f'--workdir={workdir}', f'--out={tmp_path / "out"}', f'--tokenizer={workdir / "tokenizer.json"}')
+        run(
+            'export',
+            f'--workdir={workdir}',
+            f'--output={tmp_path / "out"}',
+            f'--tokenizer={workdir / "tokenizer.json"}',
+        )
         == 0
     )
     for name in ('tokenizer.json', 'tokenizer_config.json'):
         assert (tmp_path / 'out' / name).read_bytes() == (tmp_path / 'published' / name).read_bytes()
     assert (
         run(
-            'export', f'--workdir={workdir}', f'--out={tmp_path / "made"}', f'--tokenizer={tmp_path / "tokenizer.json"}'
+            'export',
+            f'--workdir={workdir}',
+            f'--output={tmp_path / "made"}',
+            f'--tokenizer={tmp_path / "tokenizer.json"}',
         )
         == 0
     )
@@ -465,10 +475,10 @@ def test_files_that_are_not_there_or_broken_are_refused(tmp_path, capsys):
     assert not workdir.exists()
     shutil.rmtree(source)
     write(source)
-    refused('does not exist', 'export', f'--workdir={workdir}', f'--out={tmp_path / "out"}')
+    refused('does not exist', 'export', f'--workdir={workdir}', f'--output={tmp_path / "out"}')
     assert run(*imports) == 0
     refused('holds checkpoints already', *imports)
-    export = ('export', f'--workdir={workdir}', f'--out={tmp_path / "out"}')
+    export = ('export', f'--workdir={workdir}', f'--output={tmp_path / "out"}')
     refused('has no checkpoint of step 5; it has 0', *export, '--step=5')
     refused('--max_shard_size=much', *export, '--max_shard_size=much')
     refused('byte tokenizer', *export, '--tokenizer=byte')
@@ -479,7 +489,7 @@ def test_files_that_are_not_there_or_broken_are_refused(tmp_path, capsys):
     for path in (workdir / 'checkpoints' / '0' / 'params').rglob('*'):
         if path.is_file() and path.parent.name == 'd':
             path.write_bytes(b'')
-    refused('can be read', *export[:2], f'--out={tmp_path / "damaged"}')
+    refused('can be read', *export[:2], f'--output={tmp_path / "damaged"}')
     assert not (tmp_path / 'damaged').exists()
 
 

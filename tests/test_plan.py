@@ -24,6 +24,7 @@ from test_costs import jaxpr_flops, without_kernels  # noqa: F401  a fixture
 from pallas_kernels import chips
 from transxssm_jax import config as config_lib
 from transxssm_jax import plan
+from transxssm_jax.cli import ExitCode
 from transxssm_jax.model import costs, parameters
 from transxssm_jax.parallel import mesh
 from transxssm_jax.planning import hlo, plan_search, roofline
@@ -369,7 +370,7 @@ def test_the_longest_known_beginning_names_a_device():
     ],
 )
 def test_wrong_topologies(topology, message, capsys):
-    assert plan.main(['plan', f'--config={ROOT}/configs/1p3b.py', f'--topology={topology}']) == plan.WRONG_INPUT
+    assert plan.main([f'--config={ROOT}/configs/1p3b.py', f'--topology={topology}']) == ExitCode.WRONG_INPUT
     error = capsys.readouterr().err
     assert message in error and error.count('\n') == 1
 
@@ -387,16 +388,16 @@ def test_wrong_topologies(topology, message, capsys):
     ],
 )
 def test_wrong_input(arguments, message, capsys):
-    assert plan.main(['plan', f'--config={ROOT}/configs/1p3b.py', *arguments]) == plan.WRONG_INPUT
+    assert plan.main([f'--config={ROOT}/configs/1p3b.py', *arguments]) == ExitCode.WRONG_INPUT
     assert message in capsys.readouterr().err
 
 
 def test_a_gpu_host_is_computed_and_says_so(capsys):
-    arguments = ['plan', f'--config={ROOT}/configs/pods/1p3b_h200_8.py', '--topology=h200:8']
-    assert plan.main(arguments) == plan.FITS
+    arguments = [f'--config={ROOT}/configs/pods/1p3b_h200_8.py', '--topology=h200:8']
+    assert plan.main(arguments) == ExitCode.FINISHED
     text = capsys.readouterr().out
     assert 'not compiled' in text and 'it may fit' in text and '8 devices, fsdp 8' in text
-    assert plan.main([*arguments, '--json']) == plan.FITS
+    assert plan.main([*arguments, '--json']) == ExitCode.FINISHED
     result = json.loads(capsys.readouterr().out)
     assert result['compiled'] is False and result['parameters'] == pytest.approx(1.3e9, rel=0.01)
     work = 6 * result['parameters'] * result['tokens_per_step'] / 8
@@ -406,8 +407,8 @@ def test_a_gpu_host_is_computed_and_says_so(capsys):
 
 
 def test_hosts_are_slices(capsys):
-    arguments = ['plan', f'--config={ROOT}/configs/pods/1p3b_h200_8.py', '--topology=h200:8']
-    assert plan.main([*arguments, '--slices=2', '--config.mesh.data=2', '--json']) == plan.FITS
+    arguments = [f'--config={ROOT}/configs/pods/1p3b_h200_8.py', '--topology=h200:8']
+    assert plan.main([*arguments, '--slices=2', '--config.mesh.data=2', '--json']) == ExitCode.FINISHED
     result = json.loads(capsys.readouterr().out)
     assert result['devices'] == 16 and result['slices'] == 2
     # An eighth of the gradients, there and back, half of which crosses.
@@ -416,24 +417,23 @@ def test_hosts_are_slices(capsys):
 
 def test_what_cannot_fit_ends_with_3(capsys):
     arguments = [
-        'plan',
         f'--config={ROOT}/configs/pods/1p3b_h200_8.py',
         '--topology=h200:8',
         '--config.train.accumulation_steps=1',
         '--config.model.remat=none',
     ]
-    assert plan.main(arguments) == plan.DOES_NOT_FIT
+    assert plan.main(arguments) == ExitCode.DOES_NOT_FIT
     assert capsys.readouterr().out.strip().endswith('it does not fit')
 
 
 def test_the_table_of_chips(capsys):
-    assert plan.main(['plan', '--chips']) == plan.FITS
+    assert plan.main(['--chips']) == ExitCode.FINISHED
     text = capsys.readouterr().out
     assert all(any(line.startswith(name + ' ') for line in text.splitlines()) for name in chips.CHIPS)
 
 
 def test_help_lists_flags_and_settings(capsys):
-    assert plan.main(['plan', '--help']) == plan.FITS
+    assert plan.main(['--help']) == ExitCode.FINISHED
     text = capsys.readouterr().out
     assert '--budget_minutes=30.0  Time for --search.' in text and '--config.mesh.fsdp=1' in text
 
@@ -441,14 +441,14 @@ def test_help_lists_flags_and_settings(capsys):
 def test_kernels_of_the_pod_are_named_only_where_auto_was():
     topology = topology_lib.Topology('v5e:4x4', 2)
     assert topology.num_devices == 32
-    assert plan._settings_of(topology, config_lib.Config()) == [
-        '--config.mesh.slices=2',
-        '--config.model.ssd_implementation=mosaic_tpu',
-        '--config.model.attention_implementation=splash',
-    ]
+    assert plan._settings_of(topology, config_lib.Config()) == {
+        'mesh.slices': 2,
+        'model.ssd_implementation': 'mosaic_tpu',
+        'model.attention_implementation': 'splash',
+    }
     named = config_lib.Config(model=config_lib.Model(ssd_implementation='xla', dtype='float32'))
-    assert plan._settings_of(topology, named)[1:] == ['--config.model.attention_implementation=xla']
-    assert plan._settings_of(topology_lib.Topology('h200:8', 1), config_lib.Config()) == ['--config.mesh.slices=1']
+    assert plan._settings_of(topology, named) == {'mesh.slices': 2, 'model.attention_implementation': 'xla'}
+    assert plan._settings_of(topology_lib.Topology('h200:8', 1), config_lib.Config()) == {'mesh.slices': 1}
     assert topology_lib.Topology('tpu7x:2x2x1', 1).num_devices == 8
 
 
@@ -456,8 +456,8 @@ def test_kernels_of_the_pod_are_named_only_where_auto_was():
     importlib.util.find_spec('libtpu') is not None, reason='libtpu is here; this is about where it is not'
 )
 def test_without_the_compiler(capsys):
-    arguments = ['plan', f'--config={ROOT}/configs/pods/1p3b_v5e_256.py', '--topology=v5e:16x16']
-    assert plan.main(arguments) == plan.WRONG_INPUT
+    arguments = [f'--config={ROOT}/configs/pods/1p3b_v5e_256.py', '--topology=v5e:16x16']
+    assert plan.main(arguments) == ExitCode.WRONG_INPUT
     assert 'pip install -e .[tpu]' in capsys.readouterr().err
 
 
@@ -544,7 +544,7 @@ def test_plan_of_a_small_model_on_a_small_slice():
         '--json',
     ]
     run = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=ROOT)
-    assert run.returncode == plan.FITS, run.stderr[-2000:]
+    assert run.returncode == ExitCode.FINISHED, run.stderr[-2000:]
     result = json.loads(run.stdout.splitlines()[-1])
     assert result['compiled'] and result['fits'] and result['loops_without_trips'] == 0
     assert 0 < result['argument_bytes'] < result['peak_bytes'] < result['usable_bytes']

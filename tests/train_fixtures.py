@@ -63,7 +63,7 @@ def write_config(directory: pathlib.Path, data: pathlib.Path) -> pathlib.Path:
 
 
 def arguments(config: pathlib.Path, workdir: pathlib.Path, **settings) -> list[str]:
-    """A command line; settings by dotted name with __ for the dot."""
+    """'train' and its command line; settings by dotted name with __ for the dot."""
     return [
         'train',
         f'--config={config}',
@@ -91,7 +91,7 @@ def call(argv: list[str]) -> Result:
     out, err = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = train_lib.main(argv)
+            code = train_lib.main(argv[1:])
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -171,4 +171,4 @@ if __name__ == '__main__':
         if kind == 'file size':
             resource.setrlimit(resource.RLIMIT_FSIZE, (number, number))
         with before_saving(number, send(kind)) if kind.startswith('SIG') else contextlib.nullcontext():
-            print('exit code', train_lib.main(command), flush=True)
+            print('exit code', train_lib.main(command[1:]), flush=True)

@@ -13,7 +13,11 @@ call `close()` (or use `with`) to end them.
 measures the loading speed.
 """
 
-import argparse
+from transxssm_jax import cli
+
+if __name__ == '__main__':
+    cli.start('transxssm_jax.data.loader')
+
 import collections
 import os
 import sys
@@ -27,11 +31,28 @@ import grain
 import numpy as np
 from absl import flags
 
+from transxssm_jax.cli import Flag
 from transxssm_jax.data.manifest import DataError, SplitIndex, finished_splits, read_index
 from transxssm_jax.data.packing import Epochs, assign_row, pack_row, packing_efficiency
 from transxssm_jax.data.workers import follow_parent
 
 _ENDLESS = 1 << 60  # steps of a run that repeats its data
+
+COMMAND = cli.Command(
+    'transxssm_jax.data.loader',
+    __doc__,
+    [
+        Flag('path', cli.REQUIRED, 'Prepared directory.', example='DIR', is_path=True),
+        Flag('split', 'train', 'Split to read.'),
+        Flag('seq_len', 4096, 'Tokens per row.', minimum=1),
+        Flag('global_batch', 64, 'Rows per step.', minimum=1, maximum=1 << 24),
+        Flag('num_workers', 0, 'Loader processes; 0: threads in this process.', minimum=0, maximum=1 << 10),
+        Flag('num_threads', 4, 'Threads that read ahead.', minimum=0, maximum=1 << 10),
+        Flag('prefetch', 4, 'Batches read ahead.', minimum=0, maximum=1 << 16),
+        Flag('seed', 0, 'Seed of the order of documents and of rows.', minimum=0, maximum=(1 << 32) - 1),
+        Flag('seconds', 5.0, 'How long to measure.', minimum=0.0),
+    ],
+)
 
 
 class WorkerLostError(RuntimeError):
@@ -377,57 +398,35 @@ class _Batches:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog='python -m transxssm_jax.data.loader',
-        allow_abbrev=False,
-        description='Measures the loading speed of a prepared directory.',
-    )
-    parser.add_argument('--path', required=True)
-    parser.add_argument('--split', default='train')
-    parser.add_argument('--seq_len', type=int, default=4096)
-    parser.add_argument('--global_batch', type=int, default=64)
-    parser.add_argument('--num_workers', type=int, default=0)
-    parser.add_argument('--num_threads', type=int, default=4)
-    parser.add_argument('--prefetch', type=int, default=4)
-    parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--seconds', type=float, default=5.0, help='how long to measure')
-    arguments = parser.parse_args(argv)
+    """The command; see --help. Returns its exit code."""
+    return cli.run(COMMAND, _measure, argv)
+
+
+def _measure(flags) -> None:
     begin = time.monotonic()
-    try:
-        loader = make_loader(
-            arguments.path,
-            arguments.split,
-            seq_len=arguments.seq_len,
-            global_batch=arguments.global_batch,
-            seed=arguments.seed,
-            num_workers=arguments.num_workers,
-            num_threads=arguments.num_threads,
-            prefetch=arguments.prefetch,
-        )
-        with loader:
+    loader = make_loader(
+        flags.path,
+        flags.split,
+        seq_len=flags.seq_len,
+        global_batch=flags.global_batch,
+        seed=flags.seed,
+        num_workers=flags.num_workers,
+        num_threads=flags.num_threads,
+        prefetch=flags.prefetch,
+    )
+    with loader:
+        next(loader)
+        first = time.monotonic() - begin
+        # What was read ahead before the clock starts is not counted.
+        for _ in range(2 * flags.prefetch):
             next(loader)
-            first = time.monotonic() - begin
-            # What was read ahead before the clock starts is not counted.
-            for _ in range(2 * arguments.prefetch):
-                next(loader)
-            begin, steps = time.monotonic(), 0
-            while (seconds := time.monotonic() - begin) < arguments.seconds:
-                next(loader)
-                steps += 1
-    except DataError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
-    rows = steps * arguments.global_batch / seconds
+        begin, steps = time.monotonic(), 0
+        while (seconds := time.monotonic() - begin) < flags.seconds:
+            next(loader)
+            steps += 1
+    rows = steps * flags.global_batch / seconds
     print(
-        f'{rows * arguments.seq_len:,.0f} tokens/s, {rows:,.0f} rows/s of {arguments.seq_len}; '
+        f'{rows * flags.seq_len:,.0f} tokens/s, {rows:,.0f} rows/s of {flags.seq_len}; '
         f'first batch after {first:.2f} s; packing efficiency {loader.packing_efficiency:.4f}; '
         f'{loader.rows_per_epoch:,} rows, {loader.num_tokens:,} tokens an epoch'
     )
-    return 0
-
-
-if __name__ == '__main__':
-    # By its real name, so that worker processes find the classes there.
-    from transxssm_jax.data import loader as _loader
-
-    sys.exit(_loader.main())

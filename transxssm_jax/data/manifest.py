@@ -23,11 +23,13 @@ from pathlib import Path
 
 import numpy as np
 
+from transxssm_jax import cli
+
 DATASET_NAME = 'documents'
 INDEX_VERSION = 1
 
 
-class DataError(ValueError):
+class DataError(cli.UserError, ValueError):
     """Data that is missing, broken or does not fit; the message is one line and names the remedy."""
 
 

@@ -30,7 +30,9 @@ import time
 import jax
 from jax._src import distributed  # its client is the only way to the key-value store; Orbax takes the same one
 
-PEER_LOST = 69  # exit code: another process is lost, or did not join; the same command goes on from the last checkpoint
+from transxssm_jax import cli
+
+PEER_LOST = cli.ExitCode.PEER_LOST
 
 _ROOT = 'transxssm_jax/'
 _FAILURE = _ROOT + 'failure'
@@ -40,7 +42,7 @@ _FAILURE_KNOWN_MS = 5000  # until all processes have received a failure
 log = logging.getLogger(__name__)
 
 
-class ProcessesError(RuntimeError):
+class ProcessesError(cli.UserError, RuntimeError):
     """The processes cannot be joined as asked; the message is one line."""
 
 

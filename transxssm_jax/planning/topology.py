@@ -11,6 +11,7 @@ import jax
 
 from pallas_kernels import tpu_traffic
 from pallas_kernels.chips import CHIPS, COMPILE_ONLY, TPUS, Chip, Tpu
+from transxssm_jax import cli
 from transxssm_jax.config import Config, ConfigError
 from transxssm_jax.planning import hlo
 from transxssm_jax.training import step
@@ -18,8 +19,10 @@ from transxssm_jax.training import step
 GIB = 2**30
 
 
-class DoesNotFitError(MemoryError):
+class DoesNotFitError(cli.UserError, MemoryError):
     """The compiler refused the step for want of memory: its own words, and the largest temporaries, a line each."""
+
+    exit_code = cli.ExitCode.DOES_NOT_FIT
 
     def __init__(self, message: str, largest: list[str]):
         super().__init__(message)

@@ -8,7 +8,6 @@ import functools
 import json
 import math
 import pathlib
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
@@ -126,14 +125,14 @@ def import_published(
     files = {}
     if 'data.path' not in overrides:
         config.data.path, files = _tokenizer_for_import(source, tokenizer, workdir)
-    config = _override(config, overrides)
+    config = config_lib.replace(config, overrides)
     if tensors_of(config.model) != source.tensors:
         raise ConvertError('--config.model.*: sizes and kinds of layers are those of the weights; leave them out')
     checkpoint.open_workdir(workdir, config)
     for name, content in files.items():
         (workdir / name).write_bytes(content)
     data_path = config.data.path if pathlib.Path(config.data.path).is_dir() else ''  # a tokenizer alone is no data
-    to_train = dataclasses.replace(config, data=dataclasses.replace(config.data, path=data_path))
+    to_train = config_lib.replace(config, {'data.path': data_path})
     (workdir / 'config.py').write_text(_config_file(to_train, 'Goes on training imported weights.'))
     memory = {'config': source.fields, 'A': {name: a_H.tolist() for name, a_H in source.rates.items()}}
     (workdir / MEMORY).write_text(json.dumps(memory, indent=1) + '\n')
@@ -212,14 +211,6 @@ def _save(workdir: pathlib.Path, state: dict, config: Config) -> None:
     checkpoint.write_first(workdir, state, config, handler, layouts)
 
 
-def _override(config: Config, overrides: dict[str, str]) -> Config:
-    """The config with settings replaced, checked and locked, as config.load does it."""
-    with tempfile.TemporaryDirectory() as directory:
-        path = pathlib.Path(directory) / 'config.py'
-        path.write_text(_config_file(config, ''))
-        return config_lib.load(path, overrides)
-
-
 def _config_file(config: Config, title: str) -> str:
     changes = ''.join(
         f'    config.{name} = {value!r}\n' for name, (value, _) in config_lib.differences(config, Config()).items()
@@ -259,7 +250,7 @@ def export_published(
     if any(out.glob('model*.safetensors*')):
         raise ConvertError(f'--out={out} holds weights already; choose another directory')
     params, config = checkpoint.find_params(workdir, step)
-    config = _override(config, overrides or {})
+    config = config_lib.replace(config, overrides or {})
     ours, model = config.model, published_model(config.model)
     memory = json.loads((workdir / MEMORY).read_text()) if (workdir / MEMORY).exists() else {'config': {}, 'A': {}}
     fields = published_config(model, config.data.seq_len, memory['config'], dtype)

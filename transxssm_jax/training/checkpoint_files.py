@@ -18,6 +18,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from transxssm_jax import cli
 from transxssm_jax import config as config_lib
 from transxssm_jax.config import Config
 from transxssm_jax.parallel import processes
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 _save_numbers = itertools.count()  # alike in all processes
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(cli.UserError, RuntimeError):
     """A checkpoint cannot be written, read, or used; the message is one line."""
 
 

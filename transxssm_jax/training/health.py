@@ -5,9 +5,13 @@ import math
 import jax
 import numpy as np
 
+from transxssm_jax import cli
 
-class NotFiniteError(ArithmeticError):
+
+class NotFiniteError(cli.UserError, ArithmeticError):
     """The loss, gradient or update of a step is NaN or infinite."""
+
+    exit_code = cli.ExitCode.NOT_FINITE
 
 
 WATCHED = ('loss', 'grad_norm', 'update_norm', 'param_norm')

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 
 from transxssm_jax import config as config_lib
+from transxssm_jax.cli import ExitCode
 from transxssm_jax.config import Config, ConfigError
 from transxssm_jax.data.loader import Loader, WorkerLostError, check_batch, check_vocab, make_loader
 from transxssm_jax.data.tokenizer import load_tokenizer
@@ -19,11 +20,8 @@ from transxssm_jax.parallel import mesh, processes
 from transxssm_jax.training import announcement, checkpoint, lease, metrics
 from transxssm_jax.training import step as step_lib
 from transxssm_jax.training.evaluators import Evaluator, HeldOutLoss
-from transxssm_jax.training.health import NotFiniteError  # noqa: F401, which `train` raises
 from transxssm_jax.training.profiler import ProfilerWindow
-from transxssm_jax.training.stopping import TERMINATED, Stop, StopRequest
-
-FINISHED = 0
+from transxssm_jax.training.stopping import Stop, StopRequest
 
 PROMPT_TOKENS = 128  # of the document that the sample at the end continues
 
@@ -72,7 +70,7 @@ def train(config: Config, workdir: pathlib.Path, stop: StopRequest, sample: Call
 
     Raises:
       ConfigError, DataError, checkpoint.CheckpointError: wrong input; the message is one line.
-      NotFiniteError: naming the step and the norms.
+      health.NotFiniteError: naming the step and the norms.
       OSError: a file cannot be written; the message names it.
       KeyboardInterrupt: a Ctrl-C after the first request to stop.
     """
@@ -231,9 +229,9 @@ def next_batch(run: Run) -> dict[str, jax.Array]:
                 'same command goes on from there',
                 run.config.data.num_workers,
                 error,
-                TERMINATED,
+                ExitCode.TERMINATED,
             )
-            run.stop.request.request(TERMINATED)
+            run.stop.request.request(ExitCode.TERMINATED)
             with contextlib.suppress(Exception):  # what is left of its workers
                 run.loader.close()
             # The processes of a run stop after the same step, which may be one or two further: read those here.
@@ -316,7 +314,7 @@ def train_to_the_end(run: Run, sample: Callable) -> int:
             return save_and_stop(run)
     summarise(run, sample)
     stop.request.finish()
-    return FINISHED
+    return ExitCode.FINISHED
 
 
 def write_training_record(run: Run, record: dict, rates: dict, seconds: float) -> None:

@@ -2,16 +2,15 @@
 
 import signal
 
+from transxssm_jax.cli import ExitCode
 from transxssm_jax.parallel import processes
 
-TERMINATED, INTERRUPTED = 75, 130  # exit codes, once the state is saved
-
-SIGNALS = {
-    signal.SIGTERM: TERMINATED,
-    signal.SIGHUP: TERMINATED,
-    signal.SIGUSR1: TERMINATED,
-    signal.SIGUSR2: TERMINATED,
-    signal.SIGINT: INTERRUPTED,
+SIGNALS = {  # -> exit code, once the state is saved
+    signal.SIGTERM: ExitCode.TERMINATED,
+    signal.SIGHUP: ExitCode.TERMINATED,
+    signal.SIGUSR1: ExitCode.TERMINATED,
+    signal.SIGUSR2: ExitCode.TERMINATED,
+    signal.SIGINT: ExitCode.INTERRUPTED,
 }
 
 
