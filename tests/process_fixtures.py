@@ -122,9 +122,11 @@ def start_all(program: list[str], processes: int, **settings) -> Processes:
 
 
 def agree(processes) -> int:
+    from transxssm_jax.parallel import preemption
+
     print('broadcast', processes.broadcast_from_0({'n': processes.process_index() + 1}), flush=True)
     print('gathered', processes.all_gather_json(f'p{processes.process_index()}'), flush=True)
-    stop, told = processes.PreemptionSync(), 0
+    stop, told = preemption.PreemptionSync(), 0
     for turn in range(1, 50):
         if processes.process_index() == 1 and turn == 3:
             told = 75

@@ -8,7 +8,7 @@ from small import small_config
 
 from transxssm_jax.data import prepare
 from transxssm_jax.parallel import mesh
-from transxssm_jax.training import evaluators, loop
+from transxssm_jax.training import evaluators, splits
 
 
 @pytest.fixture(scope='module')
@@ -33,7 +33,7 @@ def evaluate(path, eval_batches, seed=0, **options):
     device_mesh = mesh.build(config)
 
     def open_split():
-        return loop.open_eval_split(config, device_mesh, 'validation')
+        return splits.open_eval_split(config, device_mesh, 'validation')
 
     return evaluators.HeldOutLoss(open_split, share_of_a, max_batches=eval_batches, **options)
 

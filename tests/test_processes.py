@@ -13,7 +13,7 @@ import pytest
 from process_fixtures import TESTS, Process, Processes, free_port, start, start_all
 from train_fixtures import arguments, call, checkpoint_steps, prepare_bytes, records, train, write_config
 
-from transxssm_jax.parallel import processes
+from transxssm_jax.parallel import cluster, preemption, processes
 from transxssm_jax.training import checkpoint
 
 
@@ -39,7 +39,7 @@ def test_processes_agree_and_stop_at_the_same_turn():
 def test_one_process_needs_nobody():
     assert not processes.is_multiprocess() and processes.is_coordinator() and processes.process_label() == ''
     assert processes.broadcast_from_0([1, 'a']) == [1, 'a'] and processes.all_gather_json({'b': 2}) == [{'b': 2}]
-    stop = processes.PreemptionSync()
+    stop = preemption.PreemptionSync()
     assert [stop.should_stop(0), stop.should_stop(75), stop.should_stop(0)] == [0, 75, 0], 'at once'
     processes.abort_all(2, 'returns')
     processes.shutdown(0)
@@ -229,7 +229,7 @@ def test_where_processes_are_found(monkeypatch, environment, expected):
         asked.append(how)
         raise ValueError('as far as this test goes')
 
-    monkeypatch.setattr(processes, '_has_tpu', lambda: 'TPU' in environment)
+    monkeypatch.setattr(cluster, 'has_tpu', lambda: 'TPU' in environment)
     monkeypatch.setattr(processes, '_membership', processes._Membership())
     monkeypatch.setattr(processes, '_catch_abort', lambda: None)
     monkeypatch.setattr(jax.distributed, 'initialize', initialize)

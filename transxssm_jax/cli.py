@@ -416,7 +416,7 @@ def start(module: str) -> None:
     """Imports a command's module by its real name, runs its main() and ends the process with its exit code.
 
     To be called at the top of the module where it runs as __main__. During the imports, which take seconds, Ctrl-C and
-    the signals of schedulers end the process at once and quietly: nothing has begun. Under its real name, classes of the module can be
+    schedulers' signals end the process at once and quietly: nothing has begun. Under its real name, classes of the module can be
     pickled for worker processes.
     """
     # Raised in the middle of an extension module's import, KeyboardInterrupt could come out as another error.

@@ -7,7 +7,7 @@ also where a collective hangs because a process is missing.
 
 - `join` connects the processes, before any device is touched.
 - `broadcast_from_0` and `all_gather_json` exchange values.
-- `PreemptionSync` makes all stop after the same step.
+- `preemption.PreemptionSync` makes all stop after the same step.
 - `abort_all` ends all of them when one fails. Where a process vanishes (killed, stopped,
   its machine lost), its heartbeat stops, and the others end with `PEER_LOST`.
 - `shutdown` ends a run in good order.
@@ -18,7 +18,6 @@ import ctypes
 import dataclasses
 import itertools
 import json
-import logging
 import os
 import re
 import signal
@@ -31,19 +30,15 @@ import jax
 from jax._src import distributed  # its client is the only way to the key-value store; Orbax takes the same one
 
 from transxssm_jax import cli
+from transxssm_jax.parallel import cluster
+from transxssm_jax.parallel.cluster import ProcessesError
 
 PEER_LOST = cli.ExitCode.PEER_LOST
 
-_ROOT = 'transxssm_jax/'
-_FAILURE = _ROOT + 'failure'
+KEY_ROOT = 'transxssm_jax/'  # of the keys in the store
+_FAILURE = KEY_ROOT + 'failure'
 _COLLECTIVE_TIMEOUT_MS = 6 * 3600 * 1000  # a process that will never come is noticed by its heartbeat
 _FAILURE_KNOWN_MS = 5000  # until all processes have received a failure
-
-log = logging.getLogger(__name__)
-
-
-class ProcessesError(cli.UserError, RuntimeError):
-    """The processes cannot be joined as asked; the message is one line."""
 
 
 @dataclasses.dataclass
@@ -119,10 +114,10 @@ def join(
     coordinator = coordinator or os.environ.get('JAX_COORDINATOR_ADDRESS', '')
     how = {}
     if coordinator:
-        num_processes = num_processes or _number('JAX_NUM_PROCESSES', 0)
-        process_id = process_id if process_id != -1 else _number('JAX_PROCESS_ID', -1)
+        num_processes = num_processes or cluster.environment_number('JAX_NUM_PROCESSES', 0)
+        process_id = process_id if process_id != -1 else cluster.environment_number('JAX_PROCESS_ID', -1)
         by_hand = num_processes or process_id != -1
-        if by_hand or not (method := _detected()):
+        if by_hand or not (method := cluster.detect()):
             _check(coordinator, num_processes, process_id)
             if num_processes == 1:
                 return
@@ -135,15 +130,15 @@ def join(
             f'--num_processes={num_processes} and --process_id={process_id} need --coordinator=HOST:PORT, '
             'the address of process 0'
         )
-    elif method := _detected():
+    elif method := cluster.detect():
         how = dict(cluster_detection_method=method)
     else:
         return
     if how['cluster_detection_method'] == 'slurm':
-        how |= _slurm_devices()
+        how |= cluster.slurm_devices()
     _membership.coordinator, _membership.connect_timeout_seconds = coordinator, connect_timeout_seconds
     _membership.heartbeat_timeout_seconds = heartbeat_timeout_seconds
-    # JAX's handler would take SIGTERM away from this program, which has its own way to stop (PreemptionSync).
+    # JAX's handler would take SIGTERM away from this program, which has its own way to stop (preemption.py).
     jax.config.update('jax_enable_preemption_service', False)
     # Otherwise JAX's client aborts every process when one is lost, before any can report which.
     jax.config.update('jax_enable_recoverability', True)
@@ -178,13 +173,6 @@ def join(
             threading.Thread(target=watch, name=watch.__name__, daemon=True).start()
 
 
-def _number(variable: str, default: int) -> int:
-    text = os.environ.get(variable, '')
-    if not re.fullmatch(r'-?\d*', text):
-        raise ProcessesError(f'{variable}={text} must be a whole number')
-    return int(text or default)
-
-
 def _check(coordinator: str, num_processes: int, process_id: int) -> None:
     if not re.fullmatch(r'.+:\d+', coordinator):
         raise ProcessesError(f'--coordinator={coordinator} must be HOST:PORT of process 0, e.g. 10.0.0.1:8476')
@@ -198,38 +186,6 @@ def _check(coordinator: str, num_processes: int, process_id: int) -> None:
             f'--process_id={process_id} (or JAX_PROCESS_ID) must be of 0 .. {num_processes - 1}, another for '
             'each process'
         )
-
-
-def _detected() -> str:
-    """JAX's name for the cluster that started this process as one of several; '' for none."""
-    environment = os.environ
-    # JAX takes the job's number of tasks; within `srun --pty` in an allocation, the step has one all the same.
-    if 'SLURM_STEP_NODELIST' in environment and _number('SLURM_STEP_NUM_TASKS', 1) > 1:
-        return 'slurm'
-    if _number('OMPI_COMM_WORLD_SIZE', 1) > 1:
-        return 'ompi'
-    if (environment.get('JAX_PLATFORMS') or 'tpu').startswith('tpu') and _has_tpu():
-        by_name = {'TPU_PROCESS_ADDRESSES_PATH', 'TPU_PROCESS_ADDRESSES', 'TPU_WORKER_HOSTNAMES'} & environment.keys()
-        if by_name:
-            return 'gketpu'
-        return '' if 'TPU_SKIP_MDS_QUERY' in environment else 'gcetpu'
-    if {'KUBERNETES_SERVICE_HOST', 'JOB_COMPLETION_INDEX'} <= environment.keys():
-        return 'k8s'
-    return ''
-
-
-def _has_tpu() -> bool:
-    from jax._src import cloud_tpu_init  # set when jax is imported: libtpu is installed and chips are there
-
-    return cloud_tpu_init.running_in_cloud_tpu_vm
-
-
-def _slurm_devices() -> dict:
-    """JAX gives a SLURM task one GPU, its local id; a task that has the node to itself takes all of them."""
-    tasks_here = os.environ.get('SLURM_STEP_TASKS_PER_NODE', os.environ.get('SLURM_TASKS_PER_NODE', ''))
-    gpus = _number('SLURM_GPUS_ON_NODE', 0)
-    alone = re.fullmatch(r'1(\(x\d+\))?', tasks_here)
-    return {'local_device_ids': list(range(gpus))} if alone and gpus > 1 else {}
 
 
 def _wait_for_coordinator() -> None:
@@ -262,11 +218,11 @@ def broadcast_from_0(value, topic: str = ''):
     """
     if not is_multiprocess():
         return value
-    key = f'{_ROOT}{topic}' if topic else f'{_ROOT}round/{next(_membership.rounds)}'
+    key = f'{KEY_ROOT}{topic}' if topic else f'{KEY_ROOT}round/{next(_membership.rounds)}'
     if is_coordinator():
-        _client().key_value_set(key, json.dumps(value))
+        client().key_value_set(key, json.dumps(value))
         return value
-    return json.loads(_client().blocking_key_value_get(key, _COLLECTIVE_TIMEOUT_MS))
+    return json.loads(client().blocking_key_value_get(key, _COLLECTIVE_TIMEOUT_MS))
 
 
 def gather_at_0(value, topic: str) -> list:
@@ -278,12 +234,14 @@ def gather_at_0(value, topic: str) -> list:
     if not is_multiprocess():
         return [value]
     if not is_coordinator():
-        _client().key_value_set(f'{_ROOT}{topic}/{_membership.process}', json.dumps(value))
+        client().key_value_set(f'{KEY_ROOT}{topic}/{_membership.process}', json.dumps(value))
         return []
     values = [value]
     for process in range(1, _membership.processes):
-        values.append(json.loads(_client().blocking_key_value_get(f'{_ROOT}{topic}/{process}', _COLLECTIVE_TIMEOUT_MS)))
-        _client().key_value_delete(f'{_ROOT}{topic}/{process}')  # it may be large
+        values.append(
+            json.loads(client().blocking_key_value_get(f'{KEY_ROOT}{topic}/{process}', _COLLECTIVE_TIMEOUT_MS))
+        )
+        client().key_value_delete(f'{KEY_ROOT}{topic}/{process}')  # it may be large
     return values
 
 
@@ -291,53 +249,15 @@ def all_gather_json(value) -> list:
     """Returns the values of all processes, by process. Every process calls it, at the same place. JSON types only."""
     if not is_multiprocess():
         return [value]
-    key = f'{_ROOT}round/{next(_membership.rounds)}'
-    _client().key_value_set(f'{key}/{_membership.process}', json.dumps(value))
-    _client().wait_at_barrier(key, _COLLECTIVE_TIMEOUT_MS)
-    values = {int(name.rpartition('/')[2]): json.loads(text) for name, text in _client().key_value_dir_get(key)}
+    key = f'{KEY_ROOT}round/{next(_membership.rounds)}'
+    client().key_value_set(f'{key}/{_membership.process}', json.dumps(value))
+    client().wait_at_barrier(key, _COLLECTIVE_TIMEOUT_MS)
+    values = {int(name.rpartition('/')[2]): json.loads(text) for name, text in client().key_value_dir_get(key)}
     return [values[process] for process in range(_membership.processes)]
 
 
-class PreemptionSync:
-    """Passes a request to stop, which reached one process, to all, so that all stop at the same call.
-
-    Every process calls `should_stop` at the same places: before each step of
-    training and each batch of an evaluation, whose result it waits for before the
-    call after the next. So when a process announces at call t that it was asked
-    to stop, none can have come further than call t + 1, and all stop at call t + 2.
-    Each call costs one message to process 0, while the devices work.
-    """
-
-    def __init__(self, topic: str = 'stop'):
-        self._call, self._key = 0, _ROOT + topic
-
-    def should_stop(self, exit_code: int) -> int:
-        """
-        Args:
-          exit_code: what this process was asked to stop with, e.g. by a signal; 0: it was not asked.
-
-        Returns:
-          The exit code that all processes stop with now; 0: the run goes on.
-        """
-        if not is_multiprocess():
-            return exit_code
-        self._call += 1
-        if exit_code:
-            # An error means that another process was asked too, and announced it first.
-            with contextlib.suppress(jax.errors.JaxRuntimeError):
-                _client().key_value_set(self._key, json.dumps([self._call + 2, exit_code]))
-        try:
-            at, exit_code = json.loads(_client().key_value_try_get(self._key))
-        except jax.errors.JaxRuntimeError as error:
-            if 'NOT_FOUND' not in str(error):
-                raise
-            return 0
-        if self._call > at:
-            raise AssertionError(f'call {self._call} came before the announcement to stop at call {at}')
-        return exit_code if self._call == at else 0
-
-
-def _client():
+def client():
+    """The client of JAX's coordination service; None in a single process."""
     return distributed.global_state.client
 
 
@@ -355,7 +275,7 @@ def abort_all(exit_code: int, message: str) -> None:
     _membership.leaving, _membership.exit_code = True, exit_code
     failure = json.dumps(dict(process=_membership.process, exit_code=exit_code, message=message))
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first, or process 0 is gone
-        _client().key_value_set(_FAILURE, failure)
+        client().key_value_set(_FAILURE, failure)
     _wait_until_failure_is_known()
     _exit(exit_code)
 
@@ -386,16 +306,16 @@ def shutdown(exit_code: int) -> None:
     except jax.errors.JaxRuntimeError:
         wait_for_peer_failure()
     _membership.leaving, _membership.exit_code = True, exit_code
-    client = _client()  # the watching threads may still be using it
+    service = client()  # the watching threads may still be using it
     if is_coordinator():
         # The others' connections must not outlive the service that this process runs.
         deadline = time.monotonic() + 30
-        while len(client.get_live_nodes(range(_membership.processes))) > 1 and time.monotonic() < deadline:
+        while len(service.get_live_nodes(range(_membership.processes))) > 1 and time.monotonic() < deadline:
             time.sleep(0.05)
         time.sleep(1)  # until the last of them has received its release
     else:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            client.shutdown()
+            service.shutdown()
     _exit(exit_code)
 
 
@@ -403,7 +323,7 @@ def _watch_for_failure() -> None:
     """A thread that waits for the failure of another process."""
     while not _membership.leaving:
         try:
-            failure = json.loads(_client().blocking_key_value_get(_FAILURE, 10_000))
+            failure = json.loads(client().blocking_key_value_get(_FAILURE, 10_000))
         except jax.errors.JaxRuntimeError as error:
             if 'DEADLINE_EXCEEDED' in str(error):
                 continue
@@ -421,7 +341,7 @@ def _watch_live_processes() -> None:
     while not _membership.leaving:
         try:
             # Process -> a number of its own: a process that was started again has another number.
-            seen = _client().get_live_nodes(everybody)
+            seen = client().get_live_nodes(everybody)
         except jax.errors.JaxRuntimeError:
             return  # process 0 is lost, which _watch_for_failure reports
         _membership.incarnations = _membership.incarnations or seen
@@ -480,7 +400,7 @@ def _coordinator_answers(timeout_seconds: float = 5.0) -> bool:
 
     def ask():
         try:
-            _client().key_value_try_get(_ROOT + 'no such key')
+            client().key_value_try_get(KEY_ROOT + 'no such key')
         except jax.errors.JaxRuntimeError as error:
             if 'NOT_FOUND' not in str(error):
                 return
@@ -493,7 +413,7 @@ def _coordinator_answers(timeout_seconds: float = 5.0) -> bool:
 def _wait_until_failure_is_known() -> None:
     """Waits until all processes have received the failure, or for a moment."""
     with contextlib.suppress(jax.errors.JaxRuntimeError):
-        _client().wait_at_barrier(_ROOT + 'failure_known', _FAILURE_KNOWN_MS)
+        client().wait_at_barrier(KEY_ROOT + 'failure_known', _FAILURE_KNOWN_MS)
 
 
 def process_label() -> str:

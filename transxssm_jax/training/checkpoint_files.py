@@ -21,7 +21,7 @@ from etils import epath
 from transxssm_jax import cli
 from transxssm_jax import config as config_lib
 from transxssm_jax.config import Config
-from transxssm_jax.parallel import processes
+from transxssm_jax.parallel import preemption, processes
 from transxssm_jax.training import digest
 
 FORMAT = 2  # format 1, which had no number, is not read; every later one is
@@ -207,7 +207,7 @@ class Save:
         self._handler = handler or ocp.PyTreeCheckpointHandler()
         self._groups = grouped(state)
         self._topic = f'save/{next(_save_numbers)}'
-        self._agreement = processes.PreemptionSync(f'{self._topic}/failed')
+        self._agreement = preemption.PreemptionSync(f'{self._topic}/failed')
         self._thread = threading.Thread(target=self._write_and_agree, name='save a checkpoint')
         texts = {'data.json': json.dumps(data_position), 'config.json': config_lib.to_json(config)}
         problem = ''

@@ -14,10 +14,10 @@ import jax
 from transxssm_jax import config as config_lib
 from transxssm_jax.cli import ExitCode
 from transxssm_jax.config import Config, ConfigError
-from transxssm_jax.data.loader import Loader, WorkerLostError, check_batch, check_vocab, make_loader
+from transxssm_jax.data.loader import Loader, WorkerLostError, check_batch, check_vocab
 from transxssm_jax.data.tokenizer import load_tokenizer
 from transxssm_jax.parallel import mesh, processes
-from transxssm_jax.training import announcement, checkpoint, lease, metrics
+from transxssm_jax.training import announcement, checkpoint, lease, metrics, splits
 from transxssm_jax.training import step as step_lib
 from transxssm_jax.training.evaluators import Evaluator, HeldOutLoss
 from transxssm_jax.training.profiler import ProfilerWindow
@@ -108,15 +108,15 @@ def open_run(config: Config, workdir: pathlib.Path, stop: StopRequest) -> Run:
     checkpoints = checkpoint.Checkpoints(workdir, config)
     restored = checkpoints.restore(step_lib.abstract_state(config, device_mesh))
     step, state, position = restored or (0, None, None)
-    loader = open_train_split(config, device_mesh, step)
-    if position is not None and position != data_position(config, loader, step):
+    loader = splits.open_train_split(config, device_mesh, step)
+    if position is not None and position != splits.data_position(config, loader, step):
         raise checkpoint.CheckpointError(
             f'data.path={config.data.path} is not what the run in {workdir} was trained on; '
             'point it to the same data or use another --workdir'
         )
     check_same_on_all_processes(config, loader)
-    for split in eval_splits(config):
-        open_eval_split(config, device_mesh, split).close()  # so that a missing split is reported at the start
+    for split in splits.eval_splits(config):
+        splits.open_eval_split(config, device_mesh, split).close()  # so that a missing split is reported at the start
     if state is None:
         state = step_lib.create_state(config, device_mesh)
 
@@ -169,7 +169,7 @@ def compile_on_all_processes(run: Run) -> None:
     batch = dict.fromkeys(('tokens', 'targets', 'segment_ids', 'positions'), row)
     if run.step < config.train.steps:
         run.train_step = run.train_step.lower(state, batch).compile()
-    if eval_splits(config):
+    if splits.eval_splits(config):
         run.eval_step = run.eval_step.lower(state['params'], batch).compile()
     processes.all_gather_json('compiled')
 
@@ -188,34 +188,7 @@ def check_same_on_all_processes(config: Config, loader: Loader) -> None:
             )
 
 
-# ---- data --------------------------------------------------------------------
-
-
-def open_train_split(config: Config, device_mesh: jax.sharding.Mesh, step: int, **options) -> Loader:
-    """Batches of the train split from a step on."""
-    data = config.data
-    options = dict(num_workers=data.num_workers, prefetch=data.prefetch_batches) | options
-    return _open_split(config, device_mesh, data.train_split, seed=data.seed, start_step=step, **options)
-
-
-def open_eval_split(config: Config, device_mesh: jax.sharding.Mesh, split: str) -> Loader:
-    """The batches that an evaluation reads: one pass over the split, the same one every time.
-
-    With train.eval_batches it is shuffled, because the first batches of a split in order may be of one source or book.
-    The seed is 0, so that runs with another data.seed are compared on the same sample.
-    """
-    return _open_split(config, device_mesh, split, seed=0, shuffle=config.train.eval_batches > 0, repeat=False)
-
-
-def _open_split(config: Config, device_mesh: jax.sharding.Mesh, split: str, **options) -> Loader:
-    data = config.data
-    rows = mesh.rows_of_this_process(device_mesh, data.global_batch)
-    return make_loader(data.path, split, seq_len=data.seq_len, global_batch=data.global_batch, rows=rows, **options)
-
-
-def data_position(config: Config, loader: Loader, step: int) -> dict:
-    """What a checkpoint keeps of the data: from where a run goes on, and in what."""
-    return {'next_step': step, 'split': config.data.train_split, 'fingerprint': loader.fingerprint}
+# ---- the loop ----------------------------------------------------------------
 
 
 def next_batch(run: Run) -> dict[str, jax.Array]:
@@ -235,16 +208,13 @@ def next_batch(run: Run) -> dict[str, jax.Array]:
             with contextlib.suppress(Exception):  # what is left of its workers
                 run.loader.close()
             # The processes of a run stop after the same step, which may be one or two further: read those here.
-            run.loader = open_train_split(run.config, run.mesh, run.step, num_workers=0)
+            run.loader = splits.open_train_split(run.config, run.mesh, run.step, num_workers=0)
             batch = next(run.loader)
     return to_devices(run, batch)
 
 
 def to_devices(run: Run, batch: dict) -> dict[str, jax.Array]:
     return mesh.global_batch(run.mesh, batch, run.config.data.global_batch)
-
-
-# ---- the loop ----------------------------------------------------------------
 
 
 def train_to_the_end(run: Run, sample: Callable) -> int:
@@ -349,23 +319,19 @@ def make_evaluators(run: Run) -> list[Evaluator]:
 
     return [
         HeldOutLoss(
-            functools.partial(open_eval_split, run.config, run.mesh, split),
+            functools.partial(splits.open_eval_split, run.config, run.mesh, split),
             eval_step,
             max_batches=run.config.train.eval_batches,
             should_stop=run.stop.is_due,
             prefixes=[f'eval/{split}/'] if index else ['eval_', f'eval/{split}/'],
         )
-        for index, split in enumerate(eval_splits(run.config))
+        for index, split in enumerate(splits.eval_splits(run.config))
     ]
-
-
-def eval_splits(config: Config) -> tuple[str, ...]:
-    return config.data.eval_split_names if config.train.eval_every_steps else ()
 
 
 def is_evaluation_due(run: Run) -> bool:
     train = run.config.train
-    return bool(eval_splits(run.config)) and (run.step == train.steps or run.step % train.eval_every_steps == 0)
+    return bool(splits.eval_splits(run.config)) and (run.step == train.steps or run.step % train.eval_every_steps == 0)
 
 
 def evaluate(run: Run, evaluators: list[Evaluator]) -> None:
@@ -398,7 +364,7 @@ def save(run: Run) -> None:
     if run.step in processes.broadcast_from_0(run.checkpoints.steps()):
         return
     eval_loss = run.evaluation['eval_loss'] if run.evaluated_at == run.step else None
-    run.checkpoints.save(run.step, run.state, data_position(run.config, run.loader, run.step), eval_loss)
+    run.checkpoints.save(run.step, run.state, splits.data_position(run.config, run.loader, run.step), eval_loss)
 
 
 def save_and_stop(run: Run) -> int:
@@ -437,7 +403,7 @@ def print_sample(run: Run, sample: Callable) -> None:
     config = run.config
     tokenizer = load_tokenizer(config.data.path)
     split = next(iter(config.data.eval_split_names), config.data.train_split)
-    with _open_split(config, run.mesh, split, seed=0, shuffle=False, repeat=False) as loader:
+    with splits.open_split(config, run.mesh, split, seed=0, shuffle=False, repeat=False) as loader:
         row = next(loader)
     prompt = tokenizer.decode(row['tokens'][0][row['segment_ids'][0] == 1][:PROMPT_TOKENS])
     text = sample(

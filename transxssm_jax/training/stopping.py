@@ -3,7 +3,7 @@
 import signal
 
 from transxssm_jax.cli import ExitCode
-from transxssm_jax.parallel import processes
+from transxssm_jax.parallel import preemption
 
 SIGNALS = {  # -> exit code, once the state is saved
     signal.SIGTERM: ExitCode.TERMINATED,
@@ -60,9 +60,9 @@ class Stop:
 
     def __init__(self, request: StopRequest):
         self.request, self.exit_code = request, 0
-        self._sync = processes.PreemptionSync()
+        self._sync = preemption.PreemptionSync()
 
     def is_due(self) -> bool:
-        """To be called before every step and every batch of an evaluation, as `processes.PreemptionSync` demands."""
+        """To be called before every step and every batch of an evaluation, as `preemption.PreemptionSync` demands."""
         self.exit_code = self.exit_code or self._sync.should_stop(self.request.exit_code)
         return bool(self.exit_code)
