@@ -12,7 +12,6 @@ and not what an implementation does:
 import dataclasses
 import math
 import pathlib
-import types
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +25,6 @@ from transxssm_jax import config as config_lib
 from transxssm_jax.config import Model
 from transxssm_jax.data.packing import Epochs, pack_row
 from transxssm_jax.model import attention, costs, parameters, ssd
-from transxssm_jax.training import metrics
 
 L = 64
 
@@ -298,64 +296,3 @@ def test_mean_attended_is_that_of_the_packed_rows():
 )
 def test_peak_of_a_device(device_kind, tflops):
     assert chips.peak_flops(device_kind) == tflops * 1e12
-
-
-@pytest.mark.parametrize(
-    'platform, kind, line',
-    [
-        ('gpu', 'NVIDIA H200 NVL', ''),
-        ('gpu', 'NVIDIA L40S', "no MFU: the peak of 'NVIDIA L40S' is not known"),
-        ('cpu', 'cpu', ''),
-    ],
-)
-def test_an_unknown_card_has_no_mfu_and_a_line_about_it(platform, kind, line):
-    found = metrics.missing_mfu(types.SimpleNamespace(platform=platform, device_kind=kind))
-    assert found.startswith(line) and bool(found) == bool(line)
-
-
-def test_rates_use_the_analytic_work(monkeypatch):
-    config = small_config()
-    clock = metrics.Clock()
-    now = iter([100.0, 104.0] + [106.0] * 10)
-    monkeypatch.setattr(metrics.time, 'perf_counter', lambda: next(now))
-    clock.restart()
-    clock._away_seconds = 1.0
-    clock.input_seconds = 0.6
-    rates = metrics.rates(config, steps=6, clock=clock, attended=5.0)  # 104 - 100 - 1: three seconds of training
-    assert rates['tokens_per_second'] == pytest.approx(6 * config.tokens_per_step / 3)
-    assert rates['step_seconds'] == pytest.approx(0.5) and rates['input_fraction'] == pytest.approx(0.2)
-    work = 6 * config.tokens_per_step * costs.train_flops_per_token(config.model, 5.0)
-    assert rates['model_tflops_per_second'] == pytest.approx(work / 3 / jax.device_count() / 1e12)
-    assert 'mfu' not in rates and 'mfu_packed_rows' not in rates, 'a CPU has no known peak'
-    monkeypatch.setattr(chips, 'peak_flops', lambda kind: 1e12)
-    now = iter([104.0] * 10)
-    known = metrics.rates(config, 6, clock, 5.0)
-    assert known['mfu'] == pytest.approx(rates['model_tflops_per_second'])
-    packed = costs.train_flops_per_token(config.model, costs.row_attended(config.data.seq_len))
-    assert known['mfu_packed_rows'] / known['mfu'] == pytest.approx(
-        packed / costs.train_flops_per_token(config.model, 5.0)
-    )
-
-
-def test_sources_count_by_their_weight():
-    """Half of the rows are of documents of 10 tokens, whatever their share of the data."""
-    sources = [
-        types.SimpleNamespace(first_document=0, documents=100),
-        types.SimpleNamespace(first_document=100, documents=1),
-    ]
-    index = types.SimpleNamespace(
-        lengths=lambda: np.array([10] * 100 + [10**6]), mixture_weights=lambda: [1, 1], sources=sources
-    )
-    short, long = costs.mean_attended(np.array([10]), 64), costs.mean_attended(np.array([10**6]), 64)
-    assert metrics.mean_attended(index, 64) == pytest.approx((short + long) / 2)
-    index.mixture_weights = list
-    assert metrics.mean_attended(index, 64) == pytest.approx((1000 * short + 10**6 * long) / (1000 + 10**6))
-
-
-def test_time_away_does_not_count(monkeypatch):
-    now = iter([10.0, 12.0, 17.0, 20.0])
-    monkeypatch.setattr(metrics.time, 'perf_counter', lambda: next(now))
-    clock = metrics.Clock()
-    with clock.away():
-        pass
-    assert clock.seconds == 20.0 - 10.0 - 5.0

@@ -293,7 +293,7 @@ def test_bad_input(tmp_path, capsys):
     assert 'no such file' in refused(capsys, output, tmp_path / 'none')
     assert 'has no text (2 empty)' in refused(capsys, output, empty)
     assert 'has no text (2 empty)' in refused(capsys, tmp_path / 'out2', good, empty)
-    assert 'unrecognized arguments: --colour=red' in refused(capsys, output, good, colour='red')
+    assert 'unknown flag --colour' in refused(capsys, output, good, colour='red')
     assert 'must be at least 1' in refused(capsys, output, good, num_workers=0)
     assert 'some sources have a weight' in refused(capsys, output, f'{good}@1', good)
     assert 'raise it to at least 257' in refused(capsys, output, good, vocab_size=256)

@@ -162,7 +162,7 @@ def workdir(tmp_path_factory, config, params, data):
     checkpoint.open_workdir(directory, config)
     checkpoints = checkpoint.Checkpoints(directory, config)
     zeros = jax.tree.map(np.zeros_like, params)
-    checkpoints.save(1, {'step': np.int32(1), 'params': params, 'mu': zeros, 'nu': zeros}, {})
+    checkpoints.save(1, {'step': np.int32(1), 'params': params, 'opt_state': {'mu': zeros, 'nu': zeros}}, {})
     checkpoints.close()
     return directory
 
@@ -195,7 +195,9 @@ def test_bad_input_is_said_in_one_line(workdir, data, tmp_path, capsys):
     refused('has no checkpoint of step 4', '--step=4')
     refused("'9y' must be a number of tokens", '--lengths=1x,9y')
     refused("'1' must be a number of tokens of at least 2", '--lengths=1')
-    refused("'yarn' is not one of none, linear", '--rope_scaling=yarn')
+    refused(
+        '--rope_scaling=yarn is not one of the choices; known: dynamic, length, linear, none', '--rope_scaling=yarn'
+    )
     refused('no document of 512 tokens', '--lengths=16x')
     refused('less than one window of 32768', '--lengths=1024x', '--documents=joined')
     refused('has no split', '--split=test')

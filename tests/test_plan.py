@@ -26,6 +26,7 @@ from test_costs import jaxpr_flops, without_kernels  # noqa: F401  a fixture
 from pallas_kernels import chips, hlo
 from transxssm_jax import config as config_lib
 from transxssm_jax import plan
+from transxssm_jax.cli import ExitCode
 from transxssm_jax.model import costs, parameters
 from transxssm_jax.parallel import mesh
 from transxssm_jax.planning import estimate, plan_search, roofline
@@ -435,7 +436,7 @@ def test_only_a_whole_kind_names_a_chip():
     ],
 )
 def test_wrong_topologies(topology, message, capsys):
-    assert plan.main(['plan', f'--config={ROOT}/configs/1p3b.py', f'--topology={topology}']) == plan.WRONG_INPUT
+    assert plan.main([f'--config={ROOT}/configs/1p3b.py', f'--topology={topology}']) == ExitCode.WRONG_INPUT
     error = capsys.readouterr().err
     assert message in error and error.count('\n') == 1
 
@@ -453,17 +454,17 @@ def test_wrong_topologies(topology, message, capsys):
     ],
 )
 def test_wrong_input(arguments, message, capsys):
-    assert plan.main(['plan', f'--config={ROOT}/configs/1p3b.py', *arguments]) == plan.WRONG_INPUT
+    assert plan.main([f'--config={ROOT}/configs/1p3b.py', *arguments]) == ExitCode.WRONG_INPUT
     assert message in capsys.readouterr().err
 
 
 def test_a_gpu_host_is_computed_and_labelled_so(capsys):
-    arguments = ['plan', f'--config={ROOT}/configs/pods/1p3b_h200_8.py', '--topology=h200:8']
-    assert plan.main(arguments) == plan.FITS
+    arguments = [f'--config={ROOT}/configs/pods/1p3b_h200_8.py', '--topology=h200:8']
+    assert plan.main(arguments) == ExitCode.FINISHED
     text = capsys.readouterr().out
     assert 'not compiled' in text and text.endswith('it may fit\n') and '8 devices, fsdp 8' in text
     assert 'no step can take less than' in text and 'efficiencies measured on H100 and H200' in text
-    assert plan.main([*arguments, '--json']) == plan.FITS
+    assert plan.main([*arguments, '--json']) == ExitCode.FINISHED
     result = json.loads(capsys.readouterr().out)
     assert result['compiled'] is False and result['parameters'] == pytest.approx(1.3e9, rel=0.01)
     work = 6 * result['parameters'] * result['tokens_per_step'] / 8
@@ -476,8 +477,8 @@ def test_a_gpu_host_is_computed_and_labelled_so(capsys):
 
 
 def test_hosts_are_slices(capsys):
-    arguments = ['plan', f'--config={ROOT}/configs/pods/1p3b_h200_8.py', '--topology=h200:8']
-    assert plan.main([*arguments, '--slices=2', '--config.mesh.data=2', '--json']) == plan.FITS
+    arguments = [f'--config={ROOT}/configs/pods/1p3b_h200_8.py', '--topology=h200:8']
+    assert plan.main([*arguments, '--slices=2', '--config.mesh.data=2', '--json']) == ExitCode.FINISHED
     result = json.loads(capsys.readouterr().out)
     assert result['devices'] == 16 and result['slices'] == 2
     # An eighth of the gradients, there and back, half of which crosses.
@@ -486,7 +487,7 @@ def test_hosts_are_slices(capsys):
 
 def h200_plan(capsys, *settings):
     """(exit code, lines, result) of the plan of eight H200."""
-    arguments = ['plan', f'--config={ROOT}/configs/pods/1p3b_h200_8.py', '--topology=h200:8', *settings]
+    arguments = [f'--config={ROOT}/configs/pods/1p3b_h200_8.py', '--topology=h200:8', *settings]
     code = plan.main(arguments)
     lines = capsys.readouterr().out.splitlines()
     assert plan.main([*arguments, '--json']) == code
@@ -495,13 +496,13 @@ def h200_plan(capsys, *settings):
 
 def test_what_cannot_fit_ends_with_3_and_with_the_nearest_that_fits(capsys):
     code, lines, result = h200_plan(capsys, '--config.train.accumulation_steps=1', '--config.model.remat=none')
-    assert code == plan.DOES_NOT_FIT and lines[-1] == 'it does not fit' and lines[-2].startswith('nearest fit ')
+    assert code == ExitCode.DOES_NOT_FIT and lines[-1] == 'it does not fit' and lines[-2].startswith('nearest fit ')
     overrides = result['nearest']['overrides']
     assert overrides in lines[-2] and len(overrides.split()) == 1, 'one setting is enough'
     code, lines, nearest = h200_plan(
         capsys, '--config.train.accumulation_steps=1', '--config.model.remat=none', overrides
     )
-    assert code == plan.FITS and lines[-1] == 'it may fit' and 'nearest' not in nearest
+    assert code == ExitCode.FINISHED and lines[-1] == 'it may fit' and 'nearest' not in nearest
     assert nearest['expected_memory_bytes'] == pytest.approx(result['nearest']['expected_memory_bytes'])
     assert nearest['expected_seconds'] == pytest.approx(result['nearest']['expected_seconds'], rel=0.01)
 
@@ -509,13 +510,13 @@ def test_what_cannot_fit_ends_with_3_and_with_the_nearest_that_fits(capsys):
 def test_where_nothing_fits_a_larger_topology_is_asked_for(capsys):
     settings = ['--config.data.seq_len=4194304', '--config.data.global_batch=8', '--config.train.accumulation_steps=1']
     code, lines, result = h200_plan(capsys, *settings)
-    assert code == plan.DOES_NOT_FIT and result['nearest'] == {} and 'take a larger --topology' in lines[-2]
+    assert code == ExitCode.DOES_NOT_FIT and result['nearest'] == {} and 'take a larger --topology' in lines[-2]
 
 
 def test_what_fits_by_the_bound_alone_is_not_promised(capsys):
     code, lines, result = h200_plan(capsys, '--config.train.accumulation_steps=2')
     assert sum(result['min_memory_bytes'].values()) < result['usable_bytes'] < result['expected_memory_bytes']
-    assert code == plan.FITS and lines[-1] == 'it may fit by the lower bound, but it is not expected to'
+    assert code == ExitCode.FINISHED and lines[-1] == 'it may fit by the lower bound, but it is not expected to'
     assert result['nearest']['overrides'] in lines[-2]
 
 
@@ -541,13 +542,13 @@ def test_a_refused_step_is_judged_by_the_memory_in_the_compilers_message():
 
 
 def test_the_table_of_chips(capsys):
-    assert plan.main(['plan', '--chips']) == plan.FITS
+    assert plan.main(['--chips']) == ExitCode.FINISHED
     text = capsys.readouterr().out
     assert all(any(line.startswith(name + ' ') for line in text.splitlines()) for name in chips.CHIPS)
 
 
 def test_help_lists_flags_and_settings(capsys):
-    assert plan.main(['plan', '--help']) == plan.FITS
+    assert plan.main(['--help']) == ExitCode.FINISHED
     text = capsys.readouterr().out
     assert '--budget_minutes=30.0  Time for --search.' in text and '--config.mesh.fsdp=1' in text
 
@@ -555,14 +556,14 @@ def test_help_lists_flags_and_settings(capsys):
 def test_kernels_of_the_pod_are_named_only_where_auto_was():
     topology = topology_lib.Topology('v5e:4x4', 2)
     assert topology.num_devices == 32
-    assert plan._settings_of(topology, config_lib.Config()) == [
-        '--config.mesh.slices=2',
-        '--config.model.ssd_implementation=mosaic_tpu',
-        '--config.model.attention_implementation=splash',
-    ]
+    assert plan._settings_of(topology, config_lib.Config()) == {
+        'mesh.slices': 2,
+        'model.ssd_implementation': 'mosaic_tpu',
+        'model.attention_implementation': 'splash',
+    }
     named = config_lib.Config(model=config_lib.Model(ssd_implementation='xla', dtype='float32'))
-    assert plan._settings_of(topology, named)[1:] == ['--config.model.attention_implementation=xla']
-    assert plan._settings_of(topology_lib.Topology('h200:8', 1), config_lib.Config()) == ['--config.mesh.slices=1']
+    assert plan._settings_of(topology, named) == {'mesh.slices': 2, 'model.attention_implementation': 'xla'}
+    assert plan._settings_of(topology_lib.Topology('h200:8', 1), config_lib.Config()) == {'mesh.slices': 1}
     assert topology_lib.Topology('tpu7x:2x2x1', 1).num_devices == 8
 
 
@@ -570,8 +571,8 @@ def test_kernels_of_the_pod_are_named_only_where_auto_was():
     importlib.util.find_spec('libtpu') is not None, reason='libtpu is here; this is about where it is not'
 )
 def test_without_the_compiler(capsys):
-    arguments = ['plan', f'--config={ROOT}/configs/pods/1p3b_v5e_256.py', '--topology=v5e:16x16']
-    assert plan.main(arguments) == plan.WRONG_INPUT
+    arguments = [f'--config={ROOT}/configs/pods/1p3b_v5e_256.py', '--topology=v5e:16x16']
+    assert plan.main(arguments) == ExitCode.WRONG_INPUT
     assert 'pip install -e .[tpu]' in capsys.readouterr().err
 
 
@@ -672,7 +673,7 @@ def test_plan_of_a_small_model_on_a_small_slice():
         '--json',
     ]
     run = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=ROOT)
-    assert run.returncode == plan.FITS, run.stderr[-2000:]
+    assert run.returncode == ExitCode.FINISHED, run.stderr[-2000:]
     stages = [line for line in run.stderr.splitlines() if ' s] ' in line and 'still' not in line]
     assert [line.split('] ')[1].split()[0] for line in stages] == ['tracing', 'lowering', 'compiling', 'reading']
     result = json.loads(run.stdout.splitlines()[-1])

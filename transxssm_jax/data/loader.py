@@ -13,7 +13,11 @@ call `close()` (or use `with`) to end them.
 measures the loading speed.
 """
 
-import argparse
+from transxssm_jax import cli
+
+if __name__ == '__main__':
+    cli.start('transxssm_jax.data.loader')
+
 import collections
 import os
 import sys
@@ -26,12 +30,33 @@ import grain
 import numpy as np
 from absl import flags
 
+from transxssm_jax.cli import Flag
 from transxssm_jax.data.manifest import DataError, Manifest, broken_shard, finished_splits, read_manifest
 from transxssm_jax.data.mixture import Mixture
 from transxssm_jax.data.packing import pack_row
 from transxssm_jax.data.workers import exit_with_parent
 
 _ENDLESS = 1 << 60  # steps of a run that repeats its data
+
+COMMAND = cli.Command(
+    'transxssm_jax.data.loader',
+    __doc__,
+    [
+        Flag('path', cli.REQUIRED, 'Prepared directory.', example='DIR', is_path=True),
+        Flag('split', 'train', 'Split to read.'),
+        Flag('seq_len', 4096, 'Tokens per row.', minimum=1),
+        Flag('global_batch', 64, 'Rows per step.', minimum=1, maximum=1 << 24),
+        Flag('num_workers', 0, 'Loader processes; 0: threads in this process.', minimum=0, maximum=1 << 10),
+        Flag('num_threads', 4, 'Threads that read ahead.', minimum=0, maximum=1 << 10),
+        Flag('prefetch', 4, 'Batches read ahead.', minimum=0, maximum=1 << 16),
+        Flag('seed', 0, 'Seed of the order of documents and of rows.', minimum=0, maximum=(1 << 32) - 1),
+        Flag('seconds', 5.0, 'How long to measure.', minimum=0.0),
+    ],
+)
+
+
+class WorkerLostError(RuntimeError):
+    """A worker process of the loader was killed; a new loader that starts at the same step goes on."""
 
 
 class Loader:
@@ -83,7 +108,12 @@ class Loader:
     def __next__(self) -> dict[str, np.ndarray]:
         if not self._iterators:
             raise ValueError('this loader is closed')
-        batch = next(self._iterators[0])
+        try:
+            batch = next(self._iterators[0])
+        except RuntimeError as error:
+            if self._from_workers and 'was terminated unexpectedly' in str(error):  # grain's words
+                raise WorkerLostError(' '.join(str(error).partition('. ')[0].split())) from error
+            raise
         if self._from_workers:
             # Out of the workers' shared memory (/dev/shm is small in containers), whatever the caller keeps.
             batch = {name: np.array(values, subok=False) for name, values in batch.items()}
@@ -177,6 +207,17 @@ def check_vocab(path, vocab_size: int) -> None:
         raise DataError(
             f'the tokenizer of {path} has {need} ids, more than model.vocab_size={vocab_size}; '
             f'raise it to at least {need} ({-(-need // 128) * 128} is a multiple of 128)'
+        )
+
+
+def check_batch(path, split: str, seq_len: int, global_batch: int) -> None:
+    """Raises DataError where a split has fewer rows than one batch, before anything of the batch's size is made."""
+    manifest = read_manifest(path, split)
+    most_rows = manifest.num_tokens // seq_len + len(manifest.sources)  # each source may end in a row that is not full
+    if most_rows < global_batch:
+        raise DataError(
+            f'{path} has at most {most_rows} rows of {seq_len} tokens in split {split!r}, less than one batch of '
+            f'{global_batch}; lower data.global_batch to at most {most_rows}, lower data.seq_len, or prepare more text'
         )
 
 
@@ -346,57 +387,35 @@ class _Batches:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog='python -m transxssm_jax.data.loader',
-        allow_abbrev=False,
-        description='Measures the loading speed of a prepared directory.',
-    )
-    parser.add_argument('--path', required=True)
-    parser.add_argument('--split', default='train')
-    parser.add_argument('--seq_len', type=int, default=4096)
-    parser.add_argument('--global_batch', type=int, default=64)
-    parser.add_argument('--num_workers', type=int, default=0)
-    parser.add_argument('--num_threads', type=int, default=4)
-    parser.add_argument('--prefetch', type=int, default=4)
-    parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--seconds', type=float, default=5.0, help='how long to measure')
-    arguments = parser.parse_args(argv)
+    """The command; see --help. Returns its exit code."""
+    return cli.run(COMMAND, _measure, argv)
+
+
+def _measure(flags) -> None:
     begin = time.monotonic()
-    try:
-        loader = make_loader(
-            arguments.path,
-            arguments.split,
-            seq_len=arguments.seq_len,
-            global_batch=arguments.global_batch,
-            seed=arguments.seed,
-            num_workers=arguments.num_workers,
-            num_threads=arguments.num_threads,
-            prefetch=arguments.prefetch,
-        )
-        with loader:
+    loader = make_loader(
+        flags.path,
+        flags.split,
+        seq_len=flags.seq_len,
+        global_batch=flags.global_batch,
+        seed=flags.seed,
+        num_workers=flags.num_workers,
+        num_threads=flags.num_threads,
+        prefetch=flags.prefetch,
+    )
+    with loader:
+        next(loader)
+        first = time.monotonic() - begin
+        # What was read ahead before the clock starts is not counted.
+        for _ in range(2 * flags.prefetch):
             next(loader)
-            first = time.monotonic() - begin
-            # What was read ahead before the clock starts is not counted.
-            for _ in range(2 * arguments.prefetch):
-                next(loader)
-            begin, steps = time.monotonic(), 0
-            while (seconds := time.monotonic() - begin) < arguments.seconds:
-                next(loader)
-                steps += 1
-    except DataError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
-    rows = steps * arguments.global_batch / seconds
+        begin, steps = time.monotonic(), 0
+        while (seconds := time.monotonic() - begin) < flags.seconds:
+            next(loader)
+            steps += 1
+    rows = steps * flags.global_batch / seconds
     print(
-        f'{rows * arguments.seq_len:,.0f} tokens/s, {rows:,.0f} rows/s of {arguments.seq_len}; '
+        f'{rows * flags.seq_len:,.0f} tokens/s, {rows:,.0f} rows/s of {flags.seq_len}; '
         f'first batch after {first:.2f} s; packing efficiency {loader.packing_efficiency:.4f}; '
         f'{loader.rows_per_epoch:,} rows, {loader.num_tokens:,} tokens an epoch'
     )
-    return 0
-
-
-if __name__ == '__main__':
-    # By its real name, so that worker processes find the classes there.
-    from transxssm_jax.data import loader as _loader
-
-    sys.exit(_loader.main())

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
+from transxssm_jax import cli
 from transxssm_jax.data.mixture import whole_number_weights
 
 DATASET_NAME = 'documents'
@@ -37,7 +38,7 @@ VERIFY = ('sizes', 'full')  # how the contents of shards are checked at opening
 RESTORE = 'restore it from a copy, or prepare the data again in another directory'
 
 
-class DataError(ValueError):
+class DataError(cli.UserError, ValueError):
     """Data that is missing, broken or does not fit; the message is one line and names the remedy."""
 
 

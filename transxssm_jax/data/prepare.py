@@ -26,7 +26,11 @@ Exit codes: 0 done (or done before), 2 refused with one line that tells why,
 130 interrupted.
 """
 
-import argparse
+from transxssm_jax import cli
+
+if __name__ == '__main__':
+    cli.start('transxssm_jax.data.prepare')
+
 import collections
 import concurrent.futures.process
 import contextlib
@@ -42,6 +46,7 @@ import re
 import shutil
 import sys
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,6 +55,7 @@ os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 
 from tqdm import tqdm
 
+from transxssm_jax.cli import Flag
 from transxssm_jax.data import manifest as manifest_lib
 from transxssm_jax.data.commit import commit, finished, reasons
 from transxssm_jax.data.manifest import DataError, Manifest
@@ -63,81 +69,59 @@ MIN_SHARD_BYTES = 4 << 20  # of text: seconds of work, what an interruption can 
 MAX_SHARDS = 512  # about; every one is an open file in the loader
 
 
+COMMAND = cli.Command(
+    'transxssm_jax.data.prepare',
+    __doc__,
+    [
+        Flag('output', cli.REQUIRED, 'Directory of the prepared data.', example='data/books', is_path=True),
+        Flag('tokenizer', cli.REQUIRED, 'byte, or a tokenizers JSON file.', example='byte', is_path=True),
+        Flag('split', cli.REQUIRED, 'train, validation, ...; added to what --output holds.', example='train'),
+        Flag(
+            'source',
+            cli.REQUIRED,
+            'What to read, with @WEIGHT for a mixture; the flag may be given several times.',
+            repeated=True,
+            example='books.parquet',
+            is_path=True,
+        ),
+        Flag('text_field', 'text', 'Field, column or feature that holds the text.'),
+        Flag('eos', '', 'Token or id that ends a document, where the tokenizer has several.'),
+        Flag('bos', '', "Token or id that begins a document; empty: the tokenizer's bos, else eos."),
+        Flag('vocab_size', 0, "Refuse a tokenizer with more ids than this (the model's); 0: any.", minimum=0),
+        Flag(
+            'skip_bad', 0.0, 'Leave bad documents out, up to this share of all; 0: refuse the first one.', minimum=0.0
+        ),
+        Flag('num_workers', os.cpu_count() or 1, 'Processes that tokenise; by default one per CPU.', minimum=1),
+    ],
+    if_interrupted='run the same command to continue',
+)
+
+
 def main(argv: list[str] | None = None) -> int:
+    """The command; see --help. Returns its exit code."""
+    return cli.run(COMMAND, _prepare, argv)
+
+
+def _prepare(flags: types.SimpleNamespace) -> None:
+    flags.output = Path(flags.output)
+    if not re.fullmatch(r'[A-Za-z]\w*', flags.split):
+        raise DataError(f'--split={flags.split} must be a word such as train or validation')
+    if flags.skip_bad >= 1:
+        raise DataError(f'--skip_bad={flags.skip_bad} must be a share of the documents, at least 0 and below 1')
     try:
-        arguments = parse_arguments(argv)
-        prepare(arguments)
-    except DataError as error:
-        return _refuse(error)
+        prepare(flags)
     except OSError as error:
-        return _refuse(
-            f'{error.filename or arguments.output}: {error.strerror or error}; '
+        raise DataError(
+            f'{error.filename or flags.output}: {error.strerror or error}; '
             'check free space and permissions there, then run the same command to continue'
-        )
-    except concurrent.futures.process.BrokenProcessPool:
-        return _refuse(
+        ) from error
+    except concurrent.futures.process.BrokenProcessPool as error:
+        raise DataError(
             'a worker process died (out of memory?); run the same command with fewer --num_workers to continue'
-        )
-    except KeyboardInterrupt:
-        print('interrupted; run the same command to continue', file=sys.stderr)
-        return 130
-    return 0
+        ) from error
 
 
-def _refuse(error) -> int:
-    print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
-    return 2
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise DataError(f'{message}; see --help')
-
-
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(
-        prog='python -m transxssm_jax.data.prepare',
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument('--output', type=Path, required=True, metavar='DIR')
-    parser.add_argument('--tokenizer', required=True, metavar='byte|FILE.json')
-    parser.add_argument('--split', required=True, help='train, validation, ...; added to what DIR holds')
-    parser.add_argument(
-        '--source',
-        action='append',
-        required=True,
-        metavar='SPEC[@WEIGHT]',
-        help='what to read, see above; may be repeated',
-    )
-    parser.add_argument('--text_field', default='text', help='field, column or feature that holds the text')
-    parser.add_argument('--eos', default='', help='token or id that ends a document, where the tokenizer has several')
-    parser.add_argument(
-        '--bos', default='', help="token or id that begins a document (default: the tokenizer's bos, else eos)"
-    )
-    parser.add_argument(
-        '--vocab_size', type=int, default=0, help="refuse a tokenizer with more ids than this (the model's)"
-    )
-    parser.add_argument(
-        '--skip_bad',
-        type=float,
-        default=0.0,
-        metavar='SHARE',
-        help='leave bad documents out, up to this share of all; 0: refuse the first one',
-    )
-    parser.add_argument('--num_workers', type=int, default=os.cpu_count(), help='processes that tokenise')
-    arguments = parser.parse_args(argv)
-    if not re.fullmatch(r'[A-Za-z]\w*', arguments.split):
-        raise DataError(f'--split={arguments.split} must be a word such as train or validation')
-    if arguments.num_workers < 1:
-        raise DataError(f'--num_workers={arguments.num_workers} must be at least 1')
-    if not 0 <= arguments.skip_bad < 1:
-        raise DataError(f'--skip_bad={arguments.skip_bad} must be a share of the documents, at least 0 and below 1')
-    return arguments
-
-
-def prepare(arguments: argparse.Namespace) -> Manifest:
+def prepare(arguments: types.SimpleNamespace) -> Manifest:
     """Prepares one split. Raises DataError, or OSError for a full disk and the like."""
     output, split = arguments.output, arguments.split
     tokenizer = load_tokenizer(arguments.tokenizer, arguments.eos, arguments.bos)
@@ -222,7 +206,7 @@ def plan(sources: list[tuple[str, str]], split: str) -> list[ShardTask]:
     return tasks
 
 
-def tokenize(tasks: list[ShardTask], state: Path, arguments: argparse.Namespace, tokenizer) -> int:
+def tokenize(tasks: list[ShardTask], state: Path, arguments: types.SimpleNamespace, tokenizer) -> int:
     """Writes the shards that `state` lacks; returns the tokens in them."""
     pending = [task for task in tasks if not result_path(state, task).exists()]
     documents = tokens = 0
@@ -353,7 +337,3 @@ def _count(manifest: Manifest) -> str:
         f'{manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens, {manifest.num_bytes:,} bytes of text, '
         f'{sum(skipped.values()):,} skipped{reasons(skipped)}, {len(manifest.shards)} shards'
     )
-
-
-if __name__ == '__main__':
-    sys.exit(main())

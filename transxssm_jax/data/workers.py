@@ -10,7 +10,7 @@ import threading
 def exit_with_parent() -> None:
     """Makes this worker process live exactly as long as its parent wants it.
 
-    Ctrl-C and a scheduler's SIGTERM reach every process of a job. The parent
+    Ctrl-C and a scheduler's signals reach every process of a job. The parent
     decides what they mean (save first, say); a worker that died of them would
     break the parent's last steps. And it ends when the parent was killed by
     SIGKILL: neither `concurrent.futures` nor grain see to that, their workers
@@ -20,8 +20,8 @@ def exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is None:
         return
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
     def watch():
         multiprocessing.connection.wait([parent.sentinel])

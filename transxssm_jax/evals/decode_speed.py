@@ -15,28 +15,45 @@ every model, all are measured with the most rows that do, and a line above the t
 Exit codes: 0 finished; 2 wrong input, said in one line.
 """
 
+from transxssm_jax import cli
+
+if __name__ == '__main__':
+    cli.start('transxssm_jax.evals.decode_speed')
+
 import dataclasses
 import functools
 import json
 import pathlib
 import statistics
-import sys
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 
 from transxssm_jax import config as config_lib
+from transxssm_jax.cli import Flag
 from transxssm_jax.config import Config, ConfigError, Model
 from transxssm_jax.inference.decode import Decoder
 from transxssm_jax.inference.sampling import Sampling
 from transxssm_jax.model import costs, parameters
 
-FINISHED, WRONG_INPUT = 0, 2
 MEMORY_SHARE = 0.94  # of the device's memory, for weights, caches and a step's temporaries
 MODELS = ('config', 'transformer')
+
+COMMAND = cli.Command(
+    'transxssm_jax.evals.decode_speed',
+    __doc__,
+    [
+        Flag('contexts', (4096, 16384, 65536), 'Tokens in the cache.', minimum=1),
+        Flag('batches', (1, 64), 'Rows at once.', minimum=1),
+        Flag('models', MODELS, "Models to measure: 'config' and 'transformer'.", choices=MODELS),
+        Flag('steps', 32, 'Tokens per row in a timed block.', minimum=1),
+        Flag('repeats', 5, 'Timed blocks.', minimum=1),
+        Flag('output', '', 'JSON file to write the lines to; empty: none.', is_path=True),
+    ],
+    settings=config_lib.describe,
+)
 ROWS_STEP = 8  # reduced batches are multiples of this
 
 
@@ -69,9 +86,7 @@ class Sizes:
 
 def transformer_of(config: Config) -> Config:
     """The same sizes with attention in every layer."""
-    settings = json.loads(config_lib.to_json(config))
-    settings['model'] |= dict(attention_period=1, attention_offset=0)
-    return config_lib.from_json(json.dumps(settings))
+    return config_lib.replace(config, {'model.attention_period': 1, 'model.attention_offset': 0})
 
 
 def rows_that_fit(models: list[Model], rows: int, context: int, memory: float) -> int:
@@ -229,45 +244,21 @@ def table(
     return lines
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str] | None = None) -> int:
     """The command; see the module's docstring. Returns its exit code."""
-    values = flags.FlagValues()
-    contexts = flags.DEFINE_list('contexts', ['4096', '16384', '65536'], 'Tokens in the cache.', flag_values=values)
-    batches = flags.DEFINE_list('batches', ['1', '64'], 'Rows at once.', flag_values=values)
-    models = flags.DEFINE_list('models', list(MODELS), 'Which of config and transformer.', flag_values=values)
-    steps = flags.DEFINE_integer('steps', 32, 'Tokens a row in a timed block.', lower_bound=1, flag_values=values)
-    repeats = flags.DEFINE_integer('repeats', 5, 'Timed blocks.', lower_bound=1, flag_values=values)
-    out = flags.DEFINE_string('out', '', 'JSON file to write the lines to.', flag_values=values)
-    if {'--help', '-h'} & set(argv[1:]):
-        print(__doc__)
-        return FINISHED
-    try:
-        config = config_lib.parse_flags(argv, values)
-        unknown = [name for name in models.value if name not in MODELS]
-        if unknown:
-            raise ConfigError(f'--models={unknown[0]} is not one of {", ".join(MODELS)}')
-        configs = {'config': config, 'transformer': transformer_of(config)}
-        lines = table(
-            {name: configs[name] for name in models.value},
-            _numbers('contexts', contexts.value),
-            _numbers('batches', batches.value),
-            steps.value,
-            repeats.value,
-            functools.partial(print, flush=True),
-        )
-        if out.value:
-            pathlib.Path(out.value).write_text(json.dumps(lines, indent=2) + '\n')
-    except (ConfigError, OSError) as error:
-        print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
-        return WRONG_INPUT
-    return FINISHED
+    return cli.run(COMMAND, _measure, argv)
 
 
-def _numbers(name: str, words: list[str]) -> list[int]:
-    if not words or not all(word.isdigit() and int(word) for word in words):
-        raise ConfigError(f'--{name}={",".join(words)} must be whole numbers above 0, e.g. --{name}=1,64')
-    return [int(word) for word in words]
-
-
-if __name__ == '__main__':
-    sys.exit(main(sys.argv))
+def _measure(flags) -> None:
+    config = config_lib.from_flags(flags)
+    configs = {'config': config, 'transformer': transformer_of(config)}
+    lines = table(
+        {name: configs[name] for name in flags.models},
+        list(flags.contexts),
+        list(flags.batches),
+        flags.steps,
+        flags.repeats,
+        functools.partial(print, flush=True),
+    )
+    if flags.output:
+        pathlib.Path(flags.output).write_text(json.dumps(lines, indent=2) + '\n')

@@ -7,43 +7,63 @@ the harness's names ('mmlu*' takes all that match); --include_path=DIR adds
 task files of one's own. In Python, `TransXSSMLM` is a model for
 `lm_eval.simple_evaluate`, which knows it as 'transxssm' once this module is imported.
 
-Exit codes: 0 finished; 2 wrong input, said in one line.
+Exit codes: 0 finished; 2 wrong input, with one line.
 """
+
+from transxssm_jax import cli
+
+if __name__ == '__main__':
+    cli.start('transxssm_jax.evals.harness')
 
 import difflib
 import json
 import logging
 import pathlib
-import sys
 import time
 
 import numpy as np
-from absl import flags
 from tqdm import tqdm
 
-from transxssm_jax.config import Config, ConfigError
-from transxssm_jax.data.manifest import DataError
+from transxssm_jax.cli import Flag
+from transxssm_jax.config import Config
 from transxssm_jax.evals.scoring import Scorer, load_run
 from transxssm_jax.inference.generator import Generator
 from transxssm_jax.inference.sampling import InputError, Sampling
 from transxssm_jax.model import parameters
-from transxssm_jax.training.checkpoint import CheckpointError
 
 try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
     from lm_eval.models.utils import normalize_gen_kwargs
 except ModuleNotFoundError as error:
-    message = f'{error.name} is not installed; pip install -e .[eval]'
-    if __name__ == '__main__':
-        print(f'error: {message}', file=sys.stderr)
-        sys.exit(2)
-    raise ModuleNotFoundError(message, name=error.name) from error
-
-FINISHED, WRONG_INPUT = 0, 2
+    raise cli.MissingPackageError(f'{error.name} is not installed; pip install -e .[eval]', name=error.name) from error
 
 GENERATED_TOGETHER = 64  # rows that are decoded at once
 SAMPLING = ('top_k', 'top_p', 'min_p', 'repetition_penalty')  # settings of a task that are passed on by name
+
+COMMAND = cli.Command(
+    'transxssm_jax.evals.harness',
+    __doc__,
+    [
+        Flag('workdir', cli.REQUIRED, 'Directory of the run.', example='runs/a', is_path=True),
+        Flag(
+            'tasks',
+            cli.REQUIRED,
+            'Names or patterns of tasks and groups, with commas.',
+            is_list=True,
+            example='hellaswag,piqa',
+        ),
+        Flag('include_path', (), 'Directories with task files of your own, with commas.', is_path=True),
+        Flag('num_fewshot', -1, "Examples before each question; -1: the task's own number.", minimum=-1),
+        Flag('limit', 0, 'Questions per task, for a quick look; 0: all.', minimum=0),
+        Flag('step', -1, 'Step of the checkpoint; -1: the newest.', minimum=-1),
+        Flag('tokenizer', '', 'byte, a JSON file or a prepared directory; empty: that of the run.', is_path=True),
+        Flag('max_length', 0, 'Most tokens shown at once; 0: data.seq_len.', minimum=0),
+        Flag('batch_tokens', 32768, 'Tokens per batch, with padding.', minimum=1),
+        Flag('log_samples', False, 'Whether the JSON holds every question and answer.'),
+        Flag('output', '', 'JSON file; empty: WORKDIR/evals/harness_TIME.json.', is_path=True),
+    ],
+)
 
 
 @register_model('transxssm')
@@ -282,63 +302,36 @@ def tables(results: dict) -> str:
     return '\n'.join(parts)
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str] | None = None) -> int:
+    """The command; see the module's docstring. Returns its exit code."""
+    return cli.run(COMMAND, _evaluate, argv)
+
+
+def _evaluate(flags) -> None:
     logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
-    values = flags.FlagValues()
-    define = dict(flag_values=values)
-    workdir = flags.DEFINE_string('workdir', '', 'Directory of the run.', **define)
-    tasks = flags.DEFINE_list('tasks', [], 'Names or patterns of tasks and groups, with commas.', **define)
-    include_path = flags.DEFINE_list('include_path', [], 'Directories with task files of your own.', **define)
-    num_fewshot = flags.DEFINE_integer(
-        'num_fewshot', -1, "Examples before each question; -1: the task's own number.", **define
-    )
-    limit = flags.DEFINE_integer('limit', 0, 'Questions a task, for a quick look; 0: all.', **define, lower_bound=0)
-    step = flags.DEFINE_integer('step', -1, 'Checkpoint; -1: the newest.', **define)
-    tokenizer = flags.DEFINE_string(
-        'tokenizer', '', 'byte, a json file or a prepared directory; empty: of the run.', **define
-    )
-    max_length = flags.DEFINE_integer(
-        'max_length', 0, 'Most tokens shown at once; 0: data.seq_len.', **define, lower_bound=0
-    )
-    batch_tokens = flags.DEFINE_integer('batch_tokens', 32768, 'Tokens a batch, with padding.', **define, lower_bound=1)
-    log_samples = flags.DEFINE_bool('log_samples', False, 'Whether the JSON holds every question and answer.', **define)
-    output = flags.DEFINE_string('output', '', 'JSON file; empty: WORKDIR/evals/harness_TIME.json.', **define)
-    if {'--help', '-h'} & set(argv[1:]):
-        print(f'{__doc__}\n{values.get_help()}')
-        return FINISHED
     from lm_eval.evaluator import simple_evaluate
 
-    try:
-        extra = values(argv)[1:]
-        if extra:
-            raise InputError(f'unexpected argument {extra[0]}')
-        for name, value, example in (('workdir', workdir.value, 'runs/a'), ('tasks', tasks.value, 'hellaswag,piqa')):
-            if not value:
-                raise InputError(f'--{name} is missing, e.g. --{name}={example}')
-        path = pathlib.Path(output.value or time.strftime(f'{workdir.value}/evals/harness_%Y-%m-%dT%H-%M-%S.json'))
-        if output.value and not path.absolute().parent.is_dir():
-            raise InputError(f'--output={output.value}: its directory does not exist; make it first')
-        lm = TransXSSMLM(
-            workdir.value,
-            step=step.value,
-            tokenizer=tokenizer.value,
-            max_length=max_length.value,
-            batch_tokens=batch_tokens.value,
-        )
-        results = simple_evaluate(
-            lm,
-            **load_tasks(tasks.value, include_path.value),
-            limit=limit.value or None,
-            log_samples=log_samples.value,
-            num_fewshot=None if num_fewshot.value < 0 else num_fewshot.value,
-        )
-        print(tables(results))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(results_json(results))
-        print(f'results written to {path}')
-    except (CheckpointError, ConfigError, DataError, InputError, flags.Error, OSError) as error:
-        return _say_error(error, WRONG_INPUT)
-    return FINISHED
+    path = pathlib.Path(flags.output or time.strftime(f'{flags.workdir}/evals/harness_%Y-%m-%dT%H-%M-%S.json'))
+    if flags.output and not path.absolute().parent.is_dir():
+        raise InputError(f'--output={flags.output}: its directory does not exist; make it first')
+    lm = TransXSSMLM(
+        flags.workdir,
+        step=flags.step,
+        tokenizer=flags.tokenizer,
+        max_length=flags.max_length,
+        batch_tokens=flags.batch_tokens,
+    )
+    results = simple_evaluate(
+        lm,
+        **load_tasks(list(flags.tasks), list(flags.include_path)),
+        limit=flags.limit or None,
+        log_samples=flags.log_samples,
+        num_fewshot=None if flags.num_fewshot < 0 else flags.num_fewshot,
+    )
+    print(tables(results))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(results_json(results))
+    print(f'results written to {path}')
 
 
 def results_json(results: dict) -> str:
@@ -346,12 +339,3 @@ def results_json(results: dict) -> str:
     from lm_eval.utils import handle_non_serializable
 
     return json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False) + '\n'
-
-
-def _say_error(error, exit_code: int) -> int:
-    print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
-    return exit_code
-
-
-if __name__ == '__main__':
-    sys.exit(main(sys.argv))

@@ -18,6 +18,11 @@ Exit codes: 0 finished; 2 wrong input; 3 the loss is not finite.
 Shape legend: B batch, L length, D model, V vocabulary, P pairs, S places after the pairs.
 """
 
+from transxssm_jax import cli
+
+if __name__ == '__main__':
+    cli.start('transxssm_jax.evals.mqar')
+
 import dataclasses
 import json
 import math
@@ -28,18 +33,17 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 from flax import nnx
 from tqdm import tqdm
 
 from transxssm_jax import config as config_lib
+from transxssm_jax.cli import Flag
 from transxssm_jax.config import Config, ConfigError
 from transxssm_jax.model import parameters
 from transxssm_jax.model.loss import IGNORED
 from transxssm_jax.parallel import mesh
 from transxssm_jax.training import step as step_lib
-
-FINISHED, WRONG_INPUT, NOT_FINITE = 0, 2, 3
+from transxssm_jax.training.health import NotFiniteError
 
 TRAIN, EVAL, FINAL = 0, 1, 2  # streams of rows that share nothing
 
@@ -49,6 +53,18 @@ PATTERNS = {
     'attention': {'attention_period': 1, 'attention_offset': 0},
     'ssd': {'attention_period': 0},
 }
+
+COMMAND = cli.Command(
+    'transxssm_jax.evals.mqar',
+    __doc__,
+    [
+        Flag('pattern', ('hybrid',), "Patterns to train: 'hybrid', 'attention', 'ssd'.", choices=tuple(PATTERNS)),
+        Flag('pairs', 0, 'Keys per row; 0: an eighth of data.seq_len.', minimum=0),
+        Flag('target', 0.995, 'Accuracy that ends a training; above 1: none does.'),
+        Flag('output', '', 'JSON file to write; empty: none.', is_path=True),
+    ],
+    settings=config_lib.describe,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,19 +147,13 @@ def with_pattern(config: Config, pattern: str) -> Config:
     """
     if pattern not in PATTERNS:
         raise ConfigError(f'--pattern={pattern} must be one of {", ".join(PATTERNS)}, or several with commas')
-    changed = Config(**{field.name: _unlocked(getattr(config, field.name)) for field in dataclasses.fields(config)})
-    for name, value in PATTERNS[pattern].items():
-        setattr(changed.model, name, value)
+    changed = config_lib.replace(config, {f'model.{name}': value for name, value in PATTERNS[pattern].items()})
     if pattern == 'hybrid' and len(set(changed.model.layer_pattern)) == 1:
         raise ConfigError(
             f'--pattern=hybrid needs both kinds of layers; model.attention_period='
             f'{changed.model.attention_period} has {changed.model.layer_pattern[0]} only'
         )
-    return config_lib.resolve(changed)
-
-
-def _unlocked(section):
-    return type(section)(**dataclasses.asdict(section))
+    return changed
 
 
 def accuracy_step(config: Config):
@@ -161,10 +171,6 @@ def accuracy_step(config: Config):
         return jnp.mean(jnp.argmax(logits_BPV, axis=-1) == answers_BP)
 
     return step
-
-
-class NotFiniteError(ArithmeticError):
-    """The loss of a step is NaN or infinite."""
 
 
 def train(config: Config, task: Task, *, target: float, say=print) -> dict:
@@ -265,44 +271,26 @@ def table(results: dict[str, dict]) -> str:
     return '\n'.join(lines)
 
 
-def main(argv: list[str]) -> int:
-    if {'--help', '-h'} & set(argv[1:]):
-        print(__doc__)
-        return FINISHED
-    values = flags.FlagValues()
-    pattern = flags.DEFINE_list('pattern', ['hybrid'], 'Of hybrid, attention and ssd.', flag_values=values)
-    pairs = flags.DEFINE_integer('pairs', 0, 'Keys a row; 0: an eighth of data.seq_len.', flag_values=values)
-    target = flags.DEFINE_float('target', 0.995, 'Accuracy that ends a training; above 1: none.', flag_values=values)
-    output = flags.DEFINE_string('output', '', 'JSON file to write; empty: none.', flag_values=values)
-    try:
-        config = config_lib.parse_flags(argv, values)
-        task = Task(config.model.vocab_size, config.data.seq_len, pairs.value or config.data.seq_len // 8)
-        configs = {name: with_pattern(config, name) for name in pattern.value}
-        if output.value and not pathlib.Path(output.value).absolute().parent.is_dir():
-            raise ConfigError(f'--output={output.value}: its directory does not exist; make it first')
-        print(
-            f'{task.pairs} pairs in rows of {task.length} tokens, {task.vocab_size} words; '
-            f'a guess is right {2 / task.vocab_size:.2%} of the time, one of the values shown {1 / task.pairs:.2%}'
-        )
-        results = {}
-        for name, changed in configs.items():
-            print(f'{name}: {" ".join(changed.model.layer_pattern)}', flush=True)
-            results[name] = train(changed, task, target=target.value, say=lambda line: print(line, flush=True))
-        print(table(results))
-        if output.value:
-            record = {'task': dataclasses.asdict(task), 'results': results, 'config': dataclasses.asdict(config)}
-            pathlib.Path(output.value).write_text(json.dumps(record, indent=1) + '\n')
-    except (ConfigError, OSError) as error:
-        return _say_error(error, WRONG_INPUT)
-    except NotFiniteError as error:
-        return _say_error(error, NOT_FINITE)
-    return FINISHED
+def main(argv: list[str] | None = None) -> int:
+    """The command; see the module's docstring. Returns its exit code."""
+    return cli.run(COMMAND, _compare, argv)
 
 
-def _say_error(error, exit_code: int) -> int:
-    print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
-    return exit_code
-
-
-if __name__ == '__main__':
-    sys.exit(main(sys.argv))
+def _compare(flags) -> None:
+    config = config_lib.from_flags(flags)
+    task = Task(config.model.vocab_size, config.data.seq_len, flags.pairs or config.data.seq_len // 8)
+    configs = {name: with_pattern(config, name) for name in flags.pattern}
+    if flags.output and not pathlib.Path(flags.output).absolute().parent.is_dir():
+        raise ConfigError(f'--output={flags.output}: its directory does not exist; make it first')
+    print(
+        f'{task.pairs} pairs in rows of {task.length} tokens, {task.vocab_size} words; '
+        f'a guess is right {2 / task.vocab_size:.2%} of the time, one of the values shown {1 / task.pairs:.2%}'
+    )
+    results = {}
+    for name, changed in configs.items():
+        print(f'{name}: {" ".join(changed.model.layer_pattern)}', flush=True)
+        results[name] = train(changed, task, target=flags.target, say=lambda line: print(line, flush=True))
+    print(table(results))
+    if flags.output:
+        record = {'task': dataclasses.asdict(task), 'results': results, 'config': dataclasses.asdict(config)}
+        pathlib.Path(flags.output).write_text(json.dumps(record, indent=1) + '\n')

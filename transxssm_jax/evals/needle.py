@@ -9,10 +9,15 @@ Every haystack is read once; question, candidates and completion go on from its 
 results.json (every question and the means of each length x depth) and a heat map of each
 score, generated.png and chosen.png (pip install -e .[eval] brings matplotlib), to --output.
 
-Exit codes: 0 finished; 2 wrong input, said in one line.
+Exit codes: 0 finished; 2 wrong input, with one line.
 
 Shape legend: B rows, C candidate answers, T tokens of a candidate, V vocabulary.
 """
+
+from transxssm_jax import cli
+
+if __name__ == '__main__':
+    cli.start('transxssm_jax.evals.needle')
 
 import dataclasses
 import json
@@ -22,19 +27,15 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 from tqdm import tqdm
 
-from transxssm_jax.config import ConfigError
+from transxssm_jax.cli import Flag
 from transxssm_jax.data import source
 from transxssm_jax.data.manifest import DataError
 from transxssm_jax.evals.scoring import bucket, load_run
 from transxssm_jax.inference.completion import Row
 from transxssm_jax.inference.decode import Decoder
 from transxssm_jax.inference.sampling import InputError
-from transxssm_jax.training.checkpoint import CheckpointError
-
-FINISHED, WRONG_INPUT = 0, 2
 
 CITIES = (
     'Lisbon',
@@ -68,6 +69,33 @@ ANSWER = ' {number}'
 DIGITS = 5
 ROOM = DIGITS + 3  # tokens for an answer: at most one a byte, and two to see what comes after
 ENDS_OF_SENTENCES = ('.', '!', '?', '\n')
+
+COMMAND = cli.Command(
+    'transxssm_jax.evals.needle',
+    __doc__,
+    [
+        Flag('workdir', cli.REQUIRED, 'Directory of the run.', example='runs/a', is_path=True),
+        Flag(
+            'haystack',
+            cli.REQUIRED,
+            'Text: a file (text, jsonl, parquet), directory or pattern.',
+            example='book.txt',
+            is_path=True,
+        ),
+        Flag('lengths', (1024, 2048, 4096), 'Tokens of haystack, question and answer.', minimum=1, maximum=1 << 30),
+        Flag(
+            'depths', (0.0, 25.0, 50.0, 75.0, 100.0), 'Depths of the first needle, in percent.', minimum=0, maximum=100
+        ),
+        Flag('needles', 1, 'Needles per haystack.', minimum=1, maximum=len(CITIES)),
+        Flag('ask', 'one', "'one' asks for the first needle, 'all' for each.", choices=('one', 'all')),
+        Flag('samples', 1, 'Haystacks of each length and depth.', minimum=1),
+        Flag('candidates', 10, 'Numbers that the answer is ranked among; those of other needles are.', minimum=2),
+        Flag('step', -1, 'Step of the checkpoint; -1: the newest.', minimum=-1),
+        Flag('tokenizer', '', 'byte, a JSON file or a prepared directory; empty: that of the run.', is_path=True),
+        Flag('seed', 0, 'Seed of haystacks and numbers.', minimum=0),
+        Flag('output', '', 'Directory; empty: WORKDIR/evals/needle.', is_path=True),
+    ],
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -346,103 +374,47 @@ def run(
     return results
 
 
-def main(argv: list[str]) -> int:
-    values = flags.FlagValues()
-    define = dict(flag_values=values)
-    workdir = flags.DEFINE_string('workdir', '', 'Directory of the run.', **define)
-    spec = flags.DEFINE_string('haystack', '', 'Text: a file (text, jsonl, parquet), directory or pattern.', **define)
-    lengths = flags.DEFINE_list(
-        'lengths', ['1024', '2048', '4096'], 'Tokens of haystack, question and answer.', **define
-    )
-    depths = flags.DEFINE_list(
-        'depths', ['0', '25', '50', '75', '100'], 'Depths of the first needle, in percent.', **define
-    )
-    needles = flags.DEFINE_integer(
-        'needles', 1, 'Needles a haystack.', lower_bound=1, upper_bound=len(CITIES), **define
-    )
-    ask = flags.DEFINE_enum('ask', 'one', ['one', 'all'], 'Ask for the first needle or for each.', **define)
-    samples = flags.DEFINE_integer('samples', 1, 'Haystacks of each length and depth.', lower_bound=1, **define)
-    candidates = flags.DEFINE_integer(
-        'candidates',
-        10,
-        'Numbers that the answer is ranked among; those of other needles are.',
-        lower_bound=2,
-        **define,
-    )
-    step = flags.DEFINE_integer('step', -1, 'Checkpoint; -1: the newest.', **define)
-    tokenizer = flags.DEFINE_string(
-        'tokenizer', '', 'byte, a json file or a prepared directory; empty: of the run.', **define
-    )
-    seed = flags.DEFINE_integer('seed', 0, 'Of haystacks and numbers.', lower_bound=0, **define)
-    output = flags.DEFINE_string('output', '', 'Directory; empty: WORKDIR/evals/needle.', **define)
-    if {'--help', '-h'} & set(argv[1:]):
-        print(f'{__doc__}\n{values.get_help()}')
-        return FINISHED
+def main(argv: list[str] | None = None) -> int:
+    """The command; see the module's docstring. Returns its exit code."""
+    return cli.run(COMMAND, _evaluate, argv)
+
+
+def _evaluate(flags) -> None:
+    params, config, found = load_run(flags.workdir, flags.step, flags.tokenizer)
+    haystack = Haystack(flags.haystack, found, 4 * max(flags.lengths))
+    cases = [
+        (length, depth, sample)
+        for length in sorted(set(flags.lengths))
+        for depth in sorted(set(flags.depths))
+        for sample in range(flags.samples)
+    ]
+    settings = dict(needles=flags.needles, ask=flags.ask, candidates=flags.candidates, seed=flags.seed)
+    for length in set(flags.lengths):
+        haystack.case(length, 0, 0, **settings)  # one too short is said now
+    reader = Reader(Decoder(params, config), found)
+    del params
+    results = run(reader, haystack, cases, settings, progress=sys.stderr.isatty())
+    cells = means(results)
+    for score in ('generated', 'chosen'):
+        print(table(cells, score))
+    chance = 1 / max(flags.candidates, flags.needles)
+    print(f'chosen: the answer is the likeliest of the candidates, by chance {chance:.2f}')
+    folder = pathlib.Path(flags.output or f'{flags.workdir}/evals/needle')
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {
+        'model': flags.workdir,
+        'haystack': flags.haystack,
+        'settings': settings,
+        'cells': cells,
+        'results': results,
+    }
+    (folder / 'results.json').write_text(json.dumps(record, indent=1, ensure_ascii=False) + '\n')
     try:
-        extra = values(argv)[1:]
-        if extra:
-            raise InputError(f'unexpected argument {extra[0]}')
-        for name, value, example in (('workdir', workdir.value, 'runs/a'), ('haystack', spec.value, 'book.txt')):
-            if not value:
-                raise InputError(f'--{name} is missing, e.g. --{name}={example}')
-        lengths = [_number('lengths', text, int, 1, 1 << 30) for text in lengths.value]
-        depths = [_number('depths', text, float, 0, 100) for text in depths.value]
-        params, config, found = load_run(workdir.value, step.value, tokenizer.value)
-        haystack = Haystack(spec.value, found, 4 * max(lengths))
-        cases = [
-            (length, depth, sample)
-            for length in sorted(set(lengths))
-            for depth in sorted(set(depths))
-            for sample in range(samples.value)
-        ]
-        settings = dict(needles=needles.value, ask=ask.value, candidates=candidates.value, seed=seed.value)
-        for length in set(lengths):
-            haystack.case(length, 0, 0, **settings)  # one too short is said now
-        reader = Reader(Decoder(params, config), found)
-        del params
-        results = run(reader, haystack, cases, settings, progress=sys.stderr.isatty())
-        cells = means(results)
-        for score in ('generated', 'chosen'):
-            print(table(cells, score))
-        chance = 1 / max(candidates.value, needles.value)
-        print(f'chosen: the answer is the likeliest of the candidates, by chance {chance:.2f}')
-        folder = pathlib.Path(output.value or f'{workdir.value}/evals/needle')
-        folder.mkdir(parents=True, exist_ok=True)
-        record = {
-            'model': workdir.value,
-            'haystack': spec.value,
-            'settings': settings,
-            'cells': cells,
-            'results': results,
-        }
-        (folder / 'results.json').write_text(json.dumps(record, indent=1, ensure_ascii=False) + '\n')
-        try:
-            for score, title in (
-                ('generated', 'the completion holds the answer'),
-                ('chosen', 'the answer is the likeliest'),
-            ):
-                heat_map(folder / f'{score}.png', cells, score, title)
-        except ModuleNotFoundError as error:
-            print(f'no heat maps: {error.name} is not installed; pip install -e .[eval]', file=sys.stderr)
-        print(f'results written to {folder}')
-    except (CheckpointError, ConfigError, DataError, InputError, flags.Error, OSError) as error:
-        print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
-        return WRONG_INPUT
-    return FINISHED
-
-
-def _number(name, text, kind, least, most):
-    try:
-        value = kind(text)
-    except ValueError:
-        value = least - 1
-    if not least <= value <= most:
-        raise InputError(
-            f'--{name}={text} must be {"whole numbers" if kind is int else "numbers"} from {least} to {most}, '
-            'with commas'
-        )
-    return value
-
-
-if __name__ == '__main__':
-    sys.exit(main(sys.argv))
+        for score, title in (
+            ('generated', 'the completion holds the answer'),
+            ('chosen', 'the answer is the likeliest'),
+        ):
+            heat_map(folder / f'{score}.png', cells, score, title)
+    except ModuleNotFoundError as error:
+        print(f'no heat maps: {error.name} is not installed; pip install -e .[eval]', file=sys.stderr)
+    print(f'results written to {folder}')

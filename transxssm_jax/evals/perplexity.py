@@ -21,14 +21,16 @@ length alone: logits exist for train.loss_chunk_tokens tokens at a time.
 Shape legend: B windows, L length, D model, V vocabulary, T tokens of a chunk.
 """
 
-import argparse
-import dataclasses
+from transxssm_jax import cli
+
+if __name__ == '__main__':
+    cli.start('transxssm_jax.evals.perplexity')
+
 import json
 import logging
 import math
 import pathlib
 import re
-import sys
 from collections.abc import Iterator
 
 import jax
@@ -37,7 +39,9 @@ import numpy as np
 import tqdm
 from flax import nnx
 
-from transxssm_jax.config import Config, ConfigError, Model
+from transxssm_jax import config as config_lib
+from transxssm_jax.cli import Flag
+from transxssm_jax.config import Config, ConfigError
 from transxssm_jax.data.loader import check_vocab, make_loader
 from transxssm_jax.data.manifest import DataError, read_manifest
 from transxssm_jax.data.tokenizer import load_tokenizer
@@ -46,9 +50,26 @@ from transxssm_jax.model.loss import IGNORED
 from transxssm_jax.model.parameters import split_model
 from transxssm_jax.training import checkpoint
 
-FINISHED, WRONG_INPUT = 0, 2
 SCALINGS = ('none', 'linear', 'dynamic', 'length')
 ROW_TOKENS = 8192  # read at a time
+
+COMMAND = cli.Command(
+    'transxssm_jax.evals.perplexity',
+    __doc__,
+    [
+        Flag('workdir', cli.REQUIRED, 'Directory of the run.', example='runs/a', is_path=True),
+        Flag('step', -1, 'Step of the checkpoint; -1: the newest.', minimum=-1),
+        Flag('data', '', 'Prepared directory; empty: data.path of the run.', is_path=True),
+        Flag('split', '', 'Split of it; empty: the evaluation split of the run.'),
+        Flag('lengths', ('1x', '2x', '4x', '8x'), 'Window lengths, in tokens or training lengths (2x).'),
+        Flag('rope_scaling', SCALINGS, 'Rope scalings to compare.', choices=SCALINGS),
+        Flag('rope_factor', 0.0, 'Stretch of linear and dynamic; 0: that of the run.', minimum=0.0),
+        Flag('documents', 'long', 'How text becomes windows, see above.', choices=('long', 'joined')),
+        Flag('windows', 16, 'Most windows of the longest length; 0: all there are.', minimum=0),
+        Flag('batch', 1, 'Windows at once.', minimum=1),
+        Flag('output', '', 'JSON file; empty: perplexity.json in the workdir.', is_path=True),
+    ],
+)
 
 
 def token_losses(hidden_BLD: jax.Array, head_VD: jax.Array, targets_BL: jax.Array, chunk_tokens: int) -> jax.Array:
@@ -94,7 +115,7 @@ def losses_by_position(
     padding = -len(tokens_BL) % batch
     tokens_BL = np.pad(tokens_BL, ((0, padding), (0, 0)))
     targets_BL = np.pad(targets_BL, ((0, padding), (0, 0)), constant_values=IGNORED)
-    graph, _ = split_model(dataclasses.replace(config.model, remat='none'))
+    graph, _ = split_model(config_lib.replace(config, {'model.remat': 'none'}).model)
 
     @jax.jit
     def losses(params, tokens_BL, targets_BL):
@@ -118,9 +139,16 @@ def bucket_edges(length: int, training_length: int) -> list[int]:
     return [0, *(edge for edge in edges if 0 < edge < length), length]
 
 
-def scaled(model: Model, scaling: str, factor: float, training_length: int) -> Model:
-    """The model's settings with another rope scaling."""
-    return dataclasses.replace(model, rope_scaling=scaling, rope_factor=factor, rope_original_length=training_length)
+def scaled(config: Config, scaling: str, factor: float) -> Config:
+    """The config with another rope scaling, from the training length on."""
+    return config_lib.replace(
+        config,
+        {
+            'model.rope_scaling': scaling,
+            'model.rope_factor': factor,
+            'model.rope_original_length': config.data.seq_len,
+        },
+    )
 
 
 def _summary(nats_L: np.ndarray, counts_L: np.ndarray, start: int, stop: int) -> dict:
@@ -213,12 +241,10 @@ def evaluate(
     total = len(scalings) * sum(spans.shape[0] * (spans.shape[1] // length * length) for length in lengths)
     with tqdm.tqdm(total=total, desc='perplexity', unit=' tokens', unit_scale=True, disable=None) as bar:
         for scaling in scalings:
-            model = scaled(config.model, scaling, factor, training_length)
+            changed = scaled(config, scaling, factor)
             for length in lengths:
                 bar.set_postfix_str(f'{scaling}, {length}')
-                nats_L, counts_L = losses_by_position(
-                    params, dataclasses.replace(config, model=model), spans, length, batch=batch, advance=bar.update
-                )
+                nats_L, counts_L = losses_by_position(params, changed, spans, length, batch=batch, advance=bar.update)
                 edges = bucket_edges(length, training_length)
                 total_of = _summary(nats_L, counts_L, 0, length)
                 results.append(
@@ -249,26 +275,18 @@ def table(results: list[dict], training_length: int) -> str:
     return '\n'.join([*lines, f'+ beyond the training length of {training_length}'])
 
 
-def _parse_lengths(text: str, training_length: int) -> list[int]:
+def _parse_lengths(parts: tuple[str, ...], training_length: int) -> list[int]:
     lengths = set()
-    for part in text.split(','):
+    for part in parts:
         match = re.fullmatch(r'(\d+)(x?)', part.strip())
         length = int(match[1]) * (training_length if match[2] else 1) if match else 0
         if length < 2:
             raise ConfigError(
-                f'--lengths={text}: {part!r} must be a number of tokens of at least 2, or a multiple of the '
+                f'--lengths={",".join(parts)}: {part!r} must be a number of tokens of at least 2, or a multiple of the '
                 f'training length ({training_length}) such as 2x'
             )
         lengths.add(length)
     return sorted(lengths)
-
-
-def _parse_scalings(text: str) -> list[str]:
-    scalings = [part.strip() for part in text.split(',')]
-    for scaling in scalings:
-        if scaling not in SCALINGS:
-            raise ConfigError(f'--rope_scaling={text}: {scaling!r} is not one of {", ".join(SCALINGS)}')
-    return scalings
 
 
 def _check_tokenizer(path: str, split: str, config: Config) -> None:
@@ -287,70 +305,37 @@ def _check_tokenizer(path: str, split: str, config: Config) -> None:
         )
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog='python -m transxssm_jax.evals.perplexity',
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument('--workdir', required=True, help='directory of the run')
-    parser.add_argument('--step', type=int, default=-1, help='which checkpoint; default: the newest')
-    parser.add_argument('--data', default='', help="prepared data; default: the run's")
-    parser.add_argument('--split', default='', help="split of it; default: the run's evaluation split")
-    parser.add_argument('--lengths', default='1x,2x,4x,8x', help='window lengths, in tokens or training lengths (2x)')
-    parser.add_argument('--rope_scaling', default=','.join(SCALINGS), help='scalings to compare')
-    parser.add_argument(
-        '--rope_factor', type=float, default=0.0, help="stretch of linear and dynamic; default: the run's"
-    )
-    parser.add_argument('--documents', choices=('long', 'joined'), default='long', help='see above')
-    parser.add_argument('--windows', type=int, default=16, help='most windows of the longest length; 0: all there are')
-    parser.add_argument('--batch', type=int, default=1, help='windows at once')
-    parser.add_argument('--output', default='', help='JSON file; default: perplexity.json in the workdir')
-    return parser
-
-
 def main(argv: list[str] | None = None) -> int:
+    """The command; see the module's docstring. Returns its exit code."""
+    return cli.run(COMMAND, _evaluate, argv)
+
+
+def _evaluate(flags) -> None:
     logging.getLogger('absl').setLevel(logging.ERROR)
-    arguments = _parser().parse_args(argv)
-    try:
-        if arguments.batch < 1 or arguments.windows < 0:
-            raise ConfigError(
-                f'--batch={arguments.batch} must be at least 1 and --windows={arguments.windows} at least 0'
-            )
-        if arguments.rope_factor and not 1 <= arguments.rope_factor < math.inf:
-            raise ConfigError(f'--rope_factor={arguments.rope_factor} must be at least 1')
-        scalings = _parse_scalings(arguments.rope_scaling)
-        params, config = checkpoint.load_trained(arguments.workdir, arguments.step)
-        lengths = _parse_lengths(arguments.lengths, config.data.seq_len)
-        data = arguments.data or config.data.path
-        if not data:
-            raise ConfigError('the run names no data; give --data=DIR (python -m transxssm_jax.data.prepare)')
-        split = arguments.split or config.data.eval_split or 'validation'
-        _check_tokenizer(data, split, config)
-        spans = read_spans(data, split, lengths[-1], documents=arguments.documents, count=arguments.windows)
-        factor = arguments.rope_factor or config.model.rope_factor
-        results = evaluate(
-            params, config, spans, lengths=lengths, scalings=scalings, factor=factor, batch=arguments.batch
-        )
-        report = {
-            'workdir': str(arguments.workdir),
-            'data': str(data),
-            'split': split,
-            'documents': arguments.documents,
-            'training_length': config.data.seq_len,
-            'rope_factor': factor,
-            'results': results,
-        }
-        output = pathlib.Path(arguments.output or pathlib.Path(arguments.workdir) / 'perplexity.json')
-        output.write_text(json.dumps(report, indent=1) + '\n')
-    except (ConfigError, DataError, checkpoint.CheckpointError, OSError) as error:
-        print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
-        return WRONG_INPUT
+    if flags.rope_factor and flags.rope_factor < 1:
+        raise ConfigError(f'--rope_factor={flags.rope_factor} must be at least 1')
+    params, config = checkpoint.load_trained(flags.workdir, flags.step)
+    lengths = _parse_lengths(flags.lengths, config.data.seq_len)
+    data = flags.data or config.data.path
+    if not data:
+        raise ConfigError('the run names no data; give --data=DIR (python -m transxssm_jax.data.prepare)')
+    split = flags.split or next(iter(config.data.eval_split_names), 'validation')
+    _check_tokenizer(data, split, config)
+    spans = read_spans(data, split, lengths[-1], documents=flags.documents, count=flags.windows)
+    factor = flags.rope_factor or config.model.rope_factor
+    results = evaluate(
+        params, config, spans, lengths=lengths, scalings=list(flags.rope_scaling), factor=factor, batch=flags.batch
+    )
+    report = {
+        'workdir': str(flags.workdir),
+        'data': str(data),
+        'split': split,
+        'documents': flags.documents,
+        'training_length': config.data.seq_len,
+        'rope_factor': factor,
+        'results': results,
+    }
+    output = pathlib.Path(flags.output or pathlib.Path(flags.workdir) / 'perplexity.json')
+    output.write_text(json.dumps(report, indent=1) + '\n')
     print(table(results, config.data.seq_len))
     print(f'written to {output}')
-    return FINISHED
-
-
-if __name__ == '__main__':
-    sys.exit(main())

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from transxssm_jax import cli
 from transxssm_jax.config import Model
 
 
-class InputError(ValueError):
+class InputError(cli.UserError, ValueError):
     """What was asked for cannot be generated; the message is one line."""
 
 

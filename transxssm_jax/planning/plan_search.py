@@ -20,6 +20,7 @@ from collections.abc import Callable
 from tqdm import tqdm
 
 from pallas_kernels.chips import Chip, Tpu
+from transxssm_jax import config as config_lib
 from transxssm_jax.config import Config
 from transxssm_jax.model.costs import REMAT
 from transxssm_jax.planning import estimate, roofline
@@ -139,10 +140,7 @@ def _divisors(n):
 
 
 def _with(config: Config, remat: str, microbatches: int) -> Config:
-    model = dataclasses.replace(config.model, remat=remat)
-    return dataclasses.replace(
-        config, model=model, train=dataclasses.replace(config.train, accumulation_steps=microbatches)
-    )
+    return config_lib.replace(config, {'model.remat': remat, 'train.accumulation_steps': microbatches})
 
 
 def _min_seconds(config: Config, chip: Chip, sizes: dict[str, int]) -> float:

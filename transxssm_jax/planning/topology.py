@@ -14,6 +14,7 @@ import jax
 
 from pallas_kernels import hlo
 from pallas_kernels.chips import CHIPS, COMPILE_ONLY, TPUS, Chip, Tpu
+from transxssm_jax import cli
 from transxssm_jax.config import Config, ConfigError
 from transxssm_jax.planning.hlo import Collective, collectives, step_hbm_bytes
 from transxssm_jax.training import step
@@ -54,8 +55,10 @@ class Progress:
             reminder.join()
 
 
-class DoesNotFitError(MemoryError):
+class DoesNotFitError(cli.UserError, MemoryError):
     """The compiler refused the step for want of memory: its message, and the largest temporaries, one line each."""
+
+    exit_code = cli.ExitCode.DOES_NOT_FIT
 
     def __init__(self, message: str, largest: list[str]):
         super().__init__(message)
