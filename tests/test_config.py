@@ -13,7 +13,7 @@ import pytest
 from transxssm_jax import cli, settings
 from transxssm_jax import config as config_lib
 from transxssm_jax.config import Config, ConfigError, Data, Mesh, Model, Optimizer, Train
-from transxssm_jax.model import parameters
+from transxssm_jax.model.parameters import count_params, init_params
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 
@@ -109,7 +109,7 @@ def test_a_resolved_config_is_locked(path):
         ({'model.num_heads': 7}, 'model.d_model=128 must be divisible by model.num_heads=7; try 112 or 224'),
         ({'model.num_kv_heads': 3}, 'model.num_heads=8 must be divisible by model.num_kv_heads=3; try 6 or 9'),
         ({'model.num_ssd_groups': 5}, 'model.num_heads=8 must be divisible by model.num_ssd_groups=5; try 5 or 10'),
-        ({'model.num_layers': 12}, 'model.num_layers=12 must be divisible by layers a module=8; try 8 or 16'),
+        ({'model.num_layers': 12}, 'model.num_layers=12 must be divisible by layers per period=8; try 8 or 16'),
         ({'model.num_layers': 4}, 'try 8'),
         ({'model.num_heads': 16, 'model.num_kv_heads': 1, 'model.num_ssd_groups': 1}, '= 8 must be a multiple of 16'),
         ({'model.d_state': 24}, 'model.d_state=24 must be a multiple of 16; try 32'),
@@ -141,9 +141,9 @@ def test_settings_that_do_not_fit_each_other_are_refused(path, overrides, messag
 
 
 def test_layer_patterns():
-    assert Model(attention_period=4, attention_offset=2).layer_kinds == ('ssd', 'ssd', 'attention', 'ssd')
-    assert Model(attention_period=1, attention_offset=0).layer_kinds == ('attention',)
-    assert Model(attention_period=0).layer_kinds == ('ssd',)
+    assert Model(attention_period=4, attention_offset=2).layer_pattern == ('ssd', 'ssd', 'attention', 'ssd')
+    assert Model(attention_period=1, attention_offset=0).layer_pattern == ('attention',)
+    assert Model(attention_period=0).layer_pattern == ('ssd',)
     config_lib.resolve(Config(model=Model(attention_period=0)))  # the offset, 7, is then without meaning
 
 
@@ -547,7 +547,7 @@ def test_a_checkpoint_binds_every_setting_that_shapes_the_parameters():
     free = {name for name, field in Model.__dataclass_fields__.items() if not field.metadata['of_checkpoint']}
 
     def shapes(model):
-        return jax.tree.map(lambda leaf: leaf.shape, jax.eval_shape(lambda: parameters.init_params(model, 0)))
+        return jax.tree.map(lambda leaf: leaf.shape, jax.eval_shape(lambda: init_params(model, 0)))
 
     for name, value in changes.items():
         assert shapes(dataclasses.replace(base, **{name: value})) != shapes(base), name
@@ -577,10 +577,10 @@ def test_a_shipped_config_loads(path):
 @pytest.mark.parametrize('name, count', [('1p3b', 1.30e9), ('320m', 320e6)])
 def test_parameter_counts(name, count):
     model = config_lib.load(CONFIGS / f'{name}.py').model
-    assert parameters.count_params(model) == pytest.approx(count, rel=0.01)
+    assert count_params(model) == pytest.approx(count, rel=0.01)
     assert model.vocab_size == 50304 and model.tie_embeddings
-    assert model.layer_kinds == ('ssd',) * 7 + ('attention',)
-    assert _parameters(model) == parameters.count_params(model)
+    assert model.layer_pattern == ('ssd',) * 7 + ('attention',)
+    assert _parameters(model) == count_params(model)
 
 
 def _parameters(model):
