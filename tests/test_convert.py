@@ -419,6 +419,10 @@ REFUSED = {
         'lm_head.weight differs from model.word_embed.weight',
     ),
     'another model': (dict(model_type='llama'), 'model_type="llama" is another model'),
+    'a number for a model': (dict(model_type=3), 'model_type=3 is another model'),
+    'absurd depth': (dict(num_hidden_layers=2**63), 'model.num_layers=9223372036854775808 must be at most 4096'),
+    'absurd period': (dict(num_hidden_layers=10**10, attn_layer_period=10**10), 'must be at most 4096'),
+    'a list for a kind': (dict(rope_scaling={'type': ['linear']}), 'rope_scaling.rope_type=["linear"] is not computed'),
     'activation': (dict(hidden_act='gelu'), 'hidden_act="gelu" is not computed here'),
     'scaling': (
         dict(rope_scaling={'rope_type': 'yarn', 'factor': 2.0}),
@@ -456,7 +460,7 @@ def test_files_that_are_not_there_or_broken_are_refused(tmp_path, capsys):
     imports = ('import', f'--source={source}', f'--workdir={workdir}')
     refused('config.json: No such file or directory', *imports)
     write(source, files=2)
-    refused('unknown argument --sauce=1', *imports, '--sauce=1')
+    refused('unknown flag --sauce; did you mean --source?', *imports, '--sauce=1')
     refused('unknown setting data.seqlen; did you mean data.seq_len?', *imports, '--config.data.seqlen=4')
     refused('--config.model.*: sizes and kinds of layers are those of the weights', *imports, '--config.model.d_mlp=32')
     refused('tokenizer no.json: No such file', *imports, '--tokenizer=no.json')

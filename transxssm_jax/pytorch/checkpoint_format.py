@@ -97,7 +97,7 @@ def model_of(published: dict, where: str) -> tuple[Model, list[str]]:
         raise ConvertError(f'{where}: {name}={json.dumps(value)} {rule}')
 
     fields = PUBLISHED | published
-    if fields.get('model_type', 'TransXSSM').lower() != 'transxssm':
+    if str(fields.get('model_type', 'TransXSSM')).lower() != 'transxssm':
         refuse('model_type', fields['model_type'], 'is another model; only TransXSSM is read')
     if fields['hidden_act'] not in ('silu', 'swish'):
         refuse('hidden_act', fields['hidden_act'], 'is not computed here; only silu is')
@@ -111,7 +111,7 @@ def model_of(published: dict, where: str) -> tuple[Model, list[str]]:
     fields['rope_theta'] = scaling.get('rope_theta', fields['rope_theta'])
     kind = scaling.get('rope_type', scaling.get('type', 'default'))
     kinds = {'default': 'none', 'linear': 'linear', 'dynamic': 'dynamic'}
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         refuse('rope_scaling.rope_type', kind, f'is not computed here; only {", ".join(kinds)} are')
     try:
         layers, period, offset = (fields[f] for f in ('num_hidden_layers', 'attn_layer_period', 'attn_layer_offset'))
