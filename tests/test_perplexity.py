@@ -20,6 +20,7 @@ from transxssm_jax.model.parameters import init_params, split_model
 from transxssm_jax.training import checkpoint
 
 TRAINED = 32  # tokens of a row in training
+BEGIN = 256
 
 
 @pytest.fixture(scope='module')
@@ -91,16 +92,18 @@ def test_logits_of_a_window_never_exist_whole():
 @pytest.mark.parametrize('length, batch', [(2 * TRAINED, 1), (TRAINED, 3)])
 def test_losses_by_position_are_those_of_each_window_by_itself(config, params, spans, length, batch):
     done = []
-    nats_L, counts_L = perplexity.losses_by_position(params, config, spans, length, batch=batch, advance=done.append)
+    nats_L, counts_L = perplexity.losses_by_position(
+        params, config, spans, length, begin=BEGIN, batch=batch, advance=done.append
+    )
     model = nnx.merge(split_model(config.model)[0], params)
     log_probabilities = jax.jit(lambda tokens_BL: jax.nn.log_softmax(model.logits(tokens_BL)))
     expected_L, expected_counts_L = np.zeros(length), np.zeros(length, int)
     for span in spans:
         for start in range(0, len(span), length):
-            logits = np.asarray(log_probabilities(span[None, start : start + length]))[0]
-            for i, target in enumerate(span[start + 1 : start + length + 1]):
-                expected_L[i] -= logits[i, target]
-                expected_counts_L[i] += 1
+            window = span[start : start + length]
+            logits = np.asarray(log_probabilities(np.array([[BEGIN, *window[:-1]]])))[0]
+            expected_L -= logits[np.arange(length), window]
+            expected_counts_L += 1
     np.testing.assert_array_equal(counts_L, expected_counts_L)
     np.testing.assert_allclose(nats_L, expected_L, rtol=1e-4)
     assert sum(done) == spans.size
@@ -108,7 +111,14 @@ def test_losses_by_position_are_those_of_each_window_by_itself(config, params, s
 
 def test_scalings_differ_only_beyond_the_training_length(config, params, spans):
     results = perplexity.evaluate(
-        params, config, spans, lengths=[TRAINED, 4 * TRAINED], scalings=list(perplexity.SCALINGS), factor=4.0, batch=2
+        params,
+        config,
+        spans,
+        lengths=[TRAINED, 4 * TRAINED],
+        scalings=list(perplexity.SCALINGS),
+        factor=4.0,
+        batch=2,
+        begin=BEGIN,
     )
     by = {(result['rope_scaling'], result['length']): result for result in results}
     assert len(by) == 8
@@ -120,8 +130,8 @@ def test_scalings_differ_only_beyond_the_training_length(config, params, spans):
     of_none, of_length = (by[scaling, 4 * TRAINED]['buckets'] for scaling in ('none', 'length'))
     assert of_none[0]['nats_per_token'] == pytest.approx(of_length[0]['nats_per_token'], rel=1e-5)
     for result in results:
-        # Every length scores every token of a span but its first.
-        assert result['tokens'] == spans.size - len(spans) == sum(bucket['tokens'] for bucket in result['buckets'])
+        # Every length scores every token of a span.
+        assert result['tokens'] == spans.size == sum(bucket['tokens'] for bucket in result['buckets'])
         mean = sum(bucket['tokens'] * bucket['nats_per_token'] for bucket in result['buckets']) / result['tokens']
         assert mean == pytest.approx(result['nats_per_token'])
         assert result['perplexity'] == pytest.approx(np.exp(result['nats_per_token']))
@@ -136,11 +146,9 @@ def test_bucket_edges():
     assert perplexity.bucket_edges(6, 2) == [0, 1, 2, 4, 6]
 
 
-@pytest.mark.parametrize('row_tokens', [16, 1000])
-def test_spans(data, monkeypatch, row_tokens):
-    """Whatever rows the text is read in: long documents from their start, or all of them end to end."""
+def test_spans(data):
+    """Long documents from their start, or all documents joined."""
     path, documents = data
-    monkeypatch.setattr(perplexity, 'ROW_TOKENS', row_tokens)
     long = [document[i : i + 100] for document in documents for i in range(0, len(document) - 99, 100)]
     assert len(long) == 5
     np.testing.assert_array_equal(perplexity.read_spans(path, 'validation', 100, documents='long', count=0), long)
@@ -168,11 +176,18 @@ def workdir(tmp_path_factory, config, params, data):
 
 
 def test_command(workdir, data, capsys):
-    assert (
-        perplexity.main([f'--workdir={workdir}', '--lengths=1x,48', '--rope_scaling=none,length', '--windows=0']) == 0
-    )
+    argv = [f'--workdir={workdir}', '--lengths=1x,48', '--rope_scaling=none,length', '--windows=0']
+    assert perplexity.main(argv) == 0
     out = capsys.readouterr().out
-    report = json.loads((workdir / 'perplexity.json').read_text())
+    (path,) = (workdir / 'evals').glob('perplexity-step-1-*.json')
+    report = json.loads(path.read_text())
+    first = out.splitlines()[0]
+    assert f'{workdir} at step 1: 2 rope scalings x 2 lengths over' in first and first.endswith(str(path))
+    assert (report['workdir'], report['step'], len(report['config_digest'])) == (str(workdir), 1, 64)
+    assert (
+        report['command'].startswith('python -m transxssm_jax.evals.perplexity --workdir=')
+        and report['versions']['jax']
+    )
     assert [(r['rope_scaling'], r['length']) for r in report['results']] == [
         ('none', 32),
         ('none', 48),
@@ -180,9 +195,9 @@ def test_command(workdir, data, capsys):
         ('length', 48),
     ]
     spans = sum(len(document) // 48 for document in data[1])
-    assert report['results'][1]['windows'] == spans and report['results'][1]['tokens'] == 47 * spans
+    assert report['results'][1]['windows'] == spans and report['results'][1]['tokens'] == 48 * spans
     assert report['training_length'] == TRAINED and report['documents'] == 'long'
-    assert f'{report["results"][1]["perplexity"]:.4g}' in out and 'perplexity.json' in out
+    assert f'{report["results"][1]["perplexity"]:.4g}' in out and out.endswith(f'results written to {path}\n')
 
 
 def test_bad_input_is_said_in_one_line(workdir, data, tmp_path, capsys):
@@ -200,6 +215,9 @@ def test_bad_input_is_said_in_one_line(workdir, data, tmp_path, capsys):
     refused('less than one window of 32768', '--lengths=1024x', '--documents=joined')
     refused('has no split', '--split=test')
     refused('holds no prepared data', f'--data={tmp_path}')
+    (tmp_path / 'old.json').write_text('')
+    refused('old.json exists; name a new file', f'--output={tmp_path / "old.json"}')
+    refused('its directory does not exist', '--output=/nowhere/new.json')
     refused('--batch=0 must be at least 1', '--batch=0')
     refused('--rope_factor=0.5 must be at least 1', '--rope_factor=0.5')
     train_tokenizer(tmp_path / 'tokenizer.json', ['<|endoftext|>'])
@@ -213,5 +231,5 @@ def test_bad_input_is_said_in_one_line(workdir, data, tmp_path, capsys):
         == 0
     )
     capsys.readouterr()
-    refused('was prepared with another tokenizer', f'--data={tmp_path / "words"}', '--lengths=2')
+    refused('has another tokenizer than the training data', f'--data={tmp_path / "words"}', '--lengths=2')
     assert train_fixtures.checkpoint_steps(workdir) == [1]

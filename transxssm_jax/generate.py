@@ -2,29 +2,25 @@
 
 Prompts are read from --prompt, from --prompts=FILE (a line each, or .jsonl with "prompt"), or, with --interactive, from
 the terminal. The text streams to the terminal, or goes to --out=FILE.jsonl.
+Each line is written as soon as its completion has ended; at the end the lines are put in the order of the prompts.
 
 Exit codes: 0 done; 2 wrong input, said in one line; 130 interrupted.
-
-Shape legend: B rows, L length.
 """
 
 import argparse
-import contextlib
+import itertools
 import json
 import logging
+import os
 import pathlib
 import sys
 
-import jax
-import numpy as np
-
-from transxssm_jax import config as config_lib
-from transxssm_jax.config import Config, ConfigError
+from transxssm_jax.config import ConfigError
 from transxssm_jax.data.manifest import DataError
-from transxssm_jax.data.tokenizer import load_tokenizer
 from transxssm_jax.inference.generator import Generator
-from transxssm_jax.inference.sampling import InputError, Sampling
-from transxssm_jax.parallel import mesh
+from transxssm_jax.inference.prompt import clean_text, encode_prompts
+from transxssm_jax.inference.sampling import InputError, Sampling, fold_seed
+from transxssm_jax.inference.trained_run import open_run
 from transxssm_jax.training import checkpoint
 
 FINISHED, WRONG_INPUT, INTERRUPTED = 0, 2, 130
@@ -61,7 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     add('--min_p', type=float, default=0.0, help='0: off')
     add('--repetition_penalty', type=float, default=1.0, help='1: off')
     add('--stop', action='append', default=[], metavar='TEXT', help='text that ends a completion; may be given again')
-    add('--seed', type=int, default=0, help='the same seed gives the same text')
+    add('--seed', type=int, default=0, help='the same seed gives the same text for the same prompt at the same place')
+    add('--num_samples', type=int, default=1, help='completions of each prompt')
     add('--batch', type=int, default=64, help='prompts worked on at once')
     add('--tokenizer', default='', metavar='byte|FILE.json|DIR', help='default: that of data.path of the run')
     add('--data', type=int, default=1, help='devices that split the prompts')
@@ -81,6 +78,8 @@ def main(argv: list[str] | None = None) -> int:
         out = pathlib.Path(arguments.out or '')
         if arguments.out and (out.exists() or not out.absolute().parent.is_dir()):
             raise InputError(f'--out={out} {"exists" if out.exists() else "is in no directory"}; name a new file')
+        if arguments.num_samples < 1:
+            raise InputError(f'--num_samples={arguments.num_samples} must be at least 1')
         records = _read_prompts(arguments)
         names = ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')
         request = dict(
@@ -88,25 +87,25 @@ def main(argv: list[str] | None = None) -> int:
             stop_strings=arguments.stop,
             sampling=Sampling(**{name: getattr(arguments, name) for name in names}),
         )
-        config = checkpoint.load_config(arguments.workdir, arguments.step)
-        tokenizer = _tokenizer_of(config, arguments)
-        with _devices(config, arguments):
-            params, config = checkpoint.load_trained(arguments.workdir, arguments.step)
+        run = open_run(
+            arguments.workdir, arguments.step, arguments.tokenizer, data=arguments.data, tensor=arguments.tensor
+        )
+        with run.on_devices():
             generator = Generator(
-                params,
-                config,
-                tokenizer,
+                run.params,
+                run.config,
+                run.tokenizer,
                 max_length=arguments.max_length,
-                batch=min(arguments.batch, len(records) or 1),
+                batch=min(arguments.batch, len(records) * arguments.num_samples or 1),
             )
-            del params
+            del run
             if arguments.interactive:
-                _converse(generator, request, arguments.seed)
+                _converse(generator, request, arguments)
             elif arguments.out:
                 _write(generator, records, request, arguments)
             else:
-                for record in records:
-                    _print_stream(generator, record['prompt'], request, arguments.seed)
+                for i, record in enumerate(records):
+                    _print_streams(generator, record['prompt'], i, request, arguments)
         return FINISHED
     except (InputError, ConfigError, DataError, checkpoint.CheckpointError, OSError) as error:
         print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
@@ -123,7 +122,8 @@ def _read_prompts(arguments) -> list[dict]:
         name = '--prompt'
     else:
         name, records = f'--prompts={arguments.prompts}', []
-        for i, line in enumerate(pathlib.Path(arguments.prompts).read_text().splitlines(), start=1):
+        lines = pathlib.Path(arguments.prompts).read_text(encoding='utf-8', errors='replace').split('\n')
+        for i, line in enumerate(lines[: len(lines) - (lines[-1] == '')], start=1):
             try:
                 records.append(json.loads(line) if arguments.prompts.endswith('.jsonl') else {'prompt': line})
                 if not isinstance(records[-1]['prompt'], str):
@@ -131,61 +131,26 @@ def _read_prompts(arguments) -> list[dict]:
             except (ValueError, KeyError, TypeError):
                 raise InputError(f'{name}, line {i}: it must be an object with a text "prompt"') from None
         if not records:
-            raise InputError(f'{name} has no line; write a prompt a line')
-    for i, record in enumerate(records, start=1):
-        if not record['prompt']:
-            raise InputError(
-                f'{name}{f", line {i}" if arguments.prompts else ""}: the prompt is empty; give some text to continue'
-            )
-    return records
+            raise InputError(f'{name} has no line; write one prompt per line')
+    return [record | {'prompt': clean_text(record['prompt'])} for record in records]
 
 
-def _tokenizer_of(config: Config, arguments):
-    source = arguments.tokenizer or config.data.path
-    try:
-        return load_tokenizer(source)
-    except DataError as error:
-        raise DataError(
-            f'{error} (--tokenizer)'
-            if arguments.tokenizer
-            else f'{error}: that is data.path of the run; give its tokenizer with --tokenizer'
-        ) from error
+def _print_streams(generator: Generator, text: str, index: int, request: dict, arguments) -> None:
+    """Prints a prompt with each of its completions as it grows; `index` is the prompt's among the prompts."""
+    [tokens] = encode_prompts(generator.tokenizer, [text])
+    for sample in range(arguments.num_samples):
+        pieces = generator.stream(tokens, seed=fold_seed(arguments.seed, index, sample), **request)
+        print(text, end='', flush=True)
+        for piece in pieces:
+            print(piece, end='', flush=True)
+        print()
 
 
-def _devices(config: Config, arguments):
-    """The mesh of --data and --tensor, in use, or nothing for one device."""
-    count = arguments.data * arguments.tensor
-    if count == 1:
-        return contextlib.nullcontext()
-    if not 0 < count <= len(jax.devices()):
-        raise InputError(
-            f'--data={arguments.data} x --tensor={arguments.tensor} must be from 1 to the {len(jax.devices())} '
-            'devices that are here'
-        )
-    settings = json.loads(config_lib.to_json(config))
-    settings['mesh'] |= dict(data=arguments.data, fsdp=1, context=1, tensor=arguments.tensor, slices=1)
-    settings['data']['global_batch'] = arguments.data
-    settings['train']['accumulation_steps'] = 1
-    return jax.set_mesh(mesh.build(config_lib.from_json(json.dumps(settings)), jax.devices()[:count]))
-
-
-def _encode(generator: Generator, text: str) -> np.ndarray:
-    return generator.tokenizer.encode_batch([text])[0]
-
-
-def _print_stream(generator: Generator, text: str, request: dict, seed: int) -> None:
-    pieces = generator.stream(_encode(generator, text), seed=seed, **request)
-    print(text, end='', flush=True)
-    for piece in pieces:
-        print(piece, end='', flush=True)
-    print()
-
-
-def _converse(generator: Generator, request: dict, seed: int) -> None:
-    """Each prompt is continued by itself, until the end of the input."""
-    while True:
+def _converse(generator: Generator, request: dict, arguments) -> None:
+    """Continues each prompt by itself, until the end of the input."""
+    for index in itertools.count():
         try:
-            text = input('> ' if sys.stdin.isatty() else '')
+            text = clean_text(input('> ' if sys.stdin.isatty() else ''))
         except EOFError:
             return
         except KeyboardInterrupt:
@@ -193,7 +158,7 @@ def _converse(generator: Generator, request: dict, seed: int) -> None:
             continue
         try:
             if text:
-                _print_stream(generator, text, request, seed)
+                _print_streams(generator, text, index, request, arguments)
         except InputError as error:
             print(f'error: {error}', file=sys.stderr)
         except KeyboardInterrupt:
@@ -201,14 +166,32 @@ def _converse(generator: Generator, request: dict, seed: int) -> None:
 
 
 def _write(generator: Generator, records: list[dict], request: dict, arguments) -> None:
-    completions = generator.generate(
-        [_encode(generator, record['prompt']) for record in records], seeds=arguments.seed, **request
+    """Writes each completion as soon as it has ended, so that an error loses none; at the end, in the prompts' order."""
+    samples = range(arguments.num_samples)
+    texts = [
+        (record | ({'sample': sample} if len(samples) > 1 else {}), fold_seed(arguments.seed, i, sample))
+        for i, record in enumerate(records)
+        for sample in samples
+    ]
+    completions = generator.completions(
+        encode_prompts(generator.tokenizer, [record['prompt'] for record, _ in texts]),
+        seeds=[seed for _, seed in texts],
+        **request,
     )
-    with open(arguments.out, 'x') as file:
-        for record, completion in zip(records, completions):
-            values = record | {'completion': completion.text, 'finish': completion.finish}
-            file.write(json.dumps(values, ensure_ascii=False) + '\n')
-    print(f'{len(records)} completions in {arguments.out}')
+    lines = {}
+    # In other fields of a record too JSON can spell what is no text; as it was spelled, it is written.
+    encoding = dict(encoding='utf-8', errors='backslashreplace')
+    with open(arguments.out, 'x', **encoding) as file:
+        for i, completion in completions:
+            values = texts[i][0] | {'completion': completion.text, 'finish_reason': completion.finish_reason}
+            lines[i] = json.dumps(values, ensure_ascii=False) + '\n'
+            file.write(lines[i])
+            file.flush()
+    if list(lines) != sorted(lines):
+        ordered = pathlib.Path(f'{arguments.out}.tmp')
+        ordered.write_text(''.join(lines[i] for i in sorted(lines)), **encoding)
+        os.replace(ordered, arguments.out)
+    print(f'{len(lines)} completions in {arguments.out}')
 
 
 if __name__ == '__main__':

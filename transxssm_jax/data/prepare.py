@@ -47,6 +47,7 @@ from transxssm_jax.data.manifest import DATASET_NAME, DataError, Shard, Source, 
 from transxssm_jax.data.shard_writer import Unit, lengths_path, result_path, shard_path, tokenize_unit
 from transxssm_jax.data.source import cut, list_files, parse_source
 from transxssm_jax.data.tokenizer import load_tokenizer
+from transxssm_jax.data.vocabulary import check_size
 from transxssm_jax.data.workers import follow_parent
 
 MIN_SHARD_BYTES = 4 << 20  # of text: seconds of work, what an interruption can lose
@@ -113,10 +114,13 @@ def prepare(arguments: argparse.Namespace) -> SplitIndex:
     """Prepares one split. Raises DataError, or OSError for a full disk and the like."""
     output, split = arguments.output, arguments.split
     tokenizer = load_tokenizer(arguments.tokenizer, arguments.eos)
-    if arguments.vocab_size and tokenizer.vocab_size > arguments.vocab_size:
-        raise DataError(
-            f'--tokenizer={arguments.tokenizer} has {tokenizer.vocab_size} ids, more than '
-            f'--vocab_size={arguments.vocab_size}; raise it to at least {tokenizer.vocab_size}'
+    if arguments.vocab_size:
+        check_size(
+            f'--tokenizer={arguments.tokenizer}',
+            tokenizer.vocab_size,
+            arguments.vocab_size,
+            limit_name='--vocab_size',
+            remedy=f'raise it to at least {tokenizer.vocab_size}',
         )
     sources = [parse_source(argument) for argument in arguments.source]
     if len({bool(weight) for _, weight in sources}) > 1:

@@ -1,4 +1,4 @@
-"""Text <-> token ids. Every tokenizer has `encode_batch`, `decode`, `vocab_size`, `eos_id`, `dtype`.
+"""Text <-> token ids. Every tokenizer has `encode_batch`, `decode`, `vocab_size`, `eos_id`, `special_ids`, `dtype`.
 
 `encode_batch` never adds special tokens: prepare.py ends each document with
 `eos_id` itself. A special token spelled out in the text (`<|endoftext|>`) does
@@ -20,6 +20,7 @@ class ByteTokenizer:
 
     vocab_size = 257
     eos_id = 256
+    special_ids = {}  # text -> id of the tokens that `decode` leaves out; eos has no text here
     dtype = np.dtype(np.uint16)
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
@@ -60,6 +61,8 @@ class JsonTokenizer:
         self.vocab_size = max(vocabulary.values()) + 1
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
         self.eos_token, self.eos_id = _find_eos(vocabulary, name, eos)
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """One array of ids (uint16, or uint32 where the vocabulary is larger) for each text, without eos."""

@@ -3,27 +3,25 @@
     python -m transxssm_jax.evals.perplexity --workdir=DIR [--step=N] [--data=DIR] [--split=validation]
         [--lengths=1x,2x,4x,8x] [--rope_scaling=none,linear,dynamic,length] [--documents=long|joined]
 
-Held-out text is cut into windows of each length, which start with an empty
-state and position 0. Every length scores the same text, so that a difference
-between two lengths is one of context, not of text. 1x is the training length,
-data.seq_len of the run.
+Held-out text is cut into windows of each length. Each window starts with an empty state, position 0 and the
+tokenizer's begin token, as a row of training does, and each of its tokens is scored. Every length scores the same
+text, so that a difference between two lengths is one of context, not of text. 1x is the training length, data.seq_len
+of the run.
 
---documents=long, as in papers on long context, takes documents of at least the
-longest length and cuts each from its start; the rest of it is left out.
---documents=joined lays all documents end to end, each with its end-of-document
-token, and cuts that; state, attention and positions run on over the ends,
-although a model trained here has never seen that. It tells whether a model
-stays stable where there are no long documents, not what it makes of context.
+--documents=long, as in papers on long context, takes documents of at least the longest length and cuts each from its
+start; the rest of the document is left out. --documents=joined joins all documents, each with its end-of-document
+token, and cuts the joined text; state, attention and positions continue across the ends of documents, although the
+model was never trained so. It shows whether a model stays stable where there are no long documents, not how well it
+uses context.
 
-Prints a table and writes JSON (--output). Memory grows with the window's
-length alone: logits exist for train.loss_chunk_tokens tokens at a time.
+Prints a table and writes JSON to --output, by default WORKDIR/evals/perplexity-step-STEP-TIME.json. Memory grows only
+with the window's length: logits exist for train.loss_chunk_tokens tokens at a time.
 
 Shape legend: B windows, L length, D model, V vocabulary, T tokens of a chunk.
 """
 
 import argparse
 import dataclasses
-import json
 import logging
 import math
 import pathlib
@@ -38,23 +36,25 @@ import tqdm
 from flax import nnx
 
 from transxssm_jax.config import Config, ConfigError, Model
-from transxssm_jax.data.loader import check_vocab, make_loader
+from transxssm_jax.data.loader import read_documents
 from transxssm_jax.data.manifest import DataError, read_index
-from transxssm_jax.data.tokenizer import load_tokenizer
+from transxssm_jax.evals import results as results_lib
 from transxssm_jax.evals.scoring import log_likelihoods
+from transxssm_jax.inference.prompt import begin_id
+from transxssm_jax.inference.sampling import InputError
+from transxssm_jax.inference.trained_run import open_run
 from transxssm_jax.model.loss import IGNORED
 from transxssm_jax.model.parameters import split_model
 from transxssm_jax.training import checkpoint
 
 FINISHED, WRONG_INPUT = 0, 2
 SCALINGS = ('none', 'linear', 'dynamic', 'length')
-ROW_TOKENS = 8192  # read at a time
 
 
 def token_losses(hidden_BLD: jax.Array, head_VD: jax.Array, targets_BL: jax.Array, chunk_tokens: int) -> jax.Array:
     """Cross-entropy of every position in nats, float32 [B, L]; 0 where the target is IGNORED.
 
-    Logits are made for chunk_tokens tokens at a time from operands of hidden's dtype, as in loss.py.
+    Logits are computed for chunk_tokens tokens at a time from operands of hidden's dtype, as in loss.py.
     """
     x_TD, target_T = hidden_BLD.reshape(-1, hidden_BLD.shape[-1]), targets_BL.reshape(-1)
     chunk = min(chunk_tokens, len(target_T))
@@ -73,24 +73,30 @@ def token_losses(hidden_BLD: jax.Array, head_VD: jax.Array, targets_BL: jax.Arra
 
 
 def losses_by_position(
-    params: dict, config: Config, spans: np.ndarray, length: int, *, batch: int = 1, advance=lambda tokens: None
+    params: dict,
+    config: Config,
+    spans: np.ndarray,
+    length: int,
+    *,
+    begin: int,
+    batch: int = 1,
+    advance=lambda tokens: None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Loss at every position of windows of one length.
 
     Args:
-      params, config: from checkpoint.load_trained; config.model.rope_* say how positions are scaled.
+      params, config: of a run; config.model.rope_* are how positions are scaled.
       spans: int32 [texts, at least length] tokens; each text gives as many whole windows as it has.
+      begin: token that every window begins with; position i then predicts the window's token i.
       batch: windows at once.
       advance: called with the number of tokens that are done.
 
     Returns:
-      (nats, counts): float64 and int64 [length], sums over the windows. A window's last token is
-      counted where its text goes on.
+      (nats, counts): float64 and int64 [length], sums over the windows.
     """
-    windows, rest = spans.shape[1] // length, spans.shape[1] % length
-    tokens_BL = spans[:, : windows * length].reshape(-1, length)
-    targets = np.concatenate([spans[:, 1:], np.full_like(spans[:, :1], IGNORED)], axis=1)
-    targets_BL = targets[:, : spans.shape[1] - rest].reshape(-1, length)
+    windows = spans.shape[1] // length
+    targets_BL = spans[:, : windows * length].reshape(-1, length)
+    tokens_BL = np.concatenate([np.full_like(targets_BL[:, :1], begin), targets_BL[:, :-1]], axis=1)
     padding = -len(tokens_BL) % batch
     tokens_BL = np.pad(tokens_BL, ((0, padding), (0, 0)))
     targets_BL = np.pad(targets_BL, ((0, padding), (0, 0)), constant_values=IGNORED)
@@ -111,7 +117,7 @@ def losses_by_position(
 
 
 def bucket_edges(length: int, training_length: int) -> list[int]:
-    """Positions at which buckets begin and the last ends: quarters and halves of the training length, then doublings."""
+    """Positions between buckets: a quarter, a half and all of the training length, then doublings, from 0 to the length."""
     edges = [training_length // 4, training_length // 2, training_length]
     while edges[-1] < length:
         edges.append(2 * edges[-1])
@@ -137,7 +143,8 @@ def read_spans(path: pathlib.Path | str, split: str, length: int, *, documents: 
 
     Args:
       path, split: prepared data.
-      documents: 'long' or 'joined', see above.
+      length: tokens of a span.
+      documents: 'long' or 'joined', see the module's docstring.
       count: most spans; 0: all.
 
     Returns:
@@ -158,40 +165,25 @@ def read_spans(path: pathlib.Path | str, split: str, length: int, *, documents: 
             'lower --lengths'
         )
     spans = []
-    for document in _documents(path, split) if documents == 'long' else _joined(path, split, length):
+    texts = read_documents(path, split, at_least=length) if documents == 'long' else _joined(path, split, length)
+    for document in texts:
         spans += [document[i * length : (i + 1) * length] for i in range(len(document) // length)]
         if count and len(spans) >= count:
             break
     return np.stack(spans[: count or None])
 
 
-def _rows(path, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(tokens, whether the document ends with it) of the split, a row after another."""
-    with make_loader(path, split, seq_len=ROW_TOKENS, global_batch=1, seed=0, shuffle=False, repeat=False) as loader:
-        for batch in loader:
-            kept = batch['segment_ids'][0] > 0
-            yield batch['tokens'][0][kept], batch['targets'][0][kept] == IGNORED
-
-
-def _documents(path, split: str) -> Iterator[np.ndarray]:
-    held = []
-    for tokens, ends in _rows(path, split):
-        start = 0
-        for stop in np.flatnonzero(ends) + 1:
-            yield np.concatenate([*held, tokens[start:stop]])
-            held, start = [], stop
-        held.append(tokens[start:])
-
-
 def _joined(path, split: str, length: int) -> Iterator[np.ndarray]:
-    """All tokens, in pieces of `length`; a rest is dropped."""
-    held = np.zeros(0, np.int32)
-    for tokens, _ in _rows(path, split):
-        held = np.concatenate([held, tokens])
-        whole = len(held) // length * length
-        if whole:
-            yield held[:whole]
-            held = held[whole:]
+    """All tokens of the split in multiples of `length`; the last tokens that do not fill one are dropped."""
+    held, size = [], 0
+    for document in read_documents(path, split):
+        held.append(document)
+        size += len(document)
+        if size >= length:
+            joined = np.concatenate(held)
+            whole = size // length * length
+            yield joined[:whole]
+            held, size = [joined[whole:]], size - whole
 
 
 # ---- the command -----------------------------------------------------------------
@@ -206,8 +198,12 @@ def evaluate(
     scalings: list[str],
     factor: float,
     batch: int,
+    begin: int,
 ) -> list[dict]:
-    """One result for each scaling and length, with its buckets; shows a progress bar."""
+    """One result for each scaling and length, with its buckets; shows a progress bar.
+
+    Arguments as `losses_by_position`; factor is model.rope_factor of the scalings that have one.
+    """
     training_length, results = config.data.seq_len, []
     total = len(scalings) * sum(spans.shape[0] * (spans.shape[1] // length * length) for length in lengths)
     with tqdm.tqdm(total=total, desc='perplexity', unit=' tokens', unit_scale=True, disable=None) as bar:
@@ -216,7 +212,13 @@ def evaluate(
             for length in lengths:
                 bar.set_postfix_str(f'{scaling}, {length}')
                 nats_L, counts_L = losses_by_position(
-                    params, dataclasses.replace(config, model=model), spans, length, batch=batch, advance=bar.update
+                    params,
+                    dataclasses.replace(config, model=model),
+                    spans,
+                    length,
+                    begin=begin,
+                    batch=batch,
+                    advance=bar.update,
                 )
                 edges = bucket_edges(length, training_length)
                 total_of = _summary(nats_L, counts_L, 0, length)
@@ -233,6 +235,7 @@ def evaluate(
 
 
 def table(results: list[dict], training_length: int) -> str:
+    """One line for each bucket and each whole length of `evaluate`'s results."""
     lines = [
         f'{"rope scaling":>12} {"length":>8} {"positions":>17} {"tokens":>11} {"nats/token":>11} {"perplexity":>11}'
     ]
@@ -270,22 +273,6 @@ def _parse_scalings(text: str) -> list[str]:
     return scalings
 
 
-def _check_tokenizer(path: str, split: str, config: Config) -> None:
-    check_vocab(path, config.model.vocab_size)
-    if not config.data.path:
-        return
-    try:
-        trained = load_tokenizer(config.data.path).describe()
-    except DataError:
-        return  # what it was trained on is not here
-    given = read_index(path, split).tokenizer
-    if (given['kind'], given['sha256']) != (trained['kind'], trained['sha256']):
-        raise DataError(
-            f'{path} was prepared with another tokenizer than the one of the run ({config.data.path}); prepare the '
-            'text with that one'
-        )
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='python -m transxssm_jax.evals.perplexity',
@@ -305,7 +292,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('--documents', choices=('long', 'joined'), default='long', help='see above')
     parser.add_argument('--windows', type=int, default=16, help='most windows of the longest length; 0: all there are')
     parser.add_argument('--batch', type=int, default=1, help='windows at once')
-    parser.add_argument('--output', default='', help='JSON file; default: perplexity.json in the workdir')
+    parser.add_argument('--output', default='', help='new JSON file; default: one in WORKDIR/evals')
     return parser
 
 
@@ -320,20 +307,33 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.rope_factor and not 1 <= arguments.rope_factor < math.inf:
             raise ConfigError(f'--rope_factor={arguments.rope_factor} must be at least 1')
         scalings = _parse_scalings(arguments.rope_scaling)
-        params, config = checkpoint.load_trained(arguments.workdir, arguments.step)
+        config = checkpoint.load_config(arguments.workdir, arguments.step)
         lengths = _parse_lengths(arguments.lengths, config.data.seq_len)
         data = arguments.data or config.data.path
-        if not data:
-            raise ConfigError('the run names no data; give --data=DIR (python -m transxssm_jax.data.prepare)')
         split = arguments.split or config.data.eval_split or 'validation'
-        _check_tokenizer(data, split, config)
+        run = open_run(arguments.workdir, arguments.step, arguments.data, flag='--data')
+        config = run.config
+        output = results_lib.choose_output(arguments.output, run, 'perplexity')
         spans = read_spans(data, split, lengths[-1], documents=arguments.documents, count=arguments.windows)
         factor = arguments.rope_factor or config.model.rope_factor
+        tokens = len(scalings) * sum(len(spans) * (spans.shape[1] // length * length) for length in lengths)
+        print(
+            f'perplexity of {arguments.workdir} at step {run.step}: {len(scalings)} rope scalings x {len(lengths)} '
+            f'lengths over {len(spans)} texts of {lengths[-1]:,} tokens, {tokens:,} tokens to read; results go to {output}',
+            flush=True,
+        )
         results = evaluate(
-            params, config, spans, lengths=lengths, scalings=scalings, factor=factor, batch=arguments.batch
+            run.params,
+            config,
+            spans,
+            lengths=lengths,
+            scalings=scalings,
+            factor=factor,
+            batch=arguments.batch,
+            begin=begin_id(run.tokenizer),
         )
         report = {
-            'workdir': str(arguments.workdir),
+            **results_lib.provenance(run, 'transxssm_jax.evals.perplexity', sys.argv[1:] if argv is None else argv),
             'data': str(data),
             'split': split,
             'documents': arguments.documents,
@@ -341,13 +341,12 @@ def main(argv: list[str] | None = None) -> int:
             'rope_factor': factor,
             'results': results,
         }
-        output = pathlib.Path(arguments.output or pathlib.Path(arguments.workdir) / 'perplexity.json')
-        output.write_text(json.dumps(report, indent=1) + '\n')
-    except (ConfigError, DataError, checkpoint.CheckpointError, OSError) as error:
+        results_lib.write_json(output, report)
+    except (ConfigError, DataError, InputError, checkpoint.CheckpointError, OSError) as error:
         print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
         return WRONG_INPUT
     print(table(results, config.data.seq_len))
-    print(f'written to {output}')
+    print(f'results written to {output}')
     return FINISHED
 
 

@@ -12,7 +12,7 @@ from flax import nnx
 from transxssm_jax.config import Config, Model
 from transxssm_jax.inference import sampling
 from transxssm_jax.inference.completion import NO_TOKEN
-from transxssm_jax.inference.sampling import Plan
+from transxssm_jax.inference.sampling import SamplingFlags
 from transxssm_jax.model.language_model import Block, layer_name, layer_order
 from transxssm_jax.model.parameters import param_axes, split_model
 from transxssm_jax.parallel import collectives, mesh
@@ -43,7 +43,7 @@ class Decoder:
         self._empty = jax.jit(self._traced_empty, static_argnums=(0, 1, 2))
         self._prefill = jax.jit(self._traced_prefill, donate_argnums=1)
         self._step = jax.jit(self._traced_step, donate_argnums=1)
-        self._run = jax.jit(self._traced_run, donate_argnums=1, static_argnames=('plan', 'block'))
+        self._run = jax.jit(self._traced_run, donate_argnums=1, static_argnames=('flags', 'block'))
 
     def empty(self, batch: int, length: int, with_seen: bool = False) -> dict:
         """The state of rows without tokens, all done until `prefill` starts them.
@@ -80,8 +80,8 @@ class Decoder:
         done_B: jax.Array,
         steps: int,
         *,
-        plan: Plan,
-        numbers: dict,
+        flags: SamplingFlags,
+        values: dict,
         block: int,
     ) -> tuple[dict, jax.Array]:
         """Samples and reads up to `steps` tokens a row; fewer where all rows are done.
@@ -92,13 +92,13 @@ class Decoder:
           stop_T: int32, tokens that end a row, of any number.
           done_B: bool, rows to end besides those that have.
           steps: up to block; may differ from call to call.
-          plan, numbers: of a Sampling.
+          flags, values: of a Sampling.
           block: most steps a call, compiled for each.
 
         Returns:
           The state, and int32 tokens [B, block], a row's stop token included, then NO_TOKEN.
         """
-        return self._run(self.weights, state, rows, stop_T, done_B, steps, numbers, plan=plan, block=block)
+        return self._run(self.weights, state, rows, stop_T, done_B, steps, values, flags=flags, block=block)
 
     # ---- what is compiled --------------------------------------------------
 
@@ -140,7 +140,7 @@ class Decoder:
             state['seen_BV'] = _with_seen(state['seen_BV'], token_B)
         return _laid_out(state)
 
-    def _traced_run(self, weights, state, rows, stop_T, done_B, steps, numbers, *, plan, block):
+    def _traced_run(self, weights, state, rows, stop_T, done_B, steps, values, *, flags, block):
         state = state | {'done_B': state['done_B'] | done_B}
 
         def goes_on(carry):
@@ -151,7 +151,7 @@ class Decoder:
             i, state, out_BT = carry
             was_done_B, position_B = state['done_B'], state['position_B']
             key_B = jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.key)(rows['seed_B']), position_B)
-            token_B = sampling.choose(plan, numbers, state['logits_BV'], key_B, state.get('seen_BV'))
+            token_B = sampling.sample_tokens(flags, values, state['logits_BV'], key_B, state.get('seen_BV'))
             out_BT = out_BT.at[:, i].set(jnp.where(was_done_B, NO_TOKEN, token_B))
             # Rows that are done are stepped along with the others; their position stays, so that they stay within S.
             after = self._traced_step(weights, state, token_B, rows['rope_length_B'])

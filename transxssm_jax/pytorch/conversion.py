@@ -22,6 +22,7 @@ from transxssm_jax import config as config_lib
 from transxssm_jax.config import Config, Model
 from transxssm_jax.data.manifest import DataError
 from transxssm_jax.data.tokenizer import JsonTokenizer, load_tokenizer
+from transxssm_jax.data.vocabulary import check_tokenizer
 from transxssm_jax.pytorch.checkpoint_format import (
     ConvertError,
     Published,
@@ -176,7 +177,7 @@ def _tokenizer_for_import(source: Published, tokenizer: str, workdir: pathlib.Pa
             raise
         source.unused.append(f'tokenizer.json ({error})')
         return '', {}
-    _check_tokenizer(path, loaded, source.model)
+    check_tokenizer(loaded, source.model.vocab_size, f'tokenizer {path}')
     if path == 'byte' or pathlib.Path(path).is_dir():
         return path if path == 'byte' else str(pathlib.Path(path).absolute()), {}
     return str(workdir / TOKENIZER_FILES[0]), _tokenizer_files(path, loaded)
@@ -192,14 +193,6 @@ def _tokenizer_files(path: str, tokenizer: JsonTokenizer) -> dict[str, bytes]:
     }
     content = beside.read_bytes() if beside.exists() else (json.dumps(settings, indent=2) + '\n').encode()
     return dict(zip(TOKENIZER_FILES, (tokenizer.content, content)))
-
-
-def _check_tokenizer(name: str, tokenizer, model: Model) -> None:
-    if tokenizer.vocab_size > model.vocab_size:
-        raise ConvertError(
-            f'tokenizer {name} has {tokenizer.vocab_size} ids, more than the {model.vocab_size} of the model; '
-            'give the tokenizer that it was trained with'
-        )
 
 
 def _save(directory: pathlib.Path, state: dict, config: Config) -> None:
@@ -296,7 +289,7 @@ def export_published(
             raise ConvertError(
                 f'--tokenizer={tokenizer} is the byte tokenizer, which has no file to export; leave it out'
             )
-        _check_tokenizer(tokenizer, loaded, model)
+        check_tokenizer(loaded, model.vocab_size, f'tokenizer {tokenizer}')
         files = _tokenizer_files(tokenizer, loaded)
         fields['eos_token_id'] = loaded.eos_id
     files['config.json'] = (json.dumps(fields, indent=2, sort_keys=True) + '\n').encode()
