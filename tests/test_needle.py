@@ -11,7 +11,7 @@ from small import small_config
 
 from transxssm_jax.data.manifest import DataError
 from transxssm_jax.data.tokenizer import ByteTokenizer
-from transxssm_jax.evals import needle, scoring
+from transxssm_jax.evals import heat_map, needle, scoring
 from transxssm_jax.inference.decode import Decoder
 from transxssm_jax.inference.generator import Generator
 from transxssm_jax.inference.sampling import InputError
@@ -147,7 +147,7 @@ def test_means_tables_and_heat_maps(tmp_path):
         '       50%     1.00     1.00',
     ]
     pytest.importorskip('matplotlib', reason='needs pip install -e .[eval]')
-    needle.heat_map(tmp_path / 'map.png', cells, 'generated', 'title', chance=0.1)
+    heat_map.heat_map(tmp_path / 'map.png', cells, 'generated', 'title', chance=0.1)
     from PIL import Image
 
     pixels = np.asarray(Image.open(tmp_path / 'map.png').convert('RGB')).reshape(-1, 3).astype(int)
@@ -161,7 +161,7 @@ def test_means_tables_and_heat_maps(tmp_path):
 def test_numbers_in_the_cells_can_be_read():
     matplotlib = pytest.importorskip('matplotlib', reason='needs pip install -e .[eval]')
     for value in np.linspace(0, 1, 50):
-        luminance = needle.luminance(matplotlib.colormaps['viridis'](value))
+        luminance = heat_map.luminance(matplotlib.colormaps['viridis'](value))
         text = 1.0 if luminance < 0.18 else 0.0
         contrast = (max(luminance, text) + 0.05) / (min(luminance, text) + 0.05)
         assert contrast > 4.4, (value, contrast)
@@ -245,7 +245,7 @@ def test_the_command_writes_every_question_and_a_heat_map_of_each_score(workdir,
         (['--haystack={tmp}/a.txt', '--output={tmp}'], 'exists; name a new directory'),
     ],
 )
-def test_wrong_input_is_said_in_one_line(workdir, tmp_path, arguments, message):
+def test_wrong_input_is_reported_in_one_line(workdir, tmp_path, arguments, message):
     (tmp_path / 'a.txt').write_text('Some text. ' * 50)
     code, _, err = run(workdir, *(argument.format(tmp=tmp_path) for argument in arguments))
     assert code == needle.WRONG_INPUT

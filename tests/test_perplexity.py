@@ -200,7 +200,7 @@ def test_command(workdir, data, capsys):
     assert f'{report["results"][1]["perplexity"]:.4g}' in out and out.endswith(f'results written to {path}\n')
 
 
-def test_bad_input_is_said_in_one_line(workdir, data, tmp_path, capsys):
+def test_bad_input_is_reported_in_one_line(workdir, data, tmp_path, capsys):
     def refused(message, *argv):
         assert perplexity.main([f'--workdir={workdir}', *argv]) == 2
         error = capsys.readouterr().err

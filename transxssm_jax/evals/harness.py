@@ -415,9 +415,7 @@ def main(argv: list[str]) -> int:
         )
         add_cut_contexts(results, lm.cut_contexts)
         print(tables(results))
-        made_by = results_lib.provenance(
-            lm.run, 'transxssm_jax.evals.harness', argv[1:], packages=('lm_eval', 'datasets')
-        )
+        made_by = results_lib.of_run(lm.run, 'transxssm_jax.evals.harness', argv[1:], packages=('lm_eval', 'datasets'))
         write_results(path, results | {'made_by': made_by})
         print(f'results written to {path}')
     except (CheckpointError, ConfigError, DataError, InputError, flags.Error, OSError) as error:

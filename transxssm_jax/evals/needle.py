@@ -16,7 +16,6 @@ Shape legend: B rows, C candidate answers, V vocabulary.
 """
 
 import dataclasses
-import pathlib
 import re
 import sys
 
@@ -30,6 +29,7 @@ from transxssm_jax.config import ConfigError
 from transxssm_jax.data import source
 from transxssm_jax.data.manifest import DataError
 from transxssm_jax.evals import results as results_lib
+from transxssm_jax.evals.heat_map import heat_map, table
 from transxssm_jax.inference.completion import Request
 from transxssm_jax.inference.decode import Decoder
 from transxssm_jax.inference.padding import padded_length
@@ -40,7 +40,7 @@ from transxssm_jax.training.checkpoint import CheckpointError
 
 FINISHED, WRONG_INPUT = 0, 2
 
-CITIES = (
+CITIES = [
     'Lisbon',
     'Nairobi',
     'Oslo',
@@ -65,7 +65,7 @@ CITIES = (
     'Kyoto',
     'Malaga',
     'Denver',
-)
+]
 NEEDLE = ' The secret number of {city} is {number}.'
 QUESTION = '\n\nQuestion: What is the secret number of {city}?\nAnswer: The secret number of {city} is'
 ANSWER = ' {number}'
@@ -295,63 +295,6 @@ def means(results: list[dict]) -> list[dict]:
     ]
 
 
-def heat_map(path: pathlib.Path, cells: list[dict], score: str, title: str, chance: float | None = None) -> None:
-    """Writes a PNG of a score from 0 (dark) to 1 (bright) by length and depth.
-
-    Args:
-      path: of the picture.
-      cells: those of `means`.
-      score: 'generated' or 'chosen'.
-      title: of the picture; several lines.
-      chance: the score of a guess, which is marked on the scale; None: none.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    lengths = sorted({cell['context_length'] for cell in cells})
-    depths = sorted({cell['depth_percent'] for cell in cells})
-    grid = np.full((len(depths), len(lengths)), np.nan)
-    for cell in cells:
-        grid[depths.index(cell['depth_percent']), lengths.index(cell['context_length'])] = cell[score]
-    width = max(2.5 + 0.8 * len(lengths), 0.6 + 0.075 * max(map(len, title.splitlines())))
-    figure = Figure(figsize=(width, 2.2 + 0.45 * len(depths)), layout='constrained')
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    # Light and dark differ in this map for every reader, colour-blind or in grey print.
-    image = axes.imshow(grid, cmap='viridis', vmin=0, vmax=1, aspect='auto')
-    axes.set_title(title, fontsize=9)
-    axes.set(xlabel='tokens of haystack, question and answer', ylabel='depth of the needle, %')
-    axes.set_xticks(range(len(lengths)), [f'{length:,}' for length in lengths])
-    axes.set_yticks(range(len(depths)), [f'{depth:g}' for depth in depths])
-    for (row, column), value in np.ndenumerate(grid):
-        color = 'white' if np.isnan(value) or luminance(image.cmap(value)) < 0.18 else 'black'
-        text = '-' if np.isnan(value) else f'{value:.2f}'
-        axes.text(column, row, text, ha='center', va='center', fontsize=8, color=color)
-    scale = figure.colorbar(image, ax=axes)
-    if chance is not None:
-        scale.ax.axhline(chance, color='red', linewidth=2)
-        scale.set_ticks([0, chance, 0.5, 1], labels=['0', f'chance {chance:.2f}', '0.5', '1'])
-    figure.savefig(path, dpi=120)
-
-
-def luminance(color: tuple) -> float:
-    """Relative luminance, from 0 to 1, of an sRGB colour (WCAG 2)."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in color[:3]]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def table(cells: list[dict], score: str) -> str:
-    """A score by depth (rows) and length (columns)."""
-    lengths = sorted({cell['context_length'] for cell in cells})
-    values = {(cell['depth_percent'], cell['context_length']): cell[score] for cell in cells}
-    lines = [f'{score:>10s}' + ''.join(f'{length:>9,d}' for length in lengths)]
-    lines += [
-        f'{depth:>9g}%' + ''.join(f'{values[depth, length]:9.2f}' for length in lengths)
-        for depth in sorted({depth for depth, _ in values})
-    ]
-    return '\n'.join(lines)
-
-
 # ---- the command -----------------------------------------------------------
 
 
@@ -438,7 +381,7 @@ def main(argv: list[str]) -> int:
         settings = dict(needles=needles.value, ask=ask.value, candidates=candidates.value, seed=seed.value)
         for length in set(lengths):
             haystack.case(length, 0, 0, **settings)  # refuses one that is too short before the work
-        made_by = results_lib.provenance(opened, 'transxssm_jax.evals.needle', argv[1:])
+        made_by = results_lib.of_run(opened, 'transxssm_jax.evals.needle', argv[1:])
         model = f'{workdir.value} at step {opened.step}'
         print(
             f'needle in a haystack for {model}: {len(cases)} haystacks ({len(set(lengths))} lengths x '

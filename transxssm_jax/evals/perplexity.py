@@ -333,7 +333,7 @@ def main(argv: list[str] | None = None) -> int:
             begin=begin_id(run.tokenizer),
         )
         report = {
-            **results_lib.provenance(run, 'transxssm_jax.evals.perplexity', sys.argv[1:] if argv is None else argv),
+            **results_lib.of_run(run, 'transxssm_jax.evals.perplexity', sys.argv[1:] if argv is None else argv),
             'data': str(data),
             'split': split,
             'documents': arguments.documents,

@@ -15,30 +15,37 @@ import tempfile
 
 import jax
 
+from transxssm_jax.config import Config
 from transxssm_jax.inference.sampling import InputError
-from transxssm_jax.inference.trained_run import TrainedRun
+from transxssm_jax.inference.trained_run import TrainedRun, config_digest
 
 PACKAGES = ('transxssm_jax', 'jax', 'jaxlib', 'flax', 'numpy')
 
 
-def provenance(run: TrainedRun, module: str, arguments: list[str], *, packages: tuple[str, ...] = ()) -> dict:
+def of_run(run: TrainedRun, module: str, arguments: list[str], *, packages: tuple[str, ...] = ()) -> dict:
+    """What made a result of a checkpoint: 'workdir' (absolute), 'step', 'tokenizer' (its description), and `of_command`."""
+    return {
+        'workdir': str(pathlib.Path(run.workdir).absolute()),
+        'step': run.step,
+        'tokenizer': run.tokenizer.describe(),
+        **of_command(run.config, module, arguments, packages=packages),
+    }
+
+
+def of_command(config: Config, module: str, arguments: list[str], *, packages: tuple[str, ...] = ()) -> dict:
     """What made a result.
 
     Args:
-      run: the evaluated checkpoint.
+      config: of the model.
       module: of the command, e.g. 'transxssm_jax.evals.needle'.
       arguments: of the command, without its name.
       packages: distributions whose versions matter besides PACKAGES.
 
     Returns:
-      'workdir' (absolute), 'step', 'config_digest', 'tokenizer' (its description), 'date' (UTC, ISO 8601), 'command' (to
-      be pasted into a shell), 'versions' and 'device'.
+      'config_digest', 'date' (UTC, ISO 8601), 'command' (to be pasted into a shell), 'versions' and 'device'.
     """
     return {
-        'workdir': str(pathlib.Path(run.workdir).absolute()),
-        'step': run.step,
-        'config_digest': run.config_digest,
-        'tokenizer': run.tokenizer.describe(),
+        'config_digest': config_digest(config),
         'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
         'command': shlex.join(['python', '-m', module, *arguments]),
         'versions': {'python': sys.version.split()[0]} | {name: _version(name) for name in (*PACKAGES, *packages)},
@@ -53,12 +60,12 @@ def _version(package: str) -> str:
         return 'unknown'
 
 
-def choose_output(given: str, run: TrainedRun, kind: str, suffix: str = '.json') -> pathlib.Path:
+def choose_output(given: str, run: TrainedRun | None, kind: str, suffix: str = '.json') -> pathlib.Path:
     """Where a result will be written: a file, or a directory if suffix is ''. Called before the work.
 
     Args:
       given: --output; its directory must exist, and it must not. '': a new name in the workdir.
-      run: the evaluated checkpoint.
+      run: the evaluated checkpoint; not read if `given` is not empty.
       kind: of the evaluation, e.g. 'needle'.
 
     Raises:
