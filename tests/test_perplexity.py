@@ -20,7 +20,6 @@ from transxssm_jax.model.parameters import init_params, split_model
 from transxssm_jax.training import checkpoint
 
 TRAINED = 32  # tokens of a row in training
-BEGIN = 256
 
 
 @pytest.fixture(scope='module')
@@ -51,7 +50,8 @@ def params(config):
 
 @pytest.fixture(scope='module')
 def spans():
-    return np.random.default_rng(0).integers(0, 257, (2, 4 * TRAINED)).astype(np.int32)
+    text = np.random.default_rng(0).integers(0, 257, (2, 1 + 4 * TRAINED)).astype(np.int32)
+    return text[:, :-1], text[:, 1:]
 
 
 @pytest.fixture(scope='module')
@@ -92,21 +92,18 @@ def test_logits_of_a_window_never_exist_whole():
 @pytest.mark.parametrize('length, batch', [(2 * TRAINED, 1), (TRAINED, 3)])
 def test_losses_by_position_are_those_of_each_window_by_itself(config, params, spans, length, batch):
     done = []
-    nats_L, counts_L = perplexity.losses_by_position(
-        params, config, spans, length, begin=BEGIN, batch=batch, advance=done.append
-    )
+    nats_L, counts_L = perplexity.losses_by_position(params, config, spans, length, batch=batch, advance=done.append)
     model = nnx.merge(split_model(config.model)[0], params)
     log_probabilities = jax.jit(lambda tokens_BL: jax.nn.log_softmax(model.logits(tokens_BL)))
     expected_L, expected_counts_L = np.zeros(length), np.zeros(length, int)
-    for span in spans:
-        for start in range(0, len(span), length):
-            window = span[start : start + length]
-            logits = np.asarray(log_probabilities(np.array([[BEGIN, *window[:-1]]])))[0]
-            expected_L -= logits[np.arange(length), window]
+    for tokens, targets in zip(*spans):
+        for start in range(0, len(tokens), length):
+            logits = np.asarray(log_probabilities(tokens[None, start : start + length]))[0]
+            expected_L -= logits[np.arange(length), targets[start : start + length]]
             expected_counts_L += 1
     np.testing.assert_array_equal(counts_L, expected_counts_L)
     np.testing.assert_allclose(nats_L, expected_L, rtol=1e-4)
-    assert sum(done) == spans.size
+    assert sum(done) == spans[0].size
 
 
 def test_scalings_differ_only_beyond_the_training_length(config, params, spans):
@@ -118,7 +115,6 @@ def test_scalings_differ_only_beyond_the_training_length(config, params, spans):
         scalings=list(perplexity.SCALINGS),
         factor=4.0,
         batch=2,
-        begin=BEGIN,
     )
     by = {(result['rope_scaling'], result['length']): result for result in results}
     assert len(by) == 8
@@ -131,7 +127,7 @@ def test_scalings_differ_only_beyond_the_training_length(config, params, spans):
     assert of_none[0]['nats_per_token'] == pytest.approx(of_length[0]['nats_per_token'], rel=1e-5)
     for result in results:
         # Every length scores every token of a span.
-        assert result['tokens'] == spans.size == sum(bucket['tokens'] for bucket in result['buckets'])
+        assert result['tokens'] == spans[0].size == sum(bucket['tokens'] for bucket in result['buckets'])
         mean = sum(bucket['tokens'] * bucket['nats_per_token'] for bucket in result['buckets']) / result['tokens']
         assert mean == pytest.approx(result['nats_per_token'])
         assert result['perplexity'] == pytest.approx(np.exp(result['nats_per_token']))
@@ -147,20 +143,26 @@ def test_bucket_edges():
 
 
 def test_spans(data):
-    """Long documents from their start, or all documents joined."""
+    """Long documents from their start, or all documents joined; each document begins with the begin token."""
     path, documents = data
-    long = [document[i : i + 100] for document in documents for i in range(0, len(document) - 99, 100)]
+    begin = 300
+    pairs = [np.stack([[begin, *document[:-1]], document]) for document in documents]
+
+    def read(documents, count=0):
+        return np.stack(
+            perplexity.read_spans(path, 'validation', 100, begin=begin, documents=documents, count=count), axis=1
+        )
+
+    long = [pair[:, i : i + 100] for pair in pairs for i in range(0, pair.shape[1] - 99, 100)]
     assert len(long) == 5
-    np.testing.assert_array_equal(perplexity.read_spans(path, 'validation', 100, documents='long', count=0), long)
-    np.testing.assert_array_equal(perplexity.read_spans(path, 'validation', 100, documents='long', count=3), long[:3])
-    joined = np.concatenate(documents)
-    joined = joined[: len(joined) // 100 * 100].reshape(-1, 100)
-    np.testing.assert_array_equal(perplexity.read_spans(path, 'validation', 100, documents='joined', count=0), joined)
-    np.testing.assert_array_equal(
-        perplexity.read_spans(path, 'validation', 100, documents='joined', count=2), joined[:2]
-    )
+    np.testing.assert_array_equal(read('long'), long)
+    np.testing.assert_array_equal(read('long', 3), long[:3])
+    joined = np.concatenate(pairs, axis=1)
+    cut = [joined[:, i : i + 100] for i in range(0, joined.shape[1] - 99, 100)]
+    np.testing.assert_array_equal(read('joined'), cut)
+    np.testing.assert_array_equal(read('joined', 2), cut[:2])
     with pytest.raises(DataError, match='no document of 400 tokens in split .*, the longest has 314'):
-        perplexity.read_spans(path, 'validation', 400, documents='long', count=0)
+        perplexity.read_spans(path, 'validation', 400, begin=begin, documents='long', count=0)
 
 
 @pytest.fixture(scope='module')

@@ -3,10 +3,10 @@
     python -m transxssm_jax.evals.perplexity --workdir=DIR [--step=N] [--data=DIR] [--split=validation]
         [--lengths=1x,2x,4x,8x] [--rope_scaling=none,linear,dynamic,length] [--documents=long|joined]
 
-Held-out text is cut into windows of each length. Each window starts with an empty state, position 0 and the
-tokenizer's begin token, as a row of training does, and each of its tokens is scored. Every length scores the same
-text, so that a difference between two lengths is one of context, not of text. 1x is the training length, data.seq_len
-of the run.
+Held-out text is cut into windows of each length, as rows of training are: each window starts with an empty state and
+position 0, its first input is the tokenizer's begin token at the start of a document and the token before the window
+elsewhere, and each of its tokens is scored. Every length scores the same text, so that a difference between two
+lengths is one of context, not of text. 1x is the training length, data.seq_len of the run.
 
 --documents=long, as in papers on long context, takes documents of at least the longest length and cuts each from its
 start; the rest of the document is left out. --documents=joined joins all documents, each with its end-of-document
@@ -75,10 +75,9 @@ def token_losses(hidden_BLD: jax.Array, head_VD: jax.Array, targets_BL: jax.Arra
 def losses_by_position(
     params: dict,
     config: Config,
-    spans: np.ndarray,
+    spans: tuple[np.ndarray, np.ndarray],
     length: int,
     *,
-    begin: int,
     batch: int = 1,
     advance=lambda tokens: None,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -86,17 +85,16 @@ def losses_by_position(
 
     Args:
       params, config: of a run; config.model.rope_* are how positions are scaled.
-      spans: int32 [texts, at least length] tokens; each text gives as many whole windows as it has.
-      begin: token that every window begins with; position i then predicts the window's token i.
+      spans: tokens and targets of texts, as from `read_spans`, int32 [texts, at least length]; each text gives as many
+        whole windows as it has.
       batch: windows at once.
       advance: called with the number of tokens that are done.
 
     Returns:
       (nats, counts): float64 and int64 [length], sums over the windows.
     """
-    windows = spans.shape[1] // length
-    targets_BL = spans[:, : windows * length].reshape(-1, length)
-    tokens_BL = np.concatenate([np.full_like(targets_BL[:, :1], begin), targets_BL[:, :-1]], axis=1)
+    covered = spans[0].shape[1] // length * length
+    tokens_BL, targets_BL = (side[:, :covered].reshape(-1, length) for side in spans)
     padding = -len(tokens_BL) % batch
     tokens_BL = np.pad(tokens_BL, ((0, padding), (0, 0)))
     targets_BL = np.pad(targets_BL, ((0, padding), (0, 0)), constant_values=IGNORED)
@@ -138,17 +136,20 @@ def _summary(nats_L: np.ndarray, counts_L: np.ndarray, start: int, stop: int) ->
 # ---- text ------------------------------------------------------------------------
 
 
-def read_spans(path: pathlib.Path | str, split: str, length: int, *, documents: str, count: int) -> np.ndarray:
+def read_spans(
+    path: pathlib.Path | str, split: str, length: int, *, begin: int, documents: str, count: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Held-out text in spans of one length, in the order of the split.
 
     Args:
       path, split: prepared data.
       length: tokens of a span.
+      begin: the input whose target is the first token of a document.
       documents: 'long' or 'joined', see the module's docstring.
       count: most spans; 0: all.
 
     Returns:
-      int32 [spans, length].
+      (tokens, targets), each int32 [spans, length].
 
     Raises:
       DataError: the split has no such span.
@@ -164,26 +165,35 @@ def read_spans(path: pathlib.Path | str, split: str, length: int, *, documents: 
             f'{path} has {lengths.sum(dtype=np.int64)} tokens in split {split!r}, less than one window of {length}; '
             'lower --lengths'
         )
+    texts = _shifted(path, split, begin, at_least=length if documents == 'long' else 1)
+    if documents == 'joined':
+        texts = _joined(texts, length)
     spans = []
-    texts = read_documents(path, split, at_least=length) if documents == 'long' else _joined(path, split, length)
-    for document in texts:
-        spans += [document[i * length : (i + 1) * length] for i in range(len(document) // length)]
+    for text in texts:
+        spans += [text[:, i : i + length] for i in range(0, text.shape[1] // length * length, length)]
         if count and len(spans) >= count:
             break
-    return np.stack(spans[: count or None])
+    tokens, targets = np.stack(spans[: count or None], axis=1)
+    return tokens, targets
 
 
-def _joined(path, split: str, length: int) -> Iterator[np.ndarray]:
-    """All tokens of the split in multiples of `length`; the last tokens that do not fill one are dropped."""
+def _shifted(path, split: str, begin: int, *, at_least: int) -> Iterator[np.ndarray]:
+    """Tokens and targets of each document, int32 [2, length]."""
+    for targets in read_documents(path, split, at_least=at_least):
+        yield np.stack([np.concatenate([[begin], targets[:-1]]), targets]).astype(np.int32)
+
+
+def _joined(documents: Iterator[np.ndarray], length: int) -> Iterator[np.ndarray]:
+    """Documents end to end, in multiples of `length` tokens; the last tokens that do not fill one are dropped."""
     held, size = [], 0
-    for document in read_documents(path, split):
+    for document in documents:
         held.append(document)
-        size += len(document)
+        size += document.shape[1]
         if size >= length:
-            joined = np.concatenate(held)
+            joined = np.concatenate(held, axis=1)
             whole = size // length * length
-            yield joined[:whole]
-            held, size = [joined[whole:]], size - whole
+            yield joined[:, :whole]
+            held, size = [joined[:, whole:]], size - whole
 
 
 # ---- the command -----------------------------------------------------------------
@@ -192,20 +202,19 @@ def _joined(path, split: str, length: int) -> Iterator[np.ndarray]:
 def evaluate(
     params: dict,
     config: Config,
-    spans: np.ndarray,
+    spans: tuple[np.ndarray, np.ndarray],
     *,
     lengths: list[int],
     scalings: list[str],
     factor: float,
     batch: int,
-    begin: int,
 ) -> list[dict]:
     """One result for each scaling and length, with its buckets; shows a progress bar.
 
     Arguments as `losses_by_position`; factor is model.rope_factor of the scalings that have one.
     """
     training_length, results = config.data.seq_len, []
-    total = len(scalings) * sum(spans.shape[0] * (spans.shape[1] // length * length) for length in lengths)
+    total = len(scalings) * sum(spans[0].shape[0] * (spans[0].shape[1] // length * length) for length in lengths)
     with tqdm.tqdm(total=total, desc='perplexity', unit=' tokens', unit_scale=True, disable=None) as bar:
         for scaling in scalings:
             model = scaled(config.model, scaling, factor, training_length)
@@ -216,7 +225,6 @@ def evaluate(
                     dataclasses.replace(config, model=model),
                     spans,
                     length,
-                    begin=begin,
                     batch=batch,
                     advance=bar.update,
                 )
@@ -226,7 +234,7 @@ def evaluate(
                     {
                         'rope_scaling': scaling,
                         'length': length,
-                        'windows': spans.shape[0] * (spans.shape[1] // length),
+                        'windows': spans[0].shape[0] * (spans[0].shape[1] // length),
                         **{name: total_of[name] for name in ('tokens', 'nats_per_token', 'perplexity')},
                         'buckets': [_summary(nats_L, counts_L, *edges[i : i + 2]) for i in range(len(edges) - 1)],
                     }
@@ -314,12 +322,20 @@ def main(argv: list[str] | None = None) -> int:
         run = open_run(arguments.workdir, arguments.step, arguments.data, flag='--data')
         config = run.config
         output = results_lib.choose_output(arguments.output, run, 'perplexity')
-        spans = read_spans(data, split, lengths[-1], documents=arguments.documents, count=arguments.windows)
+        spans = read_spans(
+            data,
+            split,
+            lengths[-1],
+            begin=begin_id(run.tokenizer),
+            documents=arguments.documents,
+            count=arguments.windows,
+        )
         factor = arguments.rope_factor or config.model.rope_factor
-        tokens = len(scalings) * sum(len(spans) * (spans.shape[1] // length * length) for length in lengths)
+        num_spans = len(spans[0])
+        tokens = len(scalings) * sum(num_spans * (lengths[-1] // length * length) for length in lengths)
         print(
             f'perplexity of {arguments.workdir} at step {run.step}: {len(scalings)} rope scalings x {len(lengths)} '
-            f'lengths over {len(spans)} texts of {lengths[-1]:,} tokens, {tokens:,} tokens to read; results go to {output}',
+            f'lengths over {num_spans} texts of {lengths[-1]:,} tokens, {tokens:,} tokens to read; results go to {output}',
             flush=True,
         )
         results = evaluate(
@@ -330,7 +346,6 @@ def main(argv: list[str] | None = None) -> int:
             scalings=scalings,
             factor=factor,
             batch=arguments.batch,
-            begin=begin_id(run.tokenizer),
         )
         report = {
             **results_lib.of_run(run, 'transxssm_jax.evals.perplexity', sys.argv[1:] if argv is None else argv),
