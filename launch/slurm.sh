@@ -55,8 +55,9 @@ job=$(cat <<JOB
 srun --kill-on-bad-exit=0 $(quoted "$python" -m transxssm_jax.train "$@")
 code=\$?
 case \$code in
-    # 75: told to stop, and saved; 69: a process was lost; 137: this srun saw the one that was killed.
-    69 | 75 | 137)
+    # 75: told to stop, and saved; 69: a process was lost; 137: this srun saw the one that was killed;
+    # 129, 138, 140, 143: SIGHUP, SIGUSR1, SIGUSR2 or SIGTERM came before training took them over.
+    69 | 75 | 129 | 137 | 138 | 140 | 143)
         if [ "\${SLURM_RESTART_COUNT:-0}" -lt $max_restarts ]; then
             scontrol requeue "\$SLURM_JOB_ID"
         fi ;;

@@ -61,7 +61,7 @@ for combination in "${combinations[@]}"; do
     else
         run "$python" -m transxssm_jax.train "${training[@]}" || {
             code=$?
-            case $code in 75 | 130) exit $code ;; esac  # told to stop
+            case $code in 75 | 129 | 130 | 138 | 140 | 143) exit $code ;; esac  # told to stop
             failed=1
         }
     fi

@@ -171,9 +171,10 @@ for ((start = 0; start <= max_restarts; start++)); do
             code=1
         fi
     fi
-    # 69: a process was lost; 75: stopped by SIGTERM; 137, 255: killed. All go on from the last checkpoint.
+    # 69: a process was lost; 75: told to stop, and saved; 137, 255: killed; 129, 138, 140, 143: SIGHUP, SIGUSR1, SIGUSR2 or
+    # SIGTERM came before training took them over. All go on from the last checkpoint.
     case $code in
-        69 | 75 | 137 | 255) echo "$(date +%T) training was interrupted (exit code $code); starting again"; sleep 30 ;;
+        69 | 75 | 129 | 137 | 138 | 140 | 143 | 255) echo "$(date +%T) training was interrupted (exit code $code); starting again"; sleep 30 ;;
         *) break ;;
     esac
 done

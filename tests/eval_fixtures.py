@@ -22,7 +22,7 @@ def save_run(workdir: pathlib.Path, **overrides) -> pathlib.Path:
     params = random_params(config)
     checkpoint.open_workdir(workdir, config)
     checkpoints = checkpoint.Checkpoints(workdir, config)
-    checkpoints.save(3, {'step': 3, 'params': params, 'mu': params, 'nu': params}, {})
+    checkpoints.save(3, {'step': 3, 'params': params, 'opt_state': {'mu': params, 'nu': params}}, {})
     checkpoints.wait()
     checkpoints.close()
     return workdir

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import typing
 
@@ -18,27 +19,33 @@ class Ended(typing.NamedTuple):
     code: int
     out: str
     err: str
-    seconds: float  # from the call of `Processes.finish`
 
     def error(self) -> str:
-        """The last line that says an error, beneath what JAX's own client may have logged."""
+        """The last line with an error, beneath what JAX's own client may have logged."""
         return [line for line in self.err.splitlines() if line.startswith('error')][-1]
 
 
+_reserved = []  # sockets that keep the ports of the tests from other programs, as long as the tests run
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(('localhost', 0))
-        return probe.getsockname()[1]
+    """A port that nobody listens at and no other program gets; JAX's coordinator shares it, by SO_REUSEPORT."""
+    reserved = socket.socket(socket.AF_INET6)
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    reserved.bind(('::', 0))
+    _reserved.append(reserved)
+    return reserved.getsockname()[1]
 
 
 class Process(subprocess.Popen):
-    """A process of a run: python PROGRAM with the flags that say who it is. What it says goes to files, which are never full."""
+    """A process of a run: python PROGRAM with the flags that number it. Its output goes to files, which are never full."""
 
     def __init__(self, program: list[str], process: int, processes: int, port: int, devices: int = 1, **flags):
         environment = {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'}
         environment |= {
             'JAX_PLATFORMS': 'cpu',
             'JAX_NUM_CPU_DEVICES': str(devices),
+            'PYTHONPATH': str(ROOT),
             'PYTHONUNBUFFERED': '1',
             'XLA_FLAGS': '--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0',
         }
@@ -70,7 +77,7 @@ class Processes(list):
         for process in self:
             process.wait()
 
-    def until(self, condition, seconds: float = 240) -> None:
+    def until(self, condition, seconds: float = 600) -> None:
         """Waits for a condition; fails where it does not come in time, or one of the processes ends before."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -79,20 +86,22 @@ class Processes(list):
             assert time.monotonic() < deadline, [process.output() for process in self]
             time.sleep(0.05)
 
-    def until_said(self, line: str, *who: int) -> None:
+    def until_printed(self, line: str, *who: int) -> None:
         """Waits until those processes (none named: all) have printed a line that starts so."""
         for process in [self[index] for index in who] or self:
-            self.until(lambda process=process: any(said.startswith(line) for said in process.output()[0].splitlines()))
+            self.until(
+                lambda process=process: any(printed.startswith(line) for printed in process.output()[0].splitlines())
+            )
 
-    def finish(self, timeout: float = 300) -> list[Ended]:
+    def finish(self, timeout: float = 600) -> list[Ended]:
         """Waits for all; where one does not end in time, all are killed, and the test fails."""
-        started, ended = time.monotonic(), {}
+        deadline, ended = time.monotonic() + timeout, {}
         with self:
             while len(ended) < len(self):
                 for index, process in enumerate(self):
                     if index not in ended and process.poll() is not None:
-                        ended[index] = Ended(process.returncode, *process.output(), time.monotonic() - started)
-                assert time.monotonic() < started + timeout, [process.output() for process in self]
+                        ended[index] = Ended(process.returncode, *process.output())
+                assert time.monotonic() < deadline, [process.output() for process in self]
                 time.sleep(0.05)
         return [ended[index] for index in range(len(self))]
 
@@ -113,13 +122,15 @@ def start_all(program: list[str], processes: int, **settings) -> Processes:
 
 
 def agree(processes) -> int:
-    print('first said', processes.broadcast_from_0({'n': processes._us.process + 1}), flush=True)
-    print('gathered', processes.all_gather_json(f'p{processes._us.process}'), flush=True)
-    stop, told = processes.PreemptionSync(), 0
+    from transxssm_jax.parallel import preemption
+
+    print('broadcast', processes.broadcast_from_0({'n': processes.process_index() + 1}), flush=True)
+    print('gathered', processes.all_gather_json(f'p{processes.process_index()}'), flush=True)
+    stop, told = preemption.PreemptionSync(), 0
     for turn in range(1, 50):
-        if processes._us.process == 1 and turn == 3:
+        if processes.process_index() == 1 and turn == 3:
             told = 75
-        if processes._us.process == 2 and turn == 4:
+        if processes.process_index() == 2 and turn == 4:
             told = 130  # too late: the first announcement holds
         code = stop.should_stop(told)
         if code:
@@ -130,19 +141,19 @@ def agree(processes) -> int:
 
 
 def wait(processes) -> int:
-    while not processes._us.first_seen:  # from then on the others are watched
+    while not processes.is_watching():
         time.sleep(0.05)
     print('watched', flush=True)
-    time.sleep(100)
+    threading.Event().wait()  # for ever: the loss of another ends this process
     return 0
 
 
 def fail(processes) -> int:
     processes.all_gather_json('')
     print('joined', flush=True)
-    if f'fail{processes._us.process}' in sys.argv[1]:
+    if f'fail{processes.process_index()}' in sys.argv[1]:
         processes.abort_all(2, 'data.path=/nowhere: no such\n directory')
-    time.sleep(100)
+    threading.Event().wait()
     return 0
 
 

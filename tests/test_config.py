@@ -3,16 +3,17 @@
 import dataclasses
 import json
 import pathlib
+import random
 import subprocess
 import sys
 
 import jax
 import pytest
-from absl import flags
 
+from transxssm_jax import cli, settings
 from transxssm_jax import config as config_lib
 from transxssm_jax.config import Config, ConfigError, Data, Mesh, Model, Optimizer, Train
-from transxssm_jax.model.parameters import count_params
+from transxssm_jax.model.parameters import count_params, init_params
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 
@@ -49,7 +50,10 @@ def says(*parts):
         (lambda c: Model(d_modle=3), 'unknown setting model.d_modle; did you mean d_model?'),
         (lambda c: Config(optimiser=Optimizer()), 'unknown setting optimiser; did you mean optimizer?'),
         (lambda c: setattr(c.model, 'd_model', '3'), "model.d_model='3' must be int, not str"),
-        (lambda c: setattr(c.model, 'd_model', 3.0), 'model.d_model=3.0 must be int, not float'),
+        (lambda c: setattr(c.model, 'd_model', 3.5), 'model.d_model=3.5 must be int, not float'),
+        (lambda c: setattr(c.model, 'd_model', float('inf')), 'model.d_model=inf must be int, not float'),
+        (lambda c: setattr(c.optimizer, 'learning_rate', 10**400), 'optimizer.learning_rate='),
+        (lambda c: setattr(c.data, 'path', 'a\0b'), "data.path='a\\x00b' must not hold a null character"),
         (lambda c: setattr(c.model, 'd_model', True), 'model.d_model=True must be int, not bool'),
         (lambda c: setattr(c.model, 'use_bias', 1), 'model.use_bias=1 must be bool, not int'),
         (lambda c: setattr(c.optimizer, 'learning_rate', True), 'optimizer.learning_rate=True must be float, not bool'),
@@ -90,7 +94,7 @@ def test_every_default_is_valid_and_every_setting_has_a_meaning():
 def test_a_resolved_config_is_locked(path):
     config = config_lib.load(path)
     for change in (lambda: setattr(config.model, 'd_model', 64), lambda: setattr(config, 'model', Model())):
-        with pytest.raises(ConfigError, match='the config is locked; make a new one with config.load'):
+        with pytest.raises(ConfigError, match='the config is locked; make a new one with config.replace'):
             change()
     assert config.model.d_model == 128
     Config().model.d_model = 64  # only that tree
@@ -206,8 +210,11 @@ def test_overrides_by_dictionary(path):
     assert config.model.num_heads == 8, 'what is not overridden stays as in the file'
 
 
+COMMAND = cli.Command('command', 'A command.', [], settings=config_lib.describe)
+
+
 def parse(*argv):
-    return config_lib.parse_flags(['train', *map(str, argv)], flags.FlagValues())
+    return config_lib.from_flags(COMMAND.parse([str(word) for word in argv]))
 
 
 def test_overrides_by_flag(path):
@@ -235,7 +242,7 @@ def test_the_file_and_its_overrides_come_in_any_order(path):
             ['--config.mesh.slices=2', '--config.train.steps', '2000', *file],
         ):
             assert parse(*argv) == expected
-    with pytest.raises(ConfigError, match='unexpected argument --config=other.py'):
+    with pytest.raises(cli.UsageError, match='unexpected argument --config=other.py'):
         parse(f'--config={path}', '--', '--config=other.py')
 
 
@@ -245,10 +252,10 @@ def test_the_file_and_its_overrides_come_in_any_order(path):
         ('model.d_modle', 1, 'unknown setting model.d_modle; did you mean model.d_model?'),
         ('data.d_model', 1, 'unknown setting data.d_model; did you mean model.d_model?'),
         ('quite_another', 1, 'unknown setting quite_another'),
-        ('model.d_model', 1.5, "model.d_model='1.5' must be int"),
+        ('model.d_model', 1.5, 'must be int'),
         ('model.d_model', 'wide', "model.d_model='wide' must be int"),
         ('train.progress', 'maybe', "train.progress='maybe' must be bool"),
-        ('optimizer.learning_rate', 'nan', 'optimizer.learning_rate=nan must be a finite number'),
+        ('optimizer.learning_rate', 'nan', 'must be a finite number'),
         ('model.remat', 'ful', "model.remat='ful' is not one of the choices; did you mean full?"),
         ('train.steps', 0, 'train.steps=0 must be at least 1'),
     ],
@@ -271,13 +278,17 @@ def test_a_wrong_override_is_refused(path, name, value, message):
             ['--config=PATH', 'train.steps=3'],
             'unexpected argument train.steps=3; settings are given as --config.name=value',
         ),
-        (['--config=PATH', '--steps=3'], "Unknown command line flag 'steps'"),
-        (['--config'], 'Missing value for flag --config'),
-        (['--config.train.steps=2000', '--config'], 'Missing value for flag --config'),
+        (['--config=PATH', '--steps=3'], 'unknown flag --steps'),
+        (['--config'], '--config has no value'),
+        (['--config.train.steps=2000', '--config'], '--config has no value'),
+        (['--config=PATH', '--config.train.steps', '--workdir=a'], '--config.train.steps has no value'),
+        (['--config=PATH', '--flagfile=/nonexistent'], 'unknown flag --flagfile'),
+        (['--config=PATH', '--config.train'], '--config.train has no value'),
+        (['--config=' + 'x' * 5000 + '.py'], 'File name too long'),
     ],
 )
 def test_a_wrong_command_line_is_refused(path, argv, message):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(cli.UserError) as error:
         parse(*(argument.replace('PATH', str(path)) for argument in argv))
     assert says(message)(error.value), error.value
 
@@ -308,7 +319,20 @@ def test_a_saved_config_of_an_older_version_takes_new_defaults():
         ('{"model": ', 'not a saved config'),
         ('[]', 'not a saved config'),
         ('{"model": 3}', 'not a saved config'),
-        ('{"modell": {"d_model": 3}}', 'not a saved config'),
+        ('{"modell": {"d_model": 3}}', 'unknown setting modell; did you mean model?'),
+        ('{"__class__": {"tokens_per_step": 1}}', 'unknown setting __class__'),
+        ('{"model": {"__class__": "x"}}', 'unknown setting model.__class__'),
+        ('{"model": {"_locked": true}}', 'unknown setting model._locked'),
+        ('{"tokens_per_step": 1}', 'unknown setting tokens_per_step'),
+        ('{"model": {"head_dim": 64}}', 'unknown setting model.head_dim'),
+        ('{"model": {"d_model": null}}', 'model.d_model=None must be int, not NoneType'),
+        ('{"model": {"d_model": [3]}}', 'model.d_model=[3] must be int, not list'),
+        ('{"model": {"attention_period": 9999999999}}', 'model.attention_period=9999999999 must be at most 4096'),
+        ('{"train": {"steps": 1' + 5000 * '0' + '}}', 'not a saved config'),
+        ('{"train": {"seed": 9223372036854775808}}', 'train.seed=9223372036854775808 must be at most 4294967295'),
+        ('{"optimizer": {"learning_rate": NaN}}', 'must be a finite number'),
+        (5000 * '[', 'not a saved config'),
+        (b'\xff\xfe{}', 'not a saved config: it is not UTF-8 (byte 0)'),
         ('{"model": {"d_modl": 3}}', 'unknown setting model.d_modl'),
         ('{"model": {"d_model": "x"}}', "model.d_model='x' must be int"),
         ('{"model": {"num_heads": 31}}', 'must be divisible'),
@@ -318,6 +342,163 @@ def test_a_saved_config_that_is_none_is_refused(text, message):
     with pytest.raises(ConfigError) as error:
         config_lib.from_json(text)
     assert says(message)(error.value), error.value
+    assert Config().tokens_per_step == 512 * 4096, 'the class is as it was'
+
+
+def test_an_ml_collections_config_serves(write, path):
+    pytest.importorskip('ml_collections')
+    file = write(
+        "    import ml_collections\n    return ml_collections.ConfigDict({'model': {'d_mlp': 64}, 'train': {'steps': 1e5}})\n"
+    )
+    config = config_lib.load(file)
+    assert (config.model.d_mlp, config.train.steps, config.model.d_model) == (64, 100000, Model().d_model)
+    assert config_lib.to_config_dict(config).model.d_mlp == 64
+    file = write("    import ml_collections\n    return ml_collections.ConfigDict({'modell': {'d_mlp': 64}})\n")
+    with pytest.raises(ConfigError, match='unknown setting modell; did you mean model?'):
+        config_lib.load(file)
+
+
+# ---- replacing, bounds, spellings ------------------------------------------
+
+
+def test_replace_makes_another_config_and_leaves_the_first(path):
+    config = config_lib.load(path)
+    other = config_lib.replace(config, {'model.remat': 'full', 'train.steps': '1e4', 'data.path': '~/x'})
+    assert config_lib.differences(config, other).keys() == {'model.remat', 'data.path'}
+    assert other.data.path == str(pathlib.Path.home() / 'x')
+    for changed in (config, other):
+        with pytest.raises(ConfigError, match='locked'):
+            changed.model.remat = 'none'
+    assert config_lib.replace(config, {}) == config
+    with pytest.raises(ConfigError, match='must be divisible'):
+        config_lib.replace(config, {'model.num_heads': 7})
+
+
+@pytest.mark.parametrize('text', ['100000', '1e5', '1E+5', '100_000', '1_00e3', ' 100000 ', '100000.0', '+100000', 1e5])
+def test_a_whole_number_comes_in_any_usual_spelling(path, text):
+    steps = config_lib.load(path, {'train.steps': text}).train.steps
+    assert steps == 100000 and type(steps) is int
+
+
+@pytest.mark.parametrize('text', ['1e-5', '1.5', '1e400', 'nan', '', '1e', '0x10', 'ten', '1,000', '9' * 5000])
+def test_what_is_no_whole_number_is_refused(path, text):
+    with pytest.raises(ConfigError) as error:
+        config_lib.load(path, {'train.steps': text})
+    assert says('must be int (a whole number)')(error.value) and len(str(error.value)) < 400
+
+
+def test_every_number_of_a_size_has_a_bound():
+    for name, field in settings.walk(Config):
+        if field.type is int:
+            most = field.metadata['maximum']
+            assert most <= settings.LARGEST_INT or (name.endswith('.seed') and most == settings.LARGEST_SEED), name
+            section, leaf = name.split('.')
+            with pytest.raises(ConfigError, match=f'{name}=.* must be at most {most}'):
+                setattr(getattr(Config(), section), leaf, most + 1)
+
+
+def test_the_largest_seed_is_one_that_jax_takes():
+    assert jax.random.key_data(jax.random.key(settings.LARGEST_SEED)).shape == (2,)
+
+
+# ---- anything at all -------------------------------------------------------
+
+WORDS = [
+    '',
+    '0',
+    '-1',
+    '1',
+    '16',
+    '1e5',
+    '1e400',
+    '-0.0',
+    'nan',
+    'inf',
+    'true',
+    'None',
+    '[]',
+    '{}',
+    '~',
+    '~nobody/x',
+    'a b=c',
+] + ['\n', '\udcff', 'ü', '9' * 30, '9' * 5000, 'none', 'hybrid', '0x10', '1_0', '1__0', '--', '-', '=', '%s{}', '\0']
+VALUES = [
+    None,
+    True,
+    0,
+    -1,
+    16,
+    2**31,
+    2**63,
+    10**400,
+    0.5,
+    1e5,
+    float('nan'),
+    float('inf'),
+    [],
+    [1],
+    {},
+    {'a': 1},
+    b'x',
+]
+
+
+def test_any_override_is_taken_or_refused_in_one_line(path):
+    rng, names = random.Random(0), [name for name, _ in settings.walk(Config)]
+    odd = [
+        '',
+        '.',
+        'model',
+        'model.',
+        '.model',
+        'model.d_model.x',
+        '__class__',
+        'model.__dict__',
+        '_locked',
+        'ü' * 9999,
+    ]
+    base, taken = config_lib.load(path), 0
+    for _ in range(600):
+        changes = {
+            rng.choice(names + odd[: rng.randint(0, 1) * len(odd)]): rng.choice(WORDS if rng.random() < 0.6 else VALUES)
+            for _ in range(1 + (rng.random() < 0.2))
+        }
+        try:
+            config = config_lib.replace(base, changes)
+        except ConfigError as error:
+            assert '\n' not in str(error) and 0 < len(str(error)) < 700, changes
+        else:
+            assert config_lib.from_json(config_lib.to_json(config)) == config
+            taken += 1
+    assert 30 < taken < 570
+
+
+def test_any_saved_config_is_taken_or_refused_in_one_line():
+    rng, text = random.Random(1), config_lib.to_json(config_lib.resolve(Config()))
+    tree, taken = json.loads(text), 0
+    for _ in range(600):
+        damaged = json.loads(text)
+        section = rng.choice(list(tree))
+        kind = rng.choice((0, 0, 0, 1, 2, 3))
+        if kind == 0:  # another value
+            damaged[section][rng.choice(list(tree[section]))] = rng.choice([*VALUES[:-1], *WORDS])
+        elif kind == 1:  # another name
+            damaged[section][rng.choice(['x', '__class__', '', '_locked', '__init__'])] = 1
+        elif kind == 2:  # another section
+            damaged[rng.choice([section, 'x', '__class__', '__dict__'])] = rng.choice([*VALUES[:-1], *WORDS])
+        raw = bytearray(json.dumps(damaged).encode())
+        if kind == 3:  # other bytes
+            for _ in range(rng.randint(1, 3)):
+                raw[rng.randrange(len(raw))] = rng.randrange(256)
+        try:
+            config = config_lib.from_json(bytes(raw[: rng.choice([*[len(raw)] * 5, rng.randrange(len(raw))])]))
+        except ConfigError as error:
+            assert '\n' not in str(error) and len(str(error)) < 700
+        else:
+            assert config_lib.from_json(config_lib.to_json(config)) == config
+            taken += 1
+    assert 15 < taken < 585
+    assert Config() == settings.copy(Config()) and Config.__name__ == 'Config'
 
 
 def test_differences_and_what_a_checkpoint_binds(path):
@@ -366,7 +547,7 @@ def test_a_checkpoint_binds_every_setting_that_shapes_the_parameters():
     free = {name for name, field in Model.__dataclass_fields__.items() if not field.metadata['of_checkpoint']}
 
     def shapes(model):
-        return jax.tree.map(lambda leaf: leaf.shape, jax.eval_shape(lambda: parameters.init_params(model, 0)))
+        return jax.tree.map(lambda leaf: leaf.shape, jax.eval_shape(lambda: init_params(model, 0)))
 
     for name, value in changes.items():
         assert shapes(dataclasses.replace(base, **{name: value})) != shapes(base), name
@@ -393,10 +574,10 @@ def test_a_shipped_config_loads(path):
     assert f'configs/{path.name}' in docstring or 'make demo' in docstring, 'the docstring names the command'
 
 
-@pytest.mark.parametrize('name, parameters', [('1p3b', 1.30e9), ('320m', 320e6)])
-def test_parameter_counts(name, parameters):
+@pytest.mark.parametrize('name, count', [('1p3b', 1.30e9), ('320m', 320e6)])
+def test_parameter_counts(name, count):
     model = config_lib.load(CONFIGS / f'{name}.py').model
-    assert count_params(model) == pytest.approx(parameters, rel=0.01)
+    assert count_params(model) == pytest.approx(count, rel=0.01)
     assert model.vocab_size == 50304 and model.tie_embeddings
     assert model.layer_pattern == ('ssd',) * 7 + ('attention',)
     assert _parameters(model) == count_params(model)

@@ -203,9 +203,11 @@ def test_logits(tmp_path, name):
 def test_import_then_export_gives_the_same_bytes(tmp_path, name, capsys):
     tensors = write(tmp_path / 'published', files=3, num_attention_heads=4, seed=5, **VARIANTS[name])
     assert run('import', f'--source={tmp_path / "published"}', f'--workdir={tmp_path / "run"}') == 0
-    assert run('export', f'--workdir={tmp_path / "run"}', f'--out={tmp_path / "single"}') == 0
+    assert run('export', f'--workdir={tmp_path / "run"}', f'--output={tmp_path / "single"}') == 0
     same_bytes(tensors, load_file(tmp_path / 'single' / 'model.safetensors'))
-    assert run('export', f'--workdir={tmp_path / "run"}', f'--out={tmp_path / "sharded"}', '--max_shard_size=50KB') == 0
+    assert (
+        run('export', f'--workdir={tmp_path / "run"}', f'--output={tmp_path / "sharded"}', '--max_shard_size=50KB') == 0
+    )
     index = json.loads((tmp_path / 'sharded' / 'model.safetensors.index.json').read_text())
     files = sorted((tmp_path / 'sharded').glob('*.safetensors'))
     assert len(files) > 3 and {path.name for path in files} == set(index['weight_map'].values())
@@ -274,7 +276,7 @@ def test_a_model_trained_here_computes_the_same_after_export_and_import(tmp_path
     zeros = jax.tree.map(np.zeros_like, params)
     for step, scale in ((3, 2.0), (7, 1.0)):
         scaled = jax.tree.map(lambda leaf, scale=scale: leaf * np.float32(scale), params)
-        checkpoints.save(step, {'step': np.int32(step), 'params': scaled, 'mu': zeros, 'nu': zeros}, {})
+        checkpoints.save(step, {'step': np.int32(step), 'params': scaled, 'opt_state': {'mu': zeros, 'nu': zeros}}, {})
     checkpoints.close()
     notes = conversion.export_published(tmp_path / 'run', tmp_path / 'out')
     assert notes == [
@@ -353,14 +355,22 @@ def test_tokenizer_files(tmp_path, capsys):
     assert config.data.path == str(workdir / 'tokenizer.json')
     assert 'data.path' not in (workdir / 'config.py').read_text()
     assert (
-        run('export', f'--workdir={workdir}', f'--out={tmp_path / "out"}', f'--tokenizer={workdir / "tokenizer.json"}')
+        run(
+            'export',
+            f'--workdir={workdir}',
+            f'--output={tmp_path / "out"}',
+            f'--tokenizer={workdir / "tokenizer.json"}',
+        )
         == 0
     )
     for name in ('tokenizer.json', 'tokenizer_config.json'):
         assert (tmp_path / 'out' / name).read_bytes() == (tmp_path / 'published' / name).read_bytes()
     assert (
         run(
-            'export', f'--workdir={workdir}', f'--out={tmp_path / "made"}', f'--tokenizer={tmp_path / "tokenizer.json"}'
+            'export',
+            f'--workdir={workdir}',
+            f'--output={tmp_path / "made"}',
+            f'--tokenizer={tmp_path / "tokenizer.json"}',
         )
         == 0
     )
@@ -465,10 +475,10 @@ def test_files_that_are_not_there_or_broken_are_refused(tmp_path, capsys):
     assert not workdir.exists()
     shutil.rmtree(source)
     write(source)
-    refused('does not exist', 'export', f'--workdir={workdir}', f'--out={tmp_path / "out"}')
+    refused('does not exist', 'export', f'--workdir={workdir}', f'--output={tmp_path / "out"}')
     assert run(*imports) == 0
     refused('holds checkpoints already', *imports)
-    export = ('export', f'--workdir={workdir}', f'--out={tmp_path / "out"}')
+    export = ('export', f'--workdir={workdir}', f'--output={tmp_path / "out"}')
     refused('has no checkpoint of step 5; it has 0', *export, '--step=5')
     refused('--max_shard_size=much', *export, '--max_shard_size=much')
     refused('byte tokenizer', *export, '--tokenizer=byte')
@@ -476,11 +486,11 @@ def test_files_that_are_not_there_or_broken_are_refused(tmp_path, capsys):
     assert not (tmp_path / 'out').exists()
     assert run(*export) == 0
     refused('holds weights already', *export)
-    for path in (workdir / 'checkpoints' / '0' / 'state').rglob('*'):
+    for path in (workdir / 'checkpoints' / '0' / 'params').rglob('*'):
         if path.is_file() and path.parent.name == 'd':
             path.write_bytes(b'')
-    refused('cannot be read', *export[:2], f'--out={tmp_path / "damaged"}')
-    assert not list((tmp_path / 'damaged').iterdir())
+    refused('can be read', *export[:2], f'--output={tmp_path / "damaged"}')
+    assert not (tmp_path / 'damaged').exists()
 
 
 def test_rope_settings_as_transformers_5_writes_them():

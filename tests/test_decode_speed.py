@@ -48,13 +48,12 @@ def test_both_models_are_measured_in_one_run(path, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(decode_speed, 'bandwidth', lambda: 1e10)
     monkeypatch.setattr(decode_speed, 'memory_of_device', lambda: 1e6)
     arguments = [
-        '',
         f'--config={path}',
         '--contexts=64',
         '--batches=4096',
         '--steps=4',
         '--repeats=2',
-        f'--out={tmp_path / "lines.json"}',
+        f'--output={tmp_path / "lines.json"}',
     ]
     assert decode_speed.main(arguments) == 0
     out = capsys.readouterr().out
@@ -69,15 +68,15 @@ def test_both_models_are_measured_in_one_run(path, tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize(
     'flag, message',
     [
-        ('--contexts=4k', '--contexts=4k must be whole'),
-        ('--batches=0', '--batches=0 must be whole'),
-        ('--models=mamba', '--models=mamba is not one of config, transformer'),
-        ('--context=64', 'context'),
+        ('--contexts=4k', "--contexts='4k' must be int"),
+        ('--batches=0', '--batches=0 must be at least 1'),
+        ('--models=mamba', '--models=mamba is not one of the choices; known: config, transformer'),
+        ('--context=64', 'did you mean --contexts?'),
         ('--contexts=64', 'must be above --steps=32'),
     ],
 )
 def test_wrong_input_gets_one_line_and_exit_code_2(path, monkeypatch, capsys, flag, message):
     monkeypatch.setattr(decode_speed, 'bandwidth', lambda: 1e10)
-    assert decode_speed.main(['', f'--config={path}', flag]) == 2
+    assert decode_speed.main([f'--config={path}', flag]) == 2
     err = capsys.readouterr().err
     assert err.startswith('error: ') and err.count('\n') == 1 and message in err

@@ -219,7 +219,9 @@ def workdir(config, params, tmp_path_factory):
     for number in (3, 7):
         scaled = jax.tree.map(lambda leaf: leaf * (number / 7), params)  # noqa: B023
         checkpoints.save(
-            number, {'step': jnp.int32(number), 'params': scaled, 'mu': scaled, 'nu': scaled}, {'next_step': 0}
+            number,
+            {'step': jnp.int32(number), 'params': scaled, 'opt_state': {'mu': scaled, 'nu': scaled}},
+            {'next_step': 0},
         )
         checkpoints.wait()
     checkpoints.close()
@@ -255,9 +257,9 @@ def test_prompts_of_a_file_are_continued_in_a_file(workdir, generator, tmp_path,
         capsys,
         f'--workdir={workdir}',
         f'--prompts={tmp_path / "in.jsonl"}',
-        '--data=2',
-        '--tensor=2',
-        f'--out={tmp_path / "out.jsonl"}',
+        '--config.mesh.data=2',
+        '--config.mesh.tensor=2',
+        f'--output={tmp_path / "out.jsonl"}',
         '--max_tokens=9',
         '--temperature=1',
     )
@@ -269,7 +271,7 @@ def test_prompts_of_a_file_are_continued_in_a_file(workdir, generator, tmp_path,
         {'prompt': 'or not', 'completion': expected[1].text, 'finish_reason': 'length'},
     ]
     # It is not written over:
-    code, _, err = call(capsys, f'--workdir={workdir}', '--prompt=a', f'--out={tmp_path / "out.jsonl"}')
+    code, _, err = call(capsys, f'--workdir={workdir}', '--prompt=a', f'--output={tmp_path / "out.jsonl"}')
     assert code == 2 and 'exists' in err and err.count('\n') == 1
 
 
@@ -279,7 +281,7 @@ def test_samples_of_the_same_prompt_differ_and_are_written_in_order(workdir, gen
         capsys,
         f'--workdir={workdir}',
         f'--prompts={tmp_path / "in.jsonl"}',
-        f'--out={tmp_path / "out.jsonl"}',
+        f'--output={tmp_path / "out.jsonl"}',
         '--max_tokens=9',
         '--num_samples=3',
         '--seed=4',
@@ -307,7 +309,7 @@ def test_an_error_loses_no_completion_that_had_ended(workdir, monkeypatch, tmp_p
     monkeypatch.setattr(Generator, 'completions', failing)
     (tmp_path / 'in').write_text('a\nb\n')
     code, _, err = call(
-        capsys, f'--workdir={workdir}', f'--prompts={tmp_path / "in"}', f'--out={tmp_path / "out"}', '--max_tokens=9'
+        capsys, f'--workdir={workdir}', f'--prompts={tmp_path / "in"}', f'--output={tmp_path / "out"}', '--max_tokens=9'
     )
     assert code == 2 and 'the power is gone' in err
     [line] = (tmp_path / 'out').read_text().splitlines()
@@ -345,14 +347,14 @@ def test_a_conversation_goes_on_after_ctrl_c_and_mistakes(workdir, monkeypatch, 
         (['--prompt=a', '--tokenizer=/nowhere.json'], 'tokenizer /nowhere.json'),
         (['--prompt=a', '--temperature=-1'], 'temperature=-1.0 must be'),
         (['--prompt=a', '--max_tokens=0'], 'max_tokens=0'),
-        (['--prompt=a', '--max_token=5'], '--max_token=5'),
+        (['--prompt=a', '--max_token=5'], 'unknown flag --max_token; did you mean --max_tokens?'),
         (['--prompt=a', '--top_k=many'], 'many'),
         (['--prompt=a', '--interactive'], 'give one of'),
         ([], 'give one of'),
-        (['--interactive', '--out=x.jsonl'], '--out is for'),
+        (['--interactive', '--output=x.jsonl'], '--output is for'),
         (['--prompts=/nowhere'], '/nowhere'),
-        (['--prompt=a', '--tensor=16'], '8 devices'),
-        (['--prompt=a', '--tensor=4'], 'model.num_heads=2 must be divisible by mesh.tensor=4'),
+        (['--prompt=a', '--config.mesh.tensor=16'], '8 devices'),
+        (['--prompt=a', '--config.mesh.tensor=4'], 'model.num_heads=2 must be divisible by mesh.tensor=4'),
     ],
 )
 def test_wrong_input_gets_one_line_and_exit_code_2(workdir, capsys, arguments, message):

@@ -15,6 +15,7 @@ from data_fixtures import SHARED
 from eval_fixtures import SMALLER, random_params, save_run
 from small import small_config
 
+from transxssm_jax.cli import ExitCode
 from transxssm_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 from transxssm_jax.evals import scoring
 
@@ -354,7 +355,6 @@ def test_the_command_prints_a_table_and_writes_results(harness, workdir, monkeyp
     assert (
         harness.main(
             [
-                'harness',
                 f'--workdir={workdir}',
                 '--tasks=openbookqa_local',
                 f'--include_path={TASKS}',
@@ -363,7 +363,7 @@ def test_the_command_prints_a_table_and_writes_results(harness, workdir, monkeyp
                 '--batch_tokens=1024',
             ]
         )
-        == harness.FINISHED
+        == ExitCode.FINISHED
     )
     out = capsys.readouterr().out
     assert '|openbookqa_local|' in out.replace(' ', '') and 'acc_norm' in out
@@ -411,7 +411,7 @@ def test_the_harness_makes_the_model_from_its_own_arguments(harness, workdir):
             '--tasks=qqqqqqq: no such task; --include_path=DIR adds',
         ),
         (['--workdir={run}', '--tasks=piqa', '--tokenizer=byte', '--output={tmp}/large.json'], 'large.json exists'),
-        (['--workdir={run}', '--tasks=piqa', '--taks=1'], "Unknown command line flag 'taks'"),
+        (['--workdir={run}', '--tasks=piqa', '--taks=1'], 'unknown flag --taks; did you mean --tasks?'),
         (
             ['--workdir={run}', '--tasks=broken', '--tokenizer=byte', '--include_path={tmp}/broken'],
             '--tasks=broken: cannot be loaded',
@@ -438,7 +438,7 @@ def test_wrong_input_is_reported_in_one_line(harness, workdir, tmp_path, monkeyp
         'task: broken\ndataset_path: json\ndataset_kwargs: {data_files: {test: nowhere.jsonl}}\ntest_split: test\n'
         'output_type: loglikelihood\ndoc_to_text: "{{text}}"\ndoc_to_target: "{{text}}"\n'
     )
-    assert harness.main(['harness', *(argument.format(run=workdir, tmp=tmp_path) for argument in arguments)]) == 2
+    assert harness.main([*(argument.format(run=workdir, tmp=tmp_path) for argument in arguments)]) == 2
     err = [line for line in capsys.readouterr().err.splitlines() if line.startswith('error: ')]
     assert len(err) == 1 and message in err[0]
 
@@ -464,7 +464,8 @@ def test_the_papers_tasks_have_their_usual_names(harness):
 def test_without_the_harness_the_command_reports_what_to_install(monkeypatch, capsys):
     for name in ('lm_eval', 'lm_eval.api.model', 'lm_eval.api.registry', 'lm_eval.models.utils'):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(SystemExit) as exit, pytest.warns(RuntimeWarning):
+    monkeypatch.delitem(sys.modules, 'transxssm_jax.evals.harness', raising=False)
+    with pytest.raises(SystemExit) as exit:
         runpy.run_module('transxssm_jax.evals.harness', run_name='__main__')
     assert exit.value.code == 2
     assert capsys.readouterr().err.endswith('is not installed; pip install -e .[eval]\n')

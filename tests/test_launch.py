@@ -10,9 +10,9 @@ import sys
 import time
 
 import pytest
-from absl import flags
 
 from transxssm_jax import config as config_lib
+from transxssm_jax import train
 
 LAUNCH = pathlib.Path(__file__).parents[1] / 'launch'
 SCRIPTS = sorted(LAUNCH.glob('*.sh'))
@@ -106,11 +106,10 @@ def test_training_understands_the_command_line(name, several):
             text = next(word for word in words if 'transxssm_jax.train' in word).removeprefix('--command=')
         start = words.index('transxssm_jax.train') + 1
         end = next((i for i in range(start, len(words)) if not words[i].startswith('--')), len(words))
-        values = flags.FlagValues()
-        flags.DEFINE_string('workdir', '', '', flag_values=values)
-        config = config_lib.parse_flags(['train', *(word.removesuffix(';') for word in words[start:end])], values)
+        flags = train.COMMAND.parse([word.removesuffix(';') for word in words[start:end]])
+        config = config_lib.from_flags(flags)
         assert (config.mesh.slices, config.train.steps, config.data.path) == (slices, 700, "/d's")
-        assert values.workdir == '/mnt/a run'
+        assert flags.workdir == '/mnt/a run'
 
 
 # ---- Cloud TPU VMs ---------------------------------------------------------

@@ -13,10 +13,12 @@ import pytest
 from flax import nnx
 
 from transxssm_jax import config as config_lib
+from transxssm_jax.cli import ExitCode
 from transxssm_jax.config import ConfigError
 from transxssm_jax.evals import mqar
 from transxssm_jax.model import parameters
 from transxssm_jax.model.loss import IGNORED
+from transxssm_jax.parallel import mesh
 from transxssm_jax.training import step as step_lib
 
 CONFIG = pathlib.Path(__file__).parents[1] / 'configs' / 'recall.py'
@@ -135,6 +137,10 @@ def test_accuracy_is_of_the_queries():
     expected = (np.take_along_axis(likeliest, at, 1) == np.take_along_axis(batch['targets'], at, 1)).mean()
     assert 0.5 <= expected < 1
     assert float(jax.jit(mqar.accuracy_step(config))(params, batch, at)) == expected
+    for sizes in (dict(data=2, fsdp=2, tensor=2), dict(data=2, context=2, tensor=2)):
+        changed = config_lib.replace(config, {'mesh.data': 1} | {f'mesh.{name}': size for name, size in sizes.items()})
+        with jax.set_mesh(mesh.build(changed)):
+            assert float(jax.jit(mqar.accuracy_step(changed))(params, batch, at)) == expected
 
 
 # ---- the command -----------------------------------------------------------
@@ -142,12 +148,12 @@ def test_accuracy_is_of_the_queries():
 
 def command(**settings):
     overrides = [f'--config.{name}={value}' for name, value in SMALL.items()]
-    return ['mqar', f'--config={CONFIG}', *overrides, *(f'--{name}={value}' for name, value in settings.items())]
+    return [f'--config={CONFIG}', *overrides, *(f'--{name}={value}' for name, value in settings.items())]
 
 
 def test_the_command_trains_and_writes_a_table(tmp_path, capsys):
     output = tmp_path / 'mqar.json'
-    assert mqar.main(command(output=output)) == mqar.FINISHED
+    assert mqar.main(command(output=output)) == ExitCode.FINISHED
     out = capsys.readouterr().out
     assert '4 pairs in rows of 32 tokens' in out and 'one of the values shown 25.00%' in out
     written = json.loads(output.read_text())
@@ -160,20 +166,20 @@ def test_the_command_trains_and_writes_a_table(tmp_path, capsys):
     assert line.split()[0] == 'hybrid' and line.endswith(f'{result["accuracy"]:.2%}')
     assert last == f'results written to {output}' and len(written['config_digest']) == 64
     assert f'--output={output}' in written['command']
-    assert mqar.main(command(output=output)) == mqar.WRONG_INPUT and 'exists' in capsys.readouterr().err
+    assert mqar.main(command(output=output)) == ExitCode.WRONG_INPUT and 'exists' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     'settings, message',
     [
-        (dict(pattern='hybrid,mamba'), '--pattern=mamba must be one of'),
+        (dict(pattern='hybrid,mamba'), '--pattern=mamba is not one of the choices; known: attention, hybrid, ssd'),
         (dict(pairs=20), 'data.seq_len=32 is too short for --pairs=20'),
         (dict(output='/nowhere/mqar.json'), '--output=/nowhere/mqar.json: its directory does not exist'),
-        (dict(patern='ssd'), "Unknown command line flag 'patern'"),
+        (dict(patern='ssd'), 'unknown flag --patern; did you mean --pattern?'),
     ],
 )
 def test_wrong_input_is_reported_in_one_line(capsys, settings, message):
-    assert mqar.main(command(**settings)) == mqar.WRONG_INPUT
+    assert mqar.main(command(**settings)) == ExitCode.WRONG_INPUT
     err = capsys.readouterr().err
     assert err.startswith('error: ') and message in err and len(err.splitlines()) == 1
 
@@ -181,7 +187,7 @@ def test_wrong_input_is_reported_in_one_line(capsys, settings, message):
 def test_a_loss_that_is_not_finite_ends_the_run(monkeypatch, capsys):
     nan = {'loss': jnp.float32(jnp.nan), 'grad_norm': jnp.float32(1)}
     monkeypatch.setattr(step_lib, 'train_step', lambda config: lambda state, batch: (state, nan))
-    assert mqar.main(command()) == mqar.NOT_FINITE
+    assert mqar.main(command()) == ExitCode.NOT_FINITE
     assert capsys.readouterr().err.startswith('error: step 1: loss nan')
 
 
@@ -201,7 +207,7 @@ def test_a_small_hybrid_learns_to_recall(tmp_path):
             sys.executable,
             '-m',
             'transxssm_jax.evals.mqar',
-            *command(output=tmp_path / 'mqar.json')[1:],
+            *command(output=tmp_path / 'mqar.json'),
             *(f'--config.{name}={value}' for name, value in more.items()),
         ],
         cwd=CONFIG.parents[1],

@@ -9,6 +9,7 @@ import pytest
 from eval_fixtures import random_params, save_run
 from small import small_config
 
+from transxssm_jax.cli import ExitCode
 from transxssm_jax.data.manifest import DataError
 from transxssm_jax.data.tokenizer import ByteTokenizer
 from transxssm_jax.evals import heat_map, needle, scoring
@@ -194,7 +195,7 @@ def run(workdir, *arguments):
     """(exit code, stdout, stderr)."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = needle.main(['needle', f'--workdir={workdir}', '--tokenizer=byte', *arguments])
+        code = needle.main([f'--workdir={workdir}', '--tokenizer=byte', *arguments])
     return code, out.getvalue(), err.getvalue()
 
 
@@ -211,7 +212,7 @@ def test_the_command_writes_every_question_and_a_heat_map_of_each_score(workdir,
         '--samples=2',
         f'--output={tmp_path}/results',
     )
-    assert code == needle.FINISHED
+    assert code == ExitCode.FINISHED
     record = json.loads((tmp_path / 'results' / 'results.json').read_text())
     assert [(cell['context_length'], cell['depth_percent'], cell['questions']) for cell in record['cells']] == [
         (320, 0, 4),
@@ -237,9 +238,9 @@ def test_the_command_writes_every_question_and_a_heat_map_of_each_score(workdir,
     [
         (['--haystack='], '--haystack is missing, e.g. --haystack=book.txt'),
         (['--haystack={tmp}/none.txt'], '--haystack={tmp}/none.txt: no such file'),
-        (['--haystack={tmp}/a.txt', '--lengths=1024,ten'], '--lengths=ten must be whole numbers from 1'),
+        (['--haystack={tmp}/a.txt', '--lengths=1024,ten'], "--lengths='ten' must be int (a whole number)"),
         (['--haystack={tmp}/a.txt', '--lengths=64'], '--lengths=64 is too short for 1 needle(s)'),
-        (['--haystack={tmp}/a.txt', '--depths=110'], '--depths=110 must be numbers from 0 to 100'),
+        (['--haystack={tmp}/a.txt', '--depths=110'], '--depths=110.0 must be at most 100'),
         (['--haystack={tmp}/a.txt', '--needles=0'], '--needles'),
         (['--haystack={tmp}/a.txt', '--step=4'], 'has no checkpoint of step 4'),
         (['--haystack={tmp}/a.txt', '--output={tmp}'], 'exists; name a new directory'),
@@ -248,5 +249,5 @@ def test_the_command_writes_every_question_and_a_heat_map_of_each_score(workdir,
 def test_wrong_input_is_reported_in_one_line(workdir, tmp_path, arguments, message):
     (tmp_path / 'a.txt').write_text('Some text. ' * 50)
     code, _, err = run(workdir, *(argument.format(tmp=tmp_path) for argument in arguments))
-    assert code == needle.WRONG_INPUT
+    assert code == ExitCode.WRONG_INPUT
     assert err.startswith('error: ') and message.format(tmp=tmp_path) in err and len(err.splitlines()) == 1

@@ -1,4 +1,6 @@
-"""The optimizer: schedules at their corners, what decays, clipping, and one step against AdamW written out."""
+"""The optimizer: schedules at their corners, what decays, clipping, AdamW written out, and the plain form of its state."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +8,13 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from small import small_config
+from small import packed_batch, small_config
 
+from transxssm_jax import config as config_lib
 from transxssm_jax.model import parameters
+from transxssm_jax.parallel import mesh
 from transxssm_jax.training import optimizer
+from transxssm_jax.training import step as step_lib
 
 
 def rates(*steps, **settings):
@@ -77,7 +82,7 @@ def test_decay_is_of_matrices_only():
 
 
 def update(config, grads, params):
-    tx = optimizer.optimizer(config)
+    tx = optimizer.make_optimizer(config)
     updates, _ = tx.update(grads, tx.init(params), params)
     return updates
 
@@ -118,7 +123,7 @@ def test_two_steps_are_adamw_written_out():
         optimizer_weight_decay=0.1,
         optimizer_clip_norm=0.0,
     )
-    tx = optimizer.optimizer(config)
+    tx = optimizer.make_optimizer(config)
     rng = np.random.default_rng(0)
     kernel = rng.normal(size=(3, 2))
     params = {'kernel': jnp.asarray(kernel, jnp.float32)}
@@ -132,3 +137,101 @@ def test_two_steps_are_adamw_written_out():
         rate = 1e-2 * min(count / 2, 1)
         kernel = kernel - rate * (unbiased_m / (np.sqrt(unbiased_v) + 1e-3) + 0.1 * kernel)
     np.testing.assert_allclose(params['kernel'], kernel, rtol=1e-5)
+
+
+# ---- state -----------------------------------------------------------------
+
+
+def test_the_names_in_the_config_are_those_of_the_table():
+    (name,) = (field for field in dataclasses.fields(config_lib.Optimizer) if field.name == 'name')
+    assert set(name.metadata['choices']) == set(optimizer.OPTIMIZERS)
+    with pytest.raises(
+        config_lib.ConfigError, match="optimizer.name='adam' is not one of the choices; did you mean adamw"
+    ):
+        small_config(optimizer_name='adam')
+
+
+CHAINS = {
+    'adamw': lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, mask=optimizer.decay_mask)),
+    'momentum': lambda: optax.sgd(optax.linear_schedule(0.1, 0.0, 10), momentum=0.9),
+    'plain': lambda: optax.sgd(0.1),
+    'factored': lambda: optax.adafactor(1e-2, min_dim_size_to_factor=4),
+    'parts': lambda: optax.partition(
+        {'matrix': optax.sgd(0.1, momentum=0.9), 'rest': optax.adam(1e-2)},
+        lambda params: jax.tree.map(lambda decays: 'matrix' if decays else 'rest', optimizer.decay_mask(params)),
+    ),
+    'named': lambda: optax.named_chain(
+        ('fast', optax.trace(0.5)), ('slow', optax.trace(0.9)), ('rate', optax.scale(-0.1))
+    ),
+}
+PARAMS = {'layers': {'kernel': jnp.ones((2, 4, 8)), 'scale': jnp.ones(4)}, 'embedding': jnp.ones((16, 8))}
+
+
+def is_plain(tree):
+    return isinstance(tree, jax.Array) or type(tree) is dict and all(map(is_plain, tree.values()))
+
+
+@pytest.mark.parametrize('chain', CHAINS.values(), ids=CHAINS)
+def test_updates_through_the_plain_state_are_those_of_optax(chain):
+    tx, rng = chain(), np.random.default_rng(0)
+    params, state, opt_state = PARAMS, tx.init(PARAMS), optimizer.init(tx, PARAMS)
+    for step in range(3):
+        grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), PARAMS)
+        expected, state = tx.update(grads, state, params)
+        updates, opt_state = optimizer.update(tx, grads, opt_state, params, jnp.int32(step))
+        assert is_plain(opt_state)
+        jax.tree.map(np.testing.assert_array_equal, updates, expected)
+        params = optax.apply_updates(params, updates)
+    jax.tree.map(np.testing.assert_array_equal, optimizer.from_plain(tx, opt_state, params, 3), state)
+
+
+def test_names_of_states_are_stable():
+    """They are the names in checkpoints: a change here orphans runs."""
+    names = {
+        chain: sorted('/'.join(path) for path in flat_paths(optimizer.init(make(), {'head': jnp.ones((4, 8))})))
+        for chain, make in CHAINS.items()
+    }
+    assert names['adamw'] == ['mu/head', 'nu/head'] and names['momentum'] == ['trace/head'] and names['plain'] == []
+    assert names['named'] == ['fast/trace/head', 'slow/trace/head']
+    assert names['parts'] == ['inner_states/matrix/inner_state/trace/head']
+    config = small_config()
+    params = {'head': jnp.ones((4, 8))}
+    with_clipping = optimizer.init(optimizer.make_optimizer(config), params)
+    without = optimizer.init(optimizer.make_optimizer(small_config(optimizer_clip_norm=0.0)), params)
+    assert flat_paths(with_clipping) == flat_paths(without) == {('mu', 'head'), ('nu', 'head')}
+
+
+def flat_paths(tree):
+    return {tuple(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def test_two_states_of_one_name_are_refused():
+    with pytest.raises(ValueError, match='trace/head is the name of two states.*named_chain'):
+        optimizer.init(optax.chain(optax.trace(0.5), optax.trace(0.9)), {'head': jnp.ones(2)})
+
+
+def test_what_is_kept_of_a_parameter_is_matched_to_it():
+    values = {'layers': {'kernel': 'K', 'scale': 'S'}, 'embedding': 'E'}
+    assert optimizer.like_params(optimizer.init(CHAINS['adamw'](), PARAMS), PARAMS, values, 'other') == {
+        'mu': values,
+        'nu': values,
+    }
+    factored = optimizer.like_params(optimizer.init(CHAINS['factored'](), PARAMS), PARAMS, values, 'other')
+    assert factored['v_row']['layers']['kernel'] == 'other', 'a row of it has another shape'
+    assert factored['v']['layers']['scale'] == 'S', 'too small to be factored'
+
+
+def test_another_optimizer_needs_only_its_chain(monkeypatch):
+    """The state, its shardings and the train step follow from the chain."""
+    monkeypatch.setitem(optimizer.OPTIMIZERS, 'adamw', lambda config: CHAINS['parts']())
+    config = small_config(mesh_data=1, mesh_fsdp=4, mesh_tensor=2)
+    device_mesh = mesh.build(config)
+    shardings = step_lib.state_shardings(config, device_mesh)
+    state, before = step_lib.create_state(config, device_mesh), step_lib.create_state(config, device_mesh)['params']
+    with jax.set_mesh(device_mesh):
+        batch = jax.device_put(packed_batch(config), step_lib.batch_sharding(device_mesh))
+        state, metrics = jax.jit(step_lib.train_step(config), out_shardings=(shardings, None))(state, batch)
+    assert 0 < float(metrics['update_norm']) < np.inf and int(state['step']) == 1
+    trace = state['opt_state']['inner_states']['matrix']['inner_state']['trace']['embedding']
+    assert trace.sharding == state['params']['embedding'].sharding and trace.any()
+    assert not np.array_equal(state['params']['final_norm']['scale'], before['final_norm']['scale'])

@@ -13,10 +13,12 @@ from data_fixtures import ids, run_prepare, train_tokenizer, write_jsonl
 from flax import nnx
 from small import small_config
 
+from transxssm_jax import config as config_lib
 from transxssm_jax.data.manifest import DataError
 from transxssm_jax.evals import perplexity
 from transxssm_jax.model.loss import IGNORED, next_token_loss
 from transxssm_jax.model.parameters import init_params, split_model
+from transxssm_jax.parallel import mesh
 from transxssm_jax.training import checkpoint
 
 TRAINED = 32  # tokens of a row in training
@@ -71,7 +73,7 @@ def test_losses_of_tokens_are_those_of_the_logits():
     keys = jax.random.split(jax.random.key(0), 3)
     hidden_BLD, head_VD = jax.random.normal(keys[0], (2, 7, 16)), jax.random.normal(keys[1], (40, 16))
     targets_BL = jax.random.randint(keys[2], (2, 7), 0, 40).at[1, 2:5].set(IGNORED)
-    nll_BL = perplexity.token_losses(hidden_BLD, head_VD, targets_BL, chunk_tokens=4)
+    nll_BL = perplexity.token_losses(hidden_BLD, head_VD, targets_BL, vocab_size=40, chunk_tokens=4)
     logits = jax.nn.log_softmax(hidden_BLD @ head_VD.T)
     expected = -jnp.take_along_axis(logits, jnp.maximum(targets_BL, 0)[..., None], -1)[..., 0] * (targets_BL != IGNORED)
     np.testing.assert_allclose(nll_BL, expected, rtol=1e-5, atol=1e-6)
@@ -85,7 +87,8 @@ def test_logits_of_a_window_never_exist_whole():
         jax.ShapeDtypeStruct(shape, dtype)
         for shape, dtype in (((1, L, D), jnp.float32), ((V, D), jnp.float32), ((1, L), jnp.int32))
     ]
-    compiled = jax.jit(perplexity.token_losses, static_argnums=3).lower(*shapes, 64).compile()
+    losses = functools.partial(perplexity.token_losses, vocab_size=V, chunk_tokens=64)
+    compiled = jax.jit(losses).lower(*shapes).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < L * V * 4 / 4
 
 
@@ -103,6 +106,19 @@ def test_losses_by_position_are_those_of_each_window_by_itself(config, params, s
             expected_counts_L += 1
     np.testing.assert_array_equal(counts_L, expected_counts_L)
     np.testing.assert_allclose(nats_L, expected_L, rtol=1e-4)
+    assert sum(done) == spans[0].size
+
+
+@pytest.mark.parametrize('sizes', [dict(data=4, fsdp=1, tensor=2), dict(data=1, fsdp=2, tensor=2, context=2)])
+def test_losses_are_the_same_on_a_mesh(config, params, spans, sizes):
+    expected_L, counts_L = perplexity.losses_by_position(params, config, spans, TRAINED, batch=3)
+    done = []
+    with jax.set_mesh(mesh.build(config_lib.replace(config, {f'mesh.{name}': size for name, size in sizes.items()}))):
+        found_L, found_counts_L = perplexity.losses_by_position(
+            params, config, spans, TRAINED, batch=3, advance=done.append
+        )
+    np.testing.assert_array_equal(found_counts_L, counts_L)
+    np.testing.assert_allclose(found_L, expected_L, rtol=1e-4)
     assert sum(done) == spans[0].size
 
 
@@ -172,7 +188,7 @@ def workdir(tmp_path_factory, config, params, data):
     checkpoint.open_workdir(directory, config)
     checkpoints = checkpoint.Checkpoints(directory, config)
     zeros = jax.tree.map(np.zeros_like, params)
-    checkpoints.save(1, {'step': np.int32(1), 'params': params, 'mu': zeros, 'nu': zeros}, {})
+    checkpoints.save(1, {'step': np.int32(1), 'params': params, 'opt_state': {'mu': zeros, 'nu': zeros}}, {})
     checkpoints.close()
     return directory
 
@@ -212,7 +228,9 @@ def test_bad_input_is_reported_in_one_line(workdir, data, tmp_path, capsys):
     refused('has no checkpoint of step 4', '--step=4')
     refused("'9y' must be a number of tokens", '--lengths=1x,9y')
     refused("'1' must be a number of tokens of at least 2", '--lengths=1')
-    refused("'yarn' is not one of none, linear", '--rope_scaling=yarn')
+    refused(
+        '--rope_scaling=yarn is not one of the choices; known: dynamic, length, linear, none', '--rope_scaling=yarn'
+    )
     refused('no document of 512 tokens', '--lengths=16x')
     refused('less than one window of 32768', '--lengths=1024x', '--documents=joined')
     refused('has no split', '--split=test')

@@ -13,7 +13,7 @@ import pytest
 from process_fixtures import TESTS, Process, Processes, free_port, start, start_all
 from train_fixtures import arguments, call, checkpoint_steps, prepare_bytes, records, train, write_config
 
-from transxssm_jax.parallel import processes
+from transxssm_jax.parallel import cluster, preemption, processes
 from transxssm_jax.training import checkpoint
 
 
@@ -29,7 +29,7 @@ def test_processes_agree_and_stop_at_the_same_turn():
     for process in ended:
         assert process.code == 75, process
         assert process.out.splitlines() == [
-            "first said {'n': 1}",
+            "broadcast {'n': 1}",
             "gathered ['p0', 'p1', 'p2']",
             'stopped at turn 5 with 75',
         ], process
@@ -39,7 +39,7 @@ def test_processes_agree_and_stop_at_the_same_turn():
 def test_one_process_needs_nobody():
     assert not processes.is_multiprocess() and processes.is_coordinator() and processes.process_label() == ''
     assert processes.broadcast_from_0([1, 'a']) == [1, 'a'] and processes.all_gather_json({'b': 2}) == [{'b': 2}]
-    stop = processes.PreemptionSync()
+    stop = preemption.PreemptionSync()
     assert [stop.should_stop(0), stop.should_stop(75), stop.should_stop(0)] == [0, 75, 0], 'at once'
     processes.abort_all(2, 'returns')
     processes.shutdown(0)
@@ -53,7 +53,7 @@ def test_one_process_needs_nobody():
 def test_a_failure_ends_all_and_says_whose_it_is(failing):
     ended = start_all(doing(f'fail{failing}'), 3).finish()
     for process, end in enumerate(ended):
-        assert end.code == 2 and end.seconds < 60, end
+        assert end.code == 2, end
         if process != failing:
             assert end.error() == (
                 f'error (process {process} of 3): process {failing} ended: data.path=/nowhere: no such directory'
@@ -63,26 +63,38 @@ def test_a_failure_ends_all_and_says_whose_it_is(failing):
 @pytest.mark.parametrize('lost', [2, 0], ids=['a process', 'the coordinator'])
 def test_a_killed_process_is_missed(lost):
     with start_all(doing('wait'), 3, heartbeat_timeout_seconds=10) as running:
-        running.until_said('watched')
+        running.until_printed('watched')
         running[lost].kill()
         ended = running.finish()
     for process, end in enumerate(ended):
         if process == lost:
             assert end.code == -signal.SIGKILL
             continue
-        assert end.code == processes.PEER_LOST and end.seconds < 60, end
+        assert end.code == processes.PEER_LOST, end
         assert (
             f'process {lost} of 3' in end.error() and 'is gone' in end.error() and 'same command again' in end.error()
         )
 
 
+def test_a_stopped_coordinator_is_missed():
+    """SIGSTOP: its connections stay open, and the kernel accepts new ones."""
+    with start_all(doing('wait'), 2, heartbeat_timeout_seconds=10) as running:
+        running.until_printed('watched')
+        running[0].send_signal(signal.SIGSTOP)
+        code = running[1].wait(600)
+        err = running[1].output()[1]
+    assert code == processes.PEER_LOST, err
+    (error,) = [line for line in err.splitlines() if line.startswith('error')]
+    assert error.startswith('error (process 1 of 2): process 0 of 2 (the coordinator, ') and 'stopped' in error
+
+
 def test_a_process_that_was_killed_and_started_again_is_another():
-    """Its place is taken, so its heartbeat comes; the others must notice all the same, and all start anew."""
+    """Its place is taken, so there is a heartbeat; the others must notice all the same, and all end."""
     port, flags = free_port(), dict(heartbeat_timeout_seconds=10, connect_timeout_seconds=30)
     with Processes() as running:
         for process in range(3):
             running.append(Process(doing('wait'), process, 3, port, **flags))
-        running.until_said('watched')
+        running.until_printed('watched')
         running[2].kill()
         running.append(Process(doing('wait'), 2, 3, port, **flags))
         assert [end.code for end in running.finish()] == [
@@ -95,9 +107,10 @@ def test_a_process_that_was_killed_and_started_again_is_another():
 
 def test_output_that_nobody_reads_does_not_keep_a_process():
     program = (
-        'import sys, threading, time; from transxssm_jax import hosts\n'
+        'import select, sys, threading, time; from transxssm_jax.parallel import processes\n'
         'threading.Thread(target=lambda: [print("x" * 999) for _ in range(9999)], daemon=True).start()\n'
-        'time.sleep(1); processes._end(processes.PEER_LOST, "process 1 is gone")'
+        'while select.select([], [1], [], 0)[1]: time.sleep(0.01)\n'  # until the pipe is full
+        'processes._end(processes.PEER_LOST, "process 1 is gone")'
     )
     with subprocess.Popen(
         [sys.executable, '-c', program],
@@ -216,8 +229,8 @@ def test_where_processes_are_found(monkeypatch, environment, expected):
         asked.append(how)
         raise ValueError('as far as this test goes')
 
-    monkeypatch.setattr(processes, '_has_tpu', lambda: 'TPU' in environment)
-    monkeypatch.setattr(processes, '_us', processes._Membership())
+    monkeypatch.setattr(cluster, 'has_tpu', lambda: 'TPU' in environment)
+    monkeypatch.setattr(processes, '_membership', processes._Membership())
     monkeypatch.setattr(processes, '_catch_abort', lambda: None)
     monkeypatch.setattr(jax.distributed, 'initialize', initialize)
     monkeypatch.setattr(jax.config, 'update', lambda name, value: None)
@@ -240,7 +253,7 @@ def test_what_may_pass_ends_as_lost(monkeypatch, capfd, error):
     def leave(code):
         raise SystemExit(code)
 
-    monkeypatch.setattr(processes, '_us', processes._Membership())
+    monkeypatch.setattr(processes, '_membership', processes._Membership())
     monkeypatch.setattr(processes, '_catch_abort', lambda: None)
     monkeypatch.setattr(jax.distributed, 'initialize', fail)
     monkeypatch.setattr(jax.config, 'update', lambda name, value: None)
@@ -255,6 +268,7 @@ def test_what_may_pass_ends_as_lost(monkeypatch, capfd, error):
 # ---- training: 4 processes x 2 devices, one killed; the same again, told to stop; 2 processes x 4 devices to the end ----
 
 SETTINGS = dict(train__checkpoint_every_steps=4, train__eval_every_steps=3, train__eval_batches=1)
+ENDLESS = 10**9  # steps of a run that is stopped from outside, however fast it is
 EXTRA_STEPS = 4  # after the stop
 
 
@@ -273,7 +287,7 @@ def killed(config, tmp_path_factory):
     """(workdir, ends, highest step recorded) of four processes that lose one."""
     workdir = tmp_path_factory.mktemp('many') / 'workdir'
     with start_all(
-        trainer(config, workdir, mesh__data=1, mesh__fsdp=8, train__steps=400),
+        trainer(config, workdir, mesh__data=1, mesh__fsdp=8, train__steps=ENDLESS),
         4,
         devices=2,
         heartbeat_timeout_seconds=10,
@@ -287,8 +301,8 @@ def killed(config, tmp_path_factory):
 def stopped(config, killed):
     """(workdir, ends) of the same command again; one process is told to stop."""
     workdir = killed[0]
-    with start_all(trainer(config, workdir, mesh__data=1, mesh__fsdp=8, train__steps=400), 4, devices=2) as running:
-        running.until_said('first step after', 0)
+    with start_all(trainer(config, workdir, mesh__data=1, mesh__fsdp=8, train__steps=ENDLESS), 4, devices=2) as running:
+        running.until_printed('first step after', 0)
         running[2].send_signal(signal.SIGTERM)
         ends = running.finish()
     return shutil.copytree(workdir, workdir.parent / 'stopped'), ends
@@ -320,7 +334,7 @@ def test_a_killed_process_ends_the_training_of_all(killed):
     workdir, ends, _ = killed
     assert ends[3].code == -signal.SIGKILL
     for process, end in enumerate(ends[:3]):
-        assert end.code == processes.PEER_LOST and end.seconds < 60, end
+        assert end.code == processes.PEER_LOST, end
         assert end.error().startswith(f'error (process {process} of 4): process 3 of 4 is gone'), end
         assert 'Traceback' not in end.err
 
@@ -377,9 +391,9 @@ def test_a_checkpoint_that_one_process_cannot_read_is_used_by_none(config, stopp
     """Orbax keeps what each process wrote in a directory of its own; one of them is damaged."""
     workdir = shutil.copytree(stopped[0], tmp_path / 'damaged')
     newest = checkpoint_steps(workdir)[-1]
-    part = workdir / 'checkpoints' / str(newest) / 'state' / 'ocdbt.process_3'
+    part = workdir / 'checkpoints' / str(newest) / 'params' / 'ocdbt.process_3'
     assert part.is_dir(), list(part.parent.iterdir())
-    for path in (workdir / 'checkpoints' / str(newest) / 'state').rglob('d/*'):
+    for path in (workdir / 'checkpoints' / str(newest) / 'params').rglob('d/*'):
         if path.stat().st_size > 1000:
             path.write_bytes(path.read_bytes()[:10])
             break

@@ -70,9 +70,9 @@ def test_mesh_equals_one_device(axes):
 def test_state_is_created_in_shards():
     config = small_config(mesh_data=1, mesh_fsdp=4, mesh_tensor=2)
     state = step.create_state(config, mesh.build(config))
-    for tree in ('params', 'mu', 'nu'):
-        assert state[tree]['embedding'].addressable_shards[0].data.size == state[tree]['embedding'].size // 8
-        x_proj = state[tree]['layers']['ssd']['mixer']['in_proj']['x']['kernel']
+    for tree in (state['params'], *state['opt_state'].values()):
+        assert tree['embedding'].addressable_shards[0].data.size == tree['embedding'].size // 8
+        x_proj = tree['layers']['ssd']['mixer']['in_proj']['x']['kernel']
         assert x_proj.addressable_shards[0].data.size == x_proj.size // 8
     np.testing.assert_allclose(
         state['params']['embedding'], parameters.init_params(config.model, 0)['embedding'], atol=1e-6

@@ -1,13 +1,12 @@
 """The trainer as its user meets it: exit codes, messages, files, and that an interruption changes no number."""
 
-import json
 import math
 import shutil
 import signal
-import types
 
 import jax.numpy as jnp
 import numpy as np
+import psutil
 import pytest
 from train_fixtures import (
     arguments,
@@ -25,39 +24,30 @@ from train_fixtures import (
 )
 
 from transxssm_jax import config as config_lib
-from transxssm_jax.training import loop, metrics
+from transxssm_jax.data import prepare
+from transxssm_jax.training import loop, stopping
 
 
 @pytest.fixture(scope='module', autouse=True)
 def compile_once():
     """Runs of the same model share their jitted functions; the schedule of the tests' config is constant."""
+    made, make = {}, loop.jit_steps
 
-    def key(config):
-        return json.dumps(
-            [
-                config_lib.flatten(config)[name]
-                for name in config_lib.flatten(config)
-                if name.startswith(('model.', 'optimizer.'))
-                or name in ('train.accumulation_steps', 'train.loss_chunk_tokens')
-            ]
-        )
+    def jit_steps(config, device_mesh):
+        names = ('train.accumulation_steps', 'train.loss_chunk_tokens')
+        key = [
+            (name, value)
+            for name, value in config_lib.flatten(config).items()
+            if name.startswith(('model.', 'optimizer.', 'mesh.')) or name in names
+        ]
+        key = tuple(key) if config.optimizer.schedule == 'constant' else (*key, config.train.steps)
+        if key not in made:
+            made[key] = make(config, device_mesh)
+        return made[key]
 
-    def shared(make):
-        made = {}
-
-        def get(config):
-            if key(config) not in made:
-                made[key(config)] = make(config)
-            return made[key(config)]
-
-        return get
-
-    patch = pytest.MonkeyPatch()
-    step = types.SimpleNamespace(**{name: value for name, value in vars(loop.step_lib).items() if name[:2] != '__'})
-    step.train_step, step.eval_step = shared(step.train_step), shared(step.eval_step)
-    patch.setattr(loop, 'step_lib', step)
-    yield
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, 'jit_steps', jit_steps)
+        yield
 
 
 @pytest.fixture(scope='module')
@@ -90,7 +80,8 @@ def copy(finished, tmp_path):
 def saved_state(workdir, step):
     import orbax.checkpoint as ocp
 
-    return ocp.StandardCheckpointer().restore(workdir / 'checkpoints' / str(step) / 'state')
+    path = workdir / 'checkpoints' / str(step)
+    return {name: ocp.StandardCheckpointer().restore(path / name) for name in ('params', 'training')}
 
 
 def numbers(workdir):
@@ -130,11 +121,15 @@ def _leaves(left, right, path=''):
         yield from _leaves(left[name], right[name], f'{path}/{name}')
 
 
-@pytest.mark.parametrize('step', [6, 7], ids=['where an evaluation is due', 'elsewhere'])
-def test_ctrl_c_saves_and_resuming_changes_nothing(config, finished, tmp_path, step):
-    with before_saving(step, send('SIGINT')):
+@pytest.mark.parametrize(
+    'step, name, code',
+    [(6, 'SIGINT', 130), (7, 'SIGUSR1', 75)],
+    ids=['Ctrl-C where an evaluation is due', 'a signal of a scheduler elsewhere'],
+)
+def test_a_signal_saves_and_resuming_changes_nothing(config, finished, tmp_path, step, name, code):
+    with before_saving(step, send(name)):
         result = train(config, tmp_path / 'workdir')
-    assert result.code == 130
+    assert result.code == code
     assert checkpoint_steps(tmp_path / 'workdir')[-1] == step
     assert train(config, tmp_path / 'workdir').code == 0
     assert numbers(tmp_path / 'workdir') == numbers(finished[0])
@@ -152,8 +147,37 @@ def test_a_second_ctrl_c_ends_at_once(config, tmp_path):
     assert checkpoint_steps(tmp_path / 'workdir') == []
 
 
+def test_nothing_is_saved_before_the_first_step(config, tmp_path):
+    stop = stopping.StopRequest()
+    stop.request(130)
+    settings = {'model.d_mlp': 64}
+    assert loop.train(config_lib.load(config, settings), tmp_path / 'workdir', stop, sample=None) == 130
+    assert checkpoint_steps(tmp_path / 'workdir') == []
+    result = train(config, tmp_path / 'workdir', train__steps=2, train__eval_every_steps=0)
+    assert result.code == 0, 'the mistaken setting binds nobody'
+
+
+def test_a_killed_loader_process_stops_the_run_and_saves(config, tmp_path, caplog):
+    def kill_workers(run):
+        workers = [child for child in psutil.Process().children() if 'spawn_main' in ' '.join(child.cmdline())]
+        assert len(workers) == 2, workers
+        for worker in workers:
+            worker.kill()
+
+    settings = dict(data__num_workers=2, train__eval_every_steps=0, train__checkpoint_every_steps=10_000)
+    with before_saving(2, kill_workers):
+        result = train(config, tmp_path / 'workdir', **settings, train__steps=10_000, train__log_every_steps=10_000)
+    assert result.code == 75, result
+    (step,) = checkpoint_steps(tmp_path / 'workdir')
+    assert f'stopped at step {step} and saved' in result.out and 2 <= step < 10_000
+    (message,) = [record.getMessage() for record in caplog.records if record.name == loop.__name__]
+    assert 'a loader process (data.num_workers=2) was lost' in message and 'exit code 75' in message
+    result = train(config, tmp_path / 'workdir', train__steps=step + 1, train__eval_every_steps=0)
+    assert result.code == 0 and f'resuming from step {step}' in result.out
+
+
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(config, finished, copy, caplog):
-    for path in (copy / 'checkpoints' / '12' / 'state').rglob('*'):
+    for path in (copy / 'checkpoints' / '12' / 'params').rglob('*'):
         if path.is_file():
             path.write_bytes(path.read_bytes()[:10])
     (copy / 'checkpoints' / '14.orbax-checkpoint-tmp-0').mkdir()
@@ -185,6 +209,7 @@ def test_a_resumed_run_may_change_its_mesh(config, finished, copy, tmp_path):
     assert train(config, same, train__steps=16).code == 0
     result = train(config, copy, train__steps=16, mesh__data=1, mesh__fsdp=4, mesh__tensor=2)
     assert result.code == 0, result
+    assert '  train.steps 12 -> 16' in result.out and '  mesh.fsdp 1 -> 4' in result.out
     assert 'resuming from step 12' in result.out and 'data 1 x fsdp 4 x context 1 x tensor 2' in result.out
     assert losses(copy).keys() == set(range(1, 17))
     for step, loss in losses(same).items():
@@ -204,6 +229,8 @@ def test_metrics_hold_every_step_once(finished):
         assert record['perplexity'] == pytest.approx(math.exp(record['loss']))
         assert record['bits_per_byte'] == pytest.approx(record['loss'] / math.log(2))  # a byte a token
         assert record['host_memory_gib'] > 0.05 and record['grad_norm'] > 0
+    assert [record['tokens'] for record in training] == [256 * step for step in range(1, 13)]
+    assert [record['seconds'] for record in training] == sorted(record['seconds'] for record in training)
     for record in training[1:]:
         assert record['tokens_per_second'] == pytest.approx(256 / record['step_seconds'])
         assert 0 <= record['input_fraction'] < 1 and record['model_tflops_per_second'] > 0
@@ -243,32 +270,41 @@ def test_tensorboard_holds_the_same_numbers(finished):
     events = EventAccumulator(str(finished[0] / 'tensorboard'), size_guidance={'tensors': 0})
     events.Reload()
     values = {}
-    for name in ('loss', 'eval_loss'):
+    for name in ('train/loss', 'eval/validation/loss'):
         assert name in events.Tags()['tensors'] + events.Tags()['scalars']
         if name in events.Tags()['scalars']:
             values[name] = {event.step: event.value for event in events.Scalars(name)}
         else:
             values[name] = {event.step: event.tensor_proto.float_val[0] for event in events.Tensors(name)}
-    assert values['loss'] == pytest.approx(losses(finished[0]), rel=1e-6)
-    assert values['eval_loss'].keys() == {6, 12}
+    assert values['train/loss'] == pytest.approx(losses(finished[0]), rel=1e-6)
+    assert values['eval/validation/loss'].keys() == {6, 12}
 
 
-def test_tensorboard_forgets_what_a_killed_run_wrote_beyond_its_checkpoint(config, tmp_path):
-    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator  # TensorBoard's own
+def test_each_record_is_a_line_where_there_is_no_terminal(finished):
+    lines = [line for line in finished[1].out.splitlines() if line.startswith('step ') and 'loss' in line]
+    lines = [line for line in lines if 'evaluation' not in line]
+    assert [line.split(':')[0] for line in lines] == [f'step {step} of 12' for step in range(1, 13)]
+    assert 'tokens/s' in lines[1] and 'time left 0:00:00' in lines[-1]
 
-    def write(first_step, steps, value):
-        writers = metrics.Writers(tmp_path, config_lib.load(config, {'train.tensorboard': True}), first_step)
-        for step in steps:
-            writers.write(step, {'loss': value})
-        writers.close()
 
-    write(0, range(1, 10), 1.0)
-    write(6, range(7, 9), 2.0)
-    events = EventAccumulator(str(tmp_path / 'tensorboard'), size_guidance={})
-    events.Reload()
-    values = [(event.step, event.tensor_proto.float_val[0]) for event in events.Tensors('loss')]
-    assert values == [(step, 1.0) for step in range(1, 7)] + [(7, 2.0), (8, 2.0)]
-    assert [(record['step'], record['loss']) for record in records(tmp_path)] == values
+def test_a_record_holds_the_mean_since_the_last_one(config, finished, tmp_path):
+    result = train(config, tmp_path / 'workdir', train__log_every_steps=4, train__eval_every_steps=0)
+    assert result.code == 0
+    every, window = losses(finished[0]), losses(tmp_path / 'workdir')
+    assert window.keys() == {4, 8, 12}
+    for last, loss in window.items():
+        # Rows have as many targets, but for the ends of documents.
+        assert loss == pytest.approx(np.mean([every[step] for step in range(last - 3, last + 1)]), rel=0.02), last
+
+
+def test_several_splits_are_evaluated(config, tmp_path):
+    splits = 'validation, train'
+    result = train(config, tmp_path / 'workdir', data__eval_splits=splits, train__eval_batches=0, train__steps=6)
+    assert result.code == 0, result
+    (record,) = [record for record in records(tmp_path / 'workdir') if 'eval_loss' in record]
+    assert record['eval/validation/loss'] == record['eval_loss'] != record['eval/train/loss']
+    assert math.isfinite(record['eval/train/bits_per_byte'])
+    assert result.out.splitlines()[-1].startswith(f'finished at step 6: evaluation loss {record["eval_loss"]:.4f} nats')
 
 
 def test_the_profiler_window_leaves_a_trace(finished):
@@ -292,7 +328,7 @@ def test_accumulation(config, tmp_path):
         train__steps=8,
         train__eval_every_steps=0,
     )
-    assert result.code == 0 and '512 tokens a step' in result.out, result
+    assert result.code == 0 and '512 tokens per step' in result.out, result
     got = losses(tmp_path / 'workdir')
     assert got[1] == pytest.approx(math.log(264), abs=0.3) and got[8] < got[1] - 1
     last = records(tmp_path / 'workdir')[-1]
@@ -344,10 +380,11 @@ def settings_id(settings):
         (dict(data__path=''), ['data.path is empty', 'transxssm_jax.data.prepare']),
         (dict(data__path='/nowhere'), ['/nowhere', 'transxssm_jax.data.prepare']),
         (dict(data__global_batch=12), ['data.global_batch=12 must be divisible by 8 data shards; try 8 or 16']),
-        (dict(data__global_batch=160), ['one batch of 160']),
+        (dict(data__global_batch=160), ['one batch of 160', 'data.global_batch']),
+        (dict(data__global_batch=1_000_000_000), ['one batch of 1000000000; lower data.global_batch to at most']),
         (dict(model__vocab_size=128), ['257', 'vocab_size=128']),
         (dict(data__train_split='tain'), ["no split 'tain'", 'train']),
-        (dict(data__eval_split='test'), ["no split 'test'", 'validation']),
+        (dict(data__eval_splits='test'), ["no split 'test'", 'validation']),
         (dict(model__d_modle=4), ['unknown setting model.d_modle; did you mean model.d_model?']),
         (dict(train__steps='many'), ["train.steps='many' must be int"]),
         (dict(optimizer__warmup_steps=50), ['optimizer.warmup_steps', 'train.steps=12']),
@@ -411,13 +448,28 @@ def test_a_workdir_of_another_config_is_refused(config, finished, copy):
 
 def test_replaced_data_is_refused(config, copy, tmp_path):
     data = config.parent / 'prepared'
-    shutil.copytree(data, tmp_path / 'kept')
-    index = data / 'train.index.json'
+    shutil.move(data, tmp_path / 'kept')
     try:
-        index.write_text(index.read_text() + ' ')
+        # The same text from another place is the same data.
+        (tmp_path / 'again').mkdir()
+        shutil.copytree(prepare_bytes(tmp_path / 'again'), data)
+        assert train(config, copy, train__steps=13).code == 0
+        shutil.rmtree(data)
+        source = tmp_path / 'again/train.jsonl'
+        source.write_text(source.read_text().replace('make', 'give'))
+        for split in ('train', 'validation'):
+            flags = [
+                f'--output={data}',
+                f'--split={split}',
+                '--tokenizer=byte',
+                f'--source={source}',
+                '--num_workers=1',
+            ]
+            assert prepare.main(flags) == 0
         refused(train(config, copy, train__steps=14), f'data.path={data}', 'not what the run')
     finally:
-        shutil.copy(tmp_path / 'kept' / 'train.index.json', index)
+        shutil.rmtree(data, ignore_errors=True)
+        shutil.move(tmp_path / 'kept', data)
 
 
 def test_a_workdir_that_cannot_be_made_is_refused(config, tmp_path):

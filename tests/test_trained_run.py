@@ -46,7 +46,7 @@ def test_a_run_is_read_with_what_identifies_it(workdir, folder, capsys):
 
 
 def test_parameters_are_read_in_shards_of_the_mesh(workdir):
-    run = open_run(workdir, data=2, tensor=2)
+    run = open_run(workdir, overrides={'mesh.data': '2', 'mesh.tensor': '2'})
     assert dict(run.mesh.shape)['tensor'] == 2
     with run.on_devices():
         assert jax.sharding.get_mesh() == run.mesh

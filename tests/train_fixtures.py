@@ -63,7 +63,7 @@ def write_config(directory: pathlib.Path, data: pathlib.Path) -> pathlib.Path:
 
 
 def arguments(config: pathlib.Path, workdir: pathlib.Path, **settings) -> list[str]:
-    """A command line; settings by dotted name with __ for the dot."""
+    """'train' and its command line; settings by dotted name with __ for the dot."""
     return [
         'train',
         f'--config={config}',
@@ -85,12 +85,13 @@ def train(config, workdir, **settings) -> Result:
 
 def call(argv: list[str]) -> Result:
     from transxssm_jax import train as train_lib
+    from transxssm_jax.training import stopping
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in stopping.SIGNALS}
     out, err = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = train_lib.main(argv)
+            code = train_lib.main(argv[1:])
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -102,18 +103,15 @@ def before_saving(step: int, action):
     """Calls action(run) when a run in this process has taken `step` steps, before it evaluates and saves them."""
     from transxssm_jax.training import loop
 
-    original = loop.Run._evaluate_and_save
-
-    def hook(run):
+    def callback(run):
         if run.step == step:
             action(run)
-        original(run)
 
-    loop.Run._evaluate_and_save = hook
+    loop.after_step_callbacks.append(callback)
     try:
         yield
     finally:
-        loop.Run._evaluate_and_save = original
+        loop.after_step_callbacks.remove(callback)
 
 
 def send(signal_name: str):
@@ -133,6 +131,7 @@ def start_process(config, *runs) -> subprocess.Popen:
     environment = {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'}
     environment |= {
         'JAX_PLATFORMS': 'cpu',
+        'PYTHONPATH': str(ROOT),
         'XLA_FLAGS': '--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0',
         'JAX_COMPILATION_CACHE_DIR': str(config.parent / 'compiled'),
         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
@@ -147,7 +146,7 @@ def start_process(config, *runs) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> Result:
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     return Result(process.returncode, out, err)
 
 
@@ -172,4 +171,4 @@ if __name__ == '__main__':
         if kind == 'file size':
             resource.setrlimit(resource.RLIMIT_FSIZE, (number, number))
         with before_saving(number, send(kind)) if kind.startswith('SIG') else contextlib.nullcontext():
-            print('exit code', train_lib.main(command), flush=True)
+            print('exit code', train_lib.main(command[1:]), flush=True)

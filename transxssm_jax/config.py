@@ -7,111 +7,54 @@ a device, and locks the tree. This module imports no jax.
 """
 
 import dataclasses
-import difflib
-import functools
-import json
-import math
 import pathlib
-import re
 import runpy
 import traceback
+import types
 from typing import Any
 
-from absl import flags
-from ml_collections import config_flags
-
-
-class ConfigError(ValueError):
-    """A setting is unknown, of the wrong type, or out of its range."""
-
-
-def setting(default, meaning: str, *, choices=(), minimum=None, of_checkpoint=False):
-    """One setting: its default, what it means, and which values are allowed.
-
-    Args:
-      default: the value when a config file says nothing; its type is the type.
-      meaning: one sentence, with the unit.
-      choices: the allowed words, empty for any.
-      minimum: the least allowed number.
-      of_checkpoint: whether a run can only be resumed with the same value.
-    """
-    metadata = dict(meaning=meaning, choices=tuple(choices), minimum=minimum, of_checkpoint=of_checkpoint)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-def _nearest(name: str, known) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    if near:
-        return f'; did you mean {near[0]}?'
-    return f'; known: {", ".join(sorted(known))}' if len(list(known)) <= 16 else '; transxssm_jax/config.py lists all'
-
-
-class Section:
-    """A group of settings that refuses unknown names, wrong types and, once locked, any change."""
-
-    def __new__(cls, *args, **settings):
-        for name in settings:  # before the dataclass's __init__ says it less helpfully
-            cls._known(name)
-        return super().__new__(cls)
-
-    @classmethod
-    def _known(cls, name) -> tuple[str, dataclasses.Field]:
-        """(prefix of the dotted name, field) of a setting."""
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        prefix = cls.__name__.lower() + '.' if cls is not Config else ''
-        if name not in fields:
-            raise ConfigError(f'unknown setting {prefix}{name}{_nearest(name, fields)}')
-        return prefix, fields[name]
-
-    def __setattr__(self, name, value):
-        prefix, field = self._known(name)
-        if self.__dict__.get('_locked'):
-            raise ConfigError(f'{prefix}{name}: the config is locked; make a new one with config.load(path, overrides)')
-        object.__setattr__(self, name, _checked(prefix + name, field, value))
-
-
-def _checked(name: str, field: dataclasses.Field, value):
-    kind = field.type
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) is not kind:
-        raise ConfigError(f'{name}={value!r} must be {kind.__name__}, not {type(value).__name__}')
-    choices, minimum = field.metadata.get('choices'), field.metadata.get('minimum')
-    if choices and value not in choices:
-        near = _nearest(str(value), choices) if isinstance(value, str) else f'; known: {choices}'
-        raise ConfigError(f'{name}={value!r} is not one of the choices{near}')
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f'{name}={value!r} must be a finite number')
-    if minimum is not None and value < minimum:
-        raise ConfigError(f'{name}={value!r} must be at least {minimum}')
-    return value
+from transxssm_jax import cli, settings
+from transxssm_jax.settings import LARGEST_SEED, ConfigError, Section, setting
 
 
 @dataclasses.dataclass
 class Model(Section):
     vocab_size: int = setting(
-        50304, 'Rows of the embedding; a multiple of 128 tiles well.', minimum=1, of_checkpoint=True
+        50304, 'Rows of the embedding; a multiple of 128 tiles well.', minimum=1, maximum=1 << 24, of_checkpoint=True
     )
-    d_model: int = setting(2048, 'Width D of the residual stream.', minimum=1, of_checkpoint=True)
-    num_layers: int = setting(24, 'Layers; each is a mixer and an MLP.', minimum=1, of_checkpoint=True)
+    d_model: int = setting(2048, 'Width D of the residual stream.', minimum=1, maximum=1 << 18, of_checkpoint=True)
+    num_layers: int = setting(24, 'Layers; each is a mixer and an MLP.', minimum=1, maximum=1 << 12, of_checkpoint=True)
     num_heads: int = setting(
-        32, 'Heads H of both mixers; the head width is d_model / num_heads.', minimum=1, of_checkpoint=True
+        32,
+        'Heads H of both mixers; the head width is d_model / num_heads.',
+        minimum=1,
+        maximum=1 << 14,
+        of_checkpoint=True,
     )
-    num_kv_heads: int = setting(8, 'Groups of K and V in attention; divides num_heads.', minimum=1, of_checkpoint=True)
+    num_kv_heads: int = setting(
+        8, 'Groups of K and V in attention; divides num_heads.', minimum=1, maximum=1 << 14, of_checkpoint=True
+    )
     num_ssd_groups: int = setting(
-        8, 'Groups of B and C in the state-space layer; divides num_heads.', minimum=1, of_checkpoint=True
+        8,
+        'Groups of B and C in the state-space layer; divides num_heads.',
+        minimum=1,
+        maximum=1 << 14,
+        of_checkpoint=True,
     )
     d_state: int = setting(
-        128, 'State size N of the state-space layer; a multiple of 16.', minimum=16, of_checkpoint=True
+        128, 'State size N of the state-space layer; a multiple of 16.', minimum=16, maximum=1 << 14, of_checkpoint=True
     )
-    d_mlp: int = setting(6144, 'Inner width F of the SwiGLU MLP.', minimum=1, of_checkpoint=True)
+    d_mlp: int = setting(6144, 'Inner width F of the SwiGLU MLP.', minimum=1, maximum=1 << 22, of_checkpoint=True)
     attention_period: int = setting(
         8,
         'Layers in a module, one of them attention; 1: attention everywhere, 0: nowhere.',
         minimum=0,
+        maximum=1 << 12,
         of_checkpoint=True,
     )
-    attention_offset: int = setting(7, 'Place of the attention layer within its module.', minimum=0, of_checkpoint=True)
+    attention_offset: int = setting(
+        7, 'Place of the attention layer within its module.', minimum=0, maximum=1 << 12, of_checkpoint=True
+    )
     rope_theta: float = setting(10000.0, 'Base of the rotary frequencies.', minimum=1.0, of_checkpoint=True)
     rope_scaling: str = setting(
         'none', 'What to do beyond the training length.', choices=('none', 'linear', 'dynamic', 'length')
@@ -138,7 +81,7 @@ class Model(Section):
         choices=('none', 'full', 'dots', 'hybrid'),
     )
     ssd_implementation: str = setting('auto', 'Scan implementation; auto picks the fastest that serves.')
-    ssd_chunk_size: int = setting(0, 'Tokens a chunk of the scan; 0 picks by device.', minimum=0)
+    ssd_chunk_size: int = setting(0, 'Tokens a chunk of the scan; 0 picks by device.', minimum=0, maximum=1 << 16)
     attention_implementation: str = setting('auto', 'Attention implementation; auto picks the fastest that serves.')
 
     @property
@@ -160,29 +103,49 @@ class Model(Section):
 
 @dataclasses.dataclass
 class Data(Section):
-    path: str = setting('', 'Prepared data set (python -m transxssm_jax.data.prepare).')
+    path: str = setting('', 'Directory that python -m transxssm_jax.data.prepare wrote.', is_path=True)
     train_split: str = setting('train', 'Split to train on.', of_checkpoint=True)
-    eval_split: str = setting('validation', 'Split to evaluate on; empty: no evaluation.')
-    seq_len: int = setting(4096, 'Tokens a row.', minimum=1, of_checkpoint=True)
-    global_batch: int = setting(
-        512, 'Rows a step, over all hosts and accumulation steps.', minimum=1, of_checkpoint=True
+    eval_splits: str = setting(
+        'validation',
+        'Splits to evaluate on, separated by commas; the loss of the first decides which checkpoints are best. '
+        'Empty: no evaluation.',
     )
-    seed: int = setting(0, 'Seed of the order of documents and of rows.', minimum=0, of_checkpoint=True)
-    num_workers: int = setting(0, 'Loader processes a host; 0: threads in this process.', minimum=0)
-    prefetch_batches: int = setting(4, 'Batches read ahead.', minimum=1)
+    seq_len: int = setting(4096, 'Tokens per row.', minimum=1, of_checkpoint=True)
+    global_batch: int = setting(
+        512, 'Rows per step, over all hosts and accumulation steps.', minimum=1, maximum=1 << 24, of_checkpoint=True
+    )
+    seed: int = setting(
+        0, 'Seed of the order of documents and of rows.', minimum=0, maximum=LARGEST_SEED, of_checkpoint=True
+    )
+    num_workers: int = setting(0, 'Loader processes per host; 0: threads in this process.', minimum=0, maximum=1 << 10)
+    prefetch_batches: int = setting(4, 'Batches read ahead.', minimum=1, maximum=1 << 16)
+    verify: str = setting(
+        'sizes',
+        'Check of the shards at opening: their sizes, or their full contents (sha256).',
+        choices=('sizes', 'full'),
+    )
+
+    @property
+    def eval_split_names(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name.strip() for name in self.eval_splits.split(',') if name.strip()))
 
 
 @dataclasses.dataclass
 class Optimizer(Section):
+    name: str = setting('adamw', 'Which optimizer of training/optimizer.py.', choices=('adamw',), of_checkpoint=True)
     learning_rate: float = setting(2e-4, 'Peak learning rate.', minimum=0.0)
-    schedule: str = setting('cosine', 'Shape after warmup.', choices=('cosine', 'linear', 'wsd', 'constant'))
+    schedule: str = setting(
+        'cosine', 'Shape of the learning rate after warmup.', choices=('cosine', 'linear', 'wsd', 'constant')
+    )
     warmup_steps: int = setting(1000, 'Steps of linear warmup from 0.', minimum=0)
     decay_steps: int = setting(1000, 'Steps of the final decay under wsd.', minimum=0)
-    final_fraction: float = setting(0.1, 'Last learning rate over the peak.', minimum=0.0)
+    final_fraction: float = setting(0.1, 'Last learning rate divided by the peak.', minimum=0.0)
     b1: float = setting(0.9, 'Decay of the first moment.', minimum=0.0)
     b2: float = setting(0.999, 'Decay of the second moment.', minimum=0.0)
-    epsilon: float = setting(1e-8, 'Added to the root of the second moment.', minimum=0.0)
-    weight_decay: float = setting(0.01, 'Decoupled decay of matrices, times the learning rate.', minimum=0.0)
+    epsilon: float = setting(1e-8, 'Added to the square root of the second moment.', minimum=0.0)
+    weight_decay: float = setting(
+        0.01, 'Decoupled weight decay of matrices, multiplied by the learning rate.', minimum=0.0
+    )
     clip_norm: float = setting(1.0, 'Global gradient norm to clip to; 0: no clipping.', minimum=0.0)
     z_loss: float = setting(0.0, 'Weight of the squared log-partition in the loss.', minimum=0.0)
 
@@ -190,9 +153,9 @@ class Optimizer(Section):
 @dataclasses.dataclass
 class Train(Section):
     steps: int = setting(10000, 'Steps of the whole run.', minimum=1)
-    accumulation_steps: int = setting(1, 'Microbatches a step, one after another.', minimum=1)
-    loss_chunk_tokens: int = setting(2048, 'Tokens a device whose logits exist at a time.', minimum=1)
-    seed: int = setting(0, 'Seed of the initial parameters.', minimum=0, of_checkpoint=True)
+    accumulation_steps: int = setting(1, 'Microbatches per step, one after another.', minimum=1, maximum=1 << 16)
+    loss_chunk_tokens: int = setting(2048, 'Tokens per device whose logits exist at a time.', minimum=1)
+    seed: int = setting(0, 'Seed of the initial parameters.', minimum=0, maximum=LARGEST_SEED, of_checkpoint=True)
     log_every_steps: int = setting(10, 'Steps between metrics records.', minimum=1)
     eval_every_steps: int = setting(1000, 'Steps between evaluations; one more comes at the end. 0: none.', minimum=0)
     eval_batches: int = setting(
@@ -210,13 +173,22 @@ class Train(Section):
 
 @dataclasses.dataclass
 class Mesh(Section):
-    data: int = setting(-1, 'Devices that hold whole copies of the state; -1: all that are left.', minimum=-1)
-    fsdp: int = setting(
-        1, 'Devices over which parameters and optimizer state are split; they split the batch too.', minimum=-1
+    data: int = setting(
+        -1, 'Replicas of the state; -1: all devices that the other axes leave.', minimum=-1, maximum=1 << 20
     )
-    context: int = setting(1, 'Devices over which the tokens of a row are split.', minimum=-1)
-    tensor: int = setting(1, 'Devices over which heads, MLP width and vocabulary are split.', minimum=-1)
-    slices: int = setting(1, 'TPU slices, or GPU hosts, that the devices are of; data goes across them.', minimum=1)
+    fsdp: int = setting(
+        1,
+        'Devices over which parameters and optimizer state are sharded; they shard the batch too.',
+        minimum=-1,
+        maximum=1 << 20,
+    )
+    context: int = setting(1, 'Devices over which the tokens of a row are sharded.', minimum=-1, maximum=1 << 20)
+    tensor: int = setting(
+        1, 'Devices over which heads, MLP width and vocabulary are sharded.', minimum=-1, maximum=1 << 20
+    )
+    slices: int = setting(
+        1, 'TPU slices, or GPU hosts, that the devices belong to; the data axis spans them.', minimum=1, maximum=1 << 20
+    )
 
 
 @dataclasses.dataclass
@@ -239,81 +211,62 @@ def load(path, overrides: dict[str, Any] | None = None) -> Config:
     """Reads a config file by path, applies overrides, checks and locks.
 
     Args:
-      path: a Python file with `get_config()`; its name may start with a digit.
-      overrides: dotted name -> value, e.g. {'model.d_model': 512}.
+      path: a Python file with `get_config()`, which returns a Config or an ml_collections.ConfigDict of the same
+        sections; its name may start with a digit.
+      overrides: dotted name -> value, e.g. {'model.d_model': 512}; text is read as on a command line.
 
     Raises:
       ConfigError: no such file, unknown name, wrong type, or a combination
         that cannot work. The message is one line and names the remedy.
     """
-    overrides = [f'--config.{name}={value}' for name, value in (overrides or {}).items()]
-    return parse_flags(['', f'--config={path}', *overrides], flags.FlagValues())
+    return replace(_read_file(str(path)), overrides or {})
 
 
-def parse_flags(argv: list[str], flag_values: flags.FlagValues) -> Config:
-    """Parses a command line: --config=PATH, --config.a.b=VALUE, and the flags already in flag_values, in any order.
+def from_flags(flags: types.SimpleNamespace) -> Config:
+    """The config of a command line (cli.Command.parse): --config=PATH and --config.a.b=VALUE, in any order.
 
     Raises:
-      ConfigError: see `load`; also for an unknown flag.
+      ConfigError: see `load`; also where --config is missing.
     """
-    types = {name: field.type for name, field in _settings(Config)}
-    argv = _file_first(argv)
-    for argument in argv[1:]:
-        name = argument.lstrip('-').partition('=')[0]
-        if name.startswith('config.') and name.removeprefix('config.') not in types:
-            name = name.removeprefix('config.')
-            raise ConfigError(f'unknown setting {name}{_nearest_path(name, types)}')
-    holder = config_flags.DEFINE_config_dataclass(
-        'config',
-        Config(),
-        'Config file; --config.a.b=value overrides a setting.',
-        flag_values=flag_values,
-        sys_argv=argv,
-        parse_fn=_read_file,
-    )
-    try:
-        extra = flag_values(argv)[1:]
-    except flags.Error as error:
-        if isinstance(error.__context__, ConfigError):  # absl wraps what _read_file and the settings say
-            raise error.__context__ from None
-        override = re.match(r'flag --config\.([\w.]+)=(.*?): ', str(error))
-        if override:
-            name, value = override.groups()
-            raise ConfigError(f'{name}={value!r} must be {types[name].__name__}') from error
-        raise ConfigError(' '.join(str(error).split())) from error
-    if extra:
-        raise ConfigError(f'unexpected argument {extra[0]}; settings are given as --config.name=value')
-    if not holder.present:
+    if not flags.config_file:
         raise ConfigError('--config=PATH is missing, e.g. --config=configs/tiny.py')
-    return resolve(holder.value)
+    return load(flags.config_file, flags.overrides)
 
 
-def _file_first(argv: list[str]) -> list[str]:
-    """The command line with --config=PATH in front of the overrides, where ml_collections wants it."""
-    file, others, arguments = [], [], iter(argv[1:])
-    for argument in arguments:
-        if argument == '--':
-            others += [argument, *arguments]
-        elif argument in ('--config', '-config'):
-            value = next(arguments, None)
-            # Without a value it stays where it is, for absl to say so.
-            (others if value is None else file).append(argument if value is None else f'{argument}={value}')
-        else:
-            (file if re.match('--?config=', argument) else others).append(argument)
-    return [*argv[:1], *file, *others]
+def replace(config: Config, changes: dict[str, Any]) -> Config:
+    """A new config, checked and locked, in which some settings differ: replace(config, {'model.remat': 'full'}).
+
+    Args:
+      config: is not changed.
+      changes: dotted name -> value of the setting's type, or text as on a command line.
+
+    Raises:
+      ConfigError: unknown name, wrong type, or a combination that cannot work.
+    """
+    changed = settings.copy(config)
+    settings.change(changed, changes)
+    return resolve(changed)
 
 
 def _read_file(path: str) -> Config:
-    if not pathlib.Path(path).is_file():
-        near = [str(p) for folder in {pathlib.Path(path).parent, pathlib.Path('configs')} for p in folder.glob('*.py')]
-        raise ConfigError(f'--config={path}: no such file{_nearest(path, near) if near else ""}')
+    file = pathlib.Path(path).expanduser()
+    try:
+        found = file.is_file()
+    except OSError as error:
+        raise ConfigError(f'--config={cli.shorten(path)}: {error.strerror}') from None
+    if not found:
+        near = [str(p) for folder in {file.parent, pathlib.Path('configs')} for p in folder.glob('*.py')]
+        raise ConfigError(f'--config={path}: no such file{cli.nearest(path, near) if near else ""}')
+    path = str(file)
     try:
         config = runpy.run_path(path).get('get_config', lambda: None)()
-    except Exception as error:  # whatever a file with a mistake raises
+        if hasattr(config, 'to_dict'):
+            config = settings.from_tree(Config, config.to_dict())
+    except (Exception, SystemExit) as error:  # whatever a file with a mistake raises
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         kind = '' if isinstance(error, ConfigError | SyntaxError) else f'{type(error).__name__}: '
         where = f'{path}, line {lines[-1]}' if lines else path
-        raise ConfigError(f'{where}: {kind}{" ".join(str(error).split())}') from error
+        raise ConfigError(f'{where}: {kind}{cli.one_line(error)}') from error
     if not isinstance(config, Config):
         raise ConfigError(f'{path}: must have a function get_config() that returns a transxssm_jax.config.Config')
     return config
@@ -326,29 +279,12 @@ def start_from(asking_file: str, path: str) -> Config:
       asking_file: where path is relative to.
       path: a config file.
     """
-    return _read_file(str(pathlib.Path(asking_file).parent / path))
+    return settings.copy(_read_file(str(pathlib.Path(asking_file).parent / path)))
 
 
 def describe() -> str:
-    """Every setting with its default and its meaning, a line each."""
-    return '\n'.join(
-        f'--config.{name}={field.default}  {field.metadata["meaning"]}' for name, field in _settings(Config)
-    )
-
-
-def _settings(section, prefix=''):
-    """Yields (dotted name, field) of every setting, in the order of the tree."""
-    for field in dataclasses.fields(section):
-        if dataclasses.is_dataclass(field.type):
-            yield from _settings(field.type, f'{prefix}{field.name}.')
-        else:
-            yield prefix + field.name, field
-
-
-def _nearest_path(name: str, known) -> str:
-    # The last word decides first: data.d_model should find model.d_model.
-    same_leaf = [path for path in known if path.rpartition('.')[2] == name.rpartition('.')[2]]
-    return f'; did you mean {same_leaf[0]}?' if same_leaf else _nearest(name, known)
+    """Every setting with its default and its meaning, one per line."""
+    return settings.describe(Config)
 
 
 def resolve(config: Config) -> Config:
@@ -402,8 +338,7 @@ def resolve(config: Config) -> Config:
     mesh = dataclasses.asdict(config.mesh)
     if list(mesh.values()).count(-1) > 1 or 0 in mesh.values():
         raise ConfigError(f'mesh={mesh}: at most one axis may be -1 and none 0')
-    for section in (config, model, data, optimizer, train, config.mesh):
-        object.__setattr__(section, '_locked', True)
+    settings.lock(config)
     return config
 
 
@@ -421,7 +356,7 @@ def _divides(name, value, by_name, by, step=0):
 
 def flatten(config: Config) -> dict[str, Any]:
     """Every setting by dotted name."""
-    return {name: functools.reduce(getattr, name.split('.'), config) for name, _ in _settings(Config)}
+    return settings.flatten(config)
 
 
 def differences(config: Config, other: Config) -> dict[str, tuple[Any, Any]]:
@@ -431,28 +366,28 @@ def differences(config: Config, other: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def to_json(config: Config) -> str:
-    return json.dumps(dataclasses.asdict(config), indent=2) + '\n'
+    return settings.to_json(config)
 
 
-def from_json(text: str) -> Config:
-    """The config of a saved run; settings that have since been added take their defaults.
+def from_json(text: str | bytes) -> Config:
+    """The config of a saved run, locked; settings that have since been added take their defaults.
 
     Raises:
-      ConfigError: not JSON, or it holds a setting that this version lacks.
+      ConfigError: not UTF-8, not JSON, or it holds a section, a setting or a value that this version does not take.
     """
-    try:
-        config = Config()
-        for section, values in json.loads(text).items():
-            for name, value in values.items():
-                setattr(getattr(config, section), name, value)
-    except (json.JSONDecodeError, AttributeError) as error:
-        raise ConfigError(f'not a saved config: {error}') from error
-    return resolve(config)
+    return resolve(settings.from_json(Config, text))
+
+
+def to_config_dict(config: Config):
+    """The settings as an ml_collections.ConfigDict, for programs that take one; `load` reads a file that returns one."""
+    import ml_collections
+
+    return ml_collections.ConfigDict(dataclasses.asdict(config))
 
 
 def unfit_for_checkpoint(saved: Config, wanted: Config) -> list[str]:
     """What keeps a checkpoint of `saved` from being resumed with `wanted`, a phrase a setting."""
-    fixed = {name for name, field in _settings(Config) if field.metadata['of_checkpoint']}
+    fixed = {name for name, field in settings.walk(Config) if field.metadata['of_checkpoint']}
     return [
         f'{name} is {was!r} in the checkpoint and {now!r} in this config'
         for name, (was, now) in differences(saved, wanted).items()

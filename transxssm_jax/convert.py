@@ -1,7 +1,7 @@
 """Weights in the published PyTorch format, to and from checkpoints.
 
     python -m transxssm_jax.convert import --source=DIR --workdir=DIR [--tokenizer=FILE] [--config.a.b=VALUE]
-    python -m transxssm_jax.convert export --workdir=DIR --out=DIR [--step=N] [--tokenizer=FILE]
+    python -m transxssm_jax.convert export --workdir=DIR --output=DIR [--step=N] [--tokenizer=FILE]
                                            [--max_shard_size=5GB] [--dtype=float32|bfloat16]
 
 An imported workdir is a run at step 0: generate, the evaluations and train take
@@ -11,62 +11,87 @@ import. Its published.json keeps what checkpoints have no place for, so that an
 export gives the values back bit for bit.
 
 One stacked array of ours is in memory at a time, and one tensor; no PyTorch.
-Exit codes: 0 done; 2 wrong input or a failed write, said in one line.
+Exit codes: 0 done; 2 wrong input or a failed write, with one line.
 """
 
-import argparse
+from transxssm_jax import cli
+
+if __name__ == '__main__':
+    cli.start('transxssm_jax.convert')
+
 import logging
 import pathlib
 import re
-import sys
 
-from transxssm_jax.config import ConfigError
-from transxssm_jax.data.manifest import DataError
+from transxssm_jax import config as config_lib
+from transxssm_jax.cli import Flag
 from transxssm_jax.model import parameters
-from transxssm_jax.pytorch.checkpoint_format import (
-    DTYPES,
-    ConvertError,
-)
+from transxssm_jax.pytorch.checkpoint_format import DTYPES, ConvertError
 from transxssm_jax.pytorch.conversion import export_published, import_published
-from transxssm_jax.training import checkpoint
 
-FINISHED, WRONG_INPUT = 0, 2
+IMPORT = cli.Command(
+    'transxssm_jax.convert import',
+    'Published format -> workdir.',
+    [
+        Flag('source', cli.REQUIRED, 'Directory with config.json and the weights.', example='DIR', is_path=True),
+        Flag('workdir', cli.REQUIRED, 'Directory of the run to make.', example='runs/a', is_path=True),
+        Flag(
+            'tokenizer',
+            '',
+            'byte, a JSON file or a prepared directory; empty: tokenizer.json of --source.',
+            is_path=True,
+        ),
+    ],
+    settings=config_lib.describe,
+    takes_file=False,
+)
+EXPORT = cli.Command(
+    'transxssm_jax.convert export',
+    'Workdir -> published format.',
+    [
+        Flag('workdir', cli.REQUIRED, 'Directory of the run.', example='runs/a', is_path=True),
+        Flag('output', cli.REQUIRED, 'Directory to make.', example='DIR', is_path=True),
+        Flag('step', -1, 'Step of the checkpoint; -1: the newest.', minimum=-1),
+        Flag('tokenizer', '', 'A JSON file or a prepared directory; empty: that of the run.', is_path=True),
+        Flag('max_shard_size', '5GB', 'Most bytes of a file, e.g. 500MB or 2GiB.'),
+        Flag('dtype', 'float32', 'Type of the weights.', choices=tuple(DTYPES)),
+    ],
+    settings=config_lib.describe,
+    takes_file=False,
+)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog='python -m transxssm_jax.convert',
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def main(argv: list[str] | None = None) -> int:
+    """The command; see --help. Returns its exit code."""
+    return cli.run_one_of(__doc__, {'import': (IMPORT, _import), 'export': (EXPORT, _export)}, argv)
+
+
+def _import(flags) -> None:
+    logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax warns of what it leaves out beside _Lazy leaves
+    source = import_published(flags.source, flags.workdir, tokenizer=flags.tokenizer, overrides=flags.overrides)
+    print(
+        f'imported {len(source.tensors)} tensors, {parameters.count_params(source.model):,} parameters, into '
+        f'{flags.workdir} as step 0'
     )
-    commands = parser.add_subparsers(dest='command', required=True)
-    to_ours = commands.add_parser('import', allow_abbrev=False, help='published format -> workdir')
-    to_ours.add_argument('--source', required=True, help='directory with config.json and the weights')
-    to_ours.add_argument('--workdir', required=True, help='directory of the run to make')
-    to_ours.add_argument(
-        '--tokenizer',
-        default='',
-        help='byte, a tokenizers json file or a prepared directory; default: tokenizer.json of the source',
+    for name in source.unused:
+        print(f'not used: {name}')
+
+
+def _export(flags) -> None:
+    logging.getLogger('absl').setLevel(logging.ERROR)
+    notes = export_published(
+        flags.workdir,
+        flags.output,
+        step=flags.step,
+        dtype=flags.dtype,
+        tokenizer=flags.tokenizer,
+        overrides=flags.overrides,
+        max_shard_bytes=_bytes(flags.max_shard_size),
     )
-    export = commands.add_parser('export', allow_abbrev=False, help='workdir -> published format')
-    export.add_argument('--workdir', required=True, help='directory of the run')
-    export.add_argument('--out', required=True, help='directory to make')
-    export.add_argument('--step', type=int, default=-1, help='which checkpoint; default: the newest')
-    export.add_argument('--tokenizer', default='', help='a tokenizers json file, or a prepared directory')
-    export.add_argument('--max_shard_size', default='5GB', help='most bytes of a file, e.g. 500MB or 2GiB')
-    export.add_argument('--dtype', default='float32', choices=tuple(DTYPES))
-    return parser
-
-
-def _overrides(extra: list[str]) -> dict[str, str]:
-    overrides = {}
-    for argument in extra:
-        match = re.fullmatch(r'--config\.([\w.]+)=(.*)', argument, re.DOTALL)
-        if not match:
-            raise ConvertError(f'unknown argument {argument}; settings are given as --config.name=value')
-        overrides[match[1]] = match[2]
-    return overrides
+    for note in notes:
+        print(f'note: {note}')
+    names = sorted(path.name for path in pathlib.Path(flags.output).iterdir())
+    print(f'exported to {flags.output}: {", ".join(names)}')
 
 
 def _bytes(size: str) -> int:
@@ -75,41 +100,3 @@ def _bytes(size: str) -> int:
     if number < 1:
         raise ConvertError(f'--max_shard_size={size} must be a number of bytes, e.g. 5GB, 500MB or 2GiB')
     return number
-
-
-def main(argv: list[str] | None = None) -> int:
-    logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax warns of what it leaves out beside _Lazy leaves
-    arguments, extra = _parser().parse_known_args(argv)
-    try:
-        overrides = _overrides(extra)
-        if arguments.command == 'import':
-            source = import_published(
-                arguments.source, arguments.workdir, tokenizer=arguments.tokenizer, overrides=overrides
-            )
-            print(
-                f'imported {len(source.tensors)} tensors, {parameters.count_params(source.model):,} parameters, into '
-                f'{arguments.workdir} as step 0'
-            )
-            for name in source.unused:
-                print(f'not used: {name}')
-        else:
-            for note in export_published(
-                arguments.workdir,
-                arguments.out,
-                step=arguments.step,
-                dtype=arguments.dtype,
-                tokenizer=arguments.tokenizer,
-                overrides=overrides,
-                max_shard_bytes=_bytes(arguments.max_shard_size),
-            ):
-                print(f'note: {note}')
-            names = sorted(path.name for path in pathlib.Path(arguments.out).iterdir())
-            print(f'exported to {arguments.out}: {", ".join(names)}')
-    except (ConvertError, ConfigError, DataError, checkpoint.CheckpointError, OSError) as error:
-        print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
-        return WRONG_INPUT
-    return FINISHED
-
-
-if __name__ == '__main__':
-    sys.exit(main())

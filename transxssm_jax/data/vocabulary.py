@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from transxssm_jax.data.manifest import DataError, finished_splits, read_index
+from transxssm_jax.data.manifest import DataError, finished_splits, read_manifest
 from transxssm_jax.data.tokenizer import load_tokenizer
 
 
@@ -34,10 +34,13 @@ def describe(path) -> dict:
     Raises DataError where there is none.
     """
     if Path(path).is_dir():
-        return read_index(path, finished_splits(path)[0]).tokenizer  # one tokenizer for all splits
+        return read_manifest(path, finished_splits(path)[0]).tokenizer  # one tokenizer for all splits
     return load_tokenizer(path).describe()
 
 
 def is_same(description: dict, other: dict) -> bool:
-    """Whether two tokenizers, as their `describe()` and the manifest of prepared data describe them, have one vocabulary."""
-    return (description['kind'], description['sha256']) == (other['kind'], other['sha256'])
+    """Whether two tokenizers, as their `describe()` and the manifest of prepared data describe them, make the same ids.
+
+    Tokens that end and begin documents count too: prepare's --eos and --bos can choose others of one vocabulary.
+    """
+    return all(description[name] == other[name] for name in ('kind', 'sha256', 'eos_id', 'begin_id'))

@@ -7,10 +7,10 @@ import signal
 import threading
 
 
-def follow_parent() -> None:
+def exit_with_parent() -> None:
     """Makes this worker process live exactly as long as its parent wants it.
 
-    Ctrl-C and a scheduler's SIGTERM reach every process of a job. The parent
+    Ctrl-C and a scheduler's signals reach every process of a job. The parent
     decides what they mean (save first, say); a worker that died of them would
     break the parent's last steps. And it ends when the parent was killed by
     SIGKILL: neither `concurrent.futures` nor grain see to that, their workers
@@ -20,11 +20,11 @@ def follow_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is None:
         return
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
     def watch():
         multiprocessing.connection.wait([parent.sentinel])
         os._exit(1)
 
-    threading.Thread(target=watch, name='follow-parent', daemon=True).start()
+    threading.Thread(target=watch, name='exit-with-parent', daemon=True).start()

@@ -13,43 +13,64 @@ tokens after that; the row `cut_contexts` of the table counts them.
 Exit codes: 0 finished; 2 wrong input, reported in one line.
 """
 
+from transxssm_jax import cli
+
+if __name__ == '__main__':
+    cli.start('transxssm_jax.evals.harness')
+
 import collections
 import difflib
 import json
 import logging
 import pathlib
-import sys
 
-from absl import flags
 from tqdm import tqdm
 
-from transxssm_jax.config import Config, ConfigError
-from transxssm_jax.data.manifest import DataError
+from transxssm_jax.cli import Flag
+from transxssm_jax.config import Config
 from transxssm_jax.evals import results as results_lib
 from transxssm_jax.evals.scoring import Scorer
 from transxssm_jax.inference.generator import Generator
-from transxssm_jax.inference.prompt import begin_id, clean_text, with_begin
+from transxssm_jax.inference.prompt import encode_prompts, with_begin
 from transxssm_jax.inference.sampling import InputError, Sampling, fold_seed
 from transxssm_jax.inference.trained_run import TrainedRun, open_run
 from transxssm_jax.model import parameters
-from transxssm_jax.training.checkpoint import CheckpointError
 
 try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
     from lm_eval.models.utils import normalize_gen_kwargs
 except ModuleNotFoundError as error:
-    message = f'{error.name} is not installed; pip install -e .[eval]'
-    if __name__ == '__main__':
-        print(f'error: {message}', file=sys.stderr)
-        sys.exit(2)
-    raise ModuleNotFoundError(message, name=error.name) from error
-
-FINISHED, WRONG_INPUT = 0, 2
+    raise cli.MissingPackageError(f'{error.name} is not installed; pip install -e .[eval]', name=error.name) from error
 
 GENERATED_TOGETHER = 64  # rows decoded at once
 SAMPLING = ('top_k', 'top_p', 'min_p', 'repetition_penalty')  # settings of a task that are passed on by name
 SEED = 0  # of tasks that sample
+
+COMMAND = cli.Command(
+    'transxssm_jax.evals.harness',
+    __doc__,
+    [
+        Flag('workdir', cli.REQUIRED, 'Directory of the run.', example='runs/a', is_path=True),
+        Flag(
+            'tasks',
+            cli.REQUIRED,
+            'Names or patterns of tasks and groups, with commas.',
+            is_list=True,
+            example='hellaswag,piqa',
+        ),
+        Flag('include_path', (), 'Directories with task files of your own, with commas.', is_path=True),
+        Flag('num_fewshot', -1, "Examples before each question; -1: the task's own number.", minimum=-1),
+        Flag('limit', 0, 'Questions per task, for a quick look; 0: all.', minimum=0),
+        Flag('step', -1, 'Step of the checkpoint; -1: the newest.', minimum=-1),
+        Flag('tokenizer', '', 'byte, a JSON file or a prepared directory; empty: that of the run.', is_path=True),
+        Flag('max_length', 0, 'Most tokens shown at once; 0: data.seq_len.', minimum=0),
+        Flag('batch_tokens', 32768, 'Tokens per batch, with padding.', minimum=1),
+        Flag('log_samples', False, 'Whether the JSON holds every question and answer.'),
+        Flag('output', '', 'New JSON file; empty: one in WORKDIR/evals.', is_path=True),
+        Flag('confirm_run_unsafe_code', False, 'Whether tasks may run code that the model writes.'),
+    ],
+)
 
 
 @register_model('transxssm')
@@ -133,7 +154,7 @@ class TransXSSMLM(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """The begin token of the tokenizer, which every row of training begins with."""
-        return begin_id(self.tokenizer)
+        return self.tokenizer.begin_id
 
     @property
     def tokenizer_name(self) -> str:
@@ -141,8 +162,8 @@ class TransXSSMLM(TemplateLM):
         return f'{about["kind"]}-{about["sha256"][:16]}'
 
     def tok_encode(self, string: str, add_special_tokens=None, **kwargs) -> list[int]:
-        """Token ids without special tokens."""
-        return self.tokenizer.encode_batch([string])[0].tolist()
+        """Token ids of a text, with none added; a special token that the text spells becomes its id."""
+        return self.tokenizer.encode_batch([string], special_tokens=True)[0].tolist()
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, is_greedy) of each request's (context, continuation)."""
@@ -165,7 +186,7 @@ class TransXSSMLM(TemplateLM):
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood in nats of each request's (text,) after the begin token; long texts are scored in windows."""
         texts = [request.args[0] for request in requests]
-        rows = [with_begin(self.tokenizer, ids).tolist() for ids in _encode(self.tokenizer, texts)]
+        rows = [with_begin(self.tokenizer, ids).tolist() for ids in self.tokenizer.encode_batch(texts)]
         pairs = [(row[:1], row[1:]) for row in rows]
         with tqdm(total=len(requests), desc='loglikelihood_rolling', disable=disable_tqdm, smoothing=0) as bar:
             totals = [total for total, _ in self.scorer.score(pairs, bar.update)]
@@ -181,10 +202,7 @@ class TransXSSMLM(TemplateLM):
         Raises:
           InputError: a task asks for so many tokens that no context fits in max_length.
         """
-        rows = [
-            with_begin(self.tokenizer, ids)
-            for ids in _encode(self.tokenizer, [request.args[0] for request in requests])
-        ]
+        rows = encode_prompts(self.tokenizer, [request.args[0] for request in requests])
         groups = {}  # settings -> requests that can be decoded together
         for index, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
@@ -249,23 +267,19 @@ def encode_pairs(tokenizer, texts: list[tuple[str, str]]) -> list[tuple[list[int
         moved.append((kept, context[len(kept) :] + continuation))
     # A context is repeated for each of its continuations: each text is encoded once.
     distinct = list({text for kept, rest in moved for text in (kept, kept + rest, rest)})
-    ids = dict(zip(distinct, _encode(tokenizer, distinct)))
+    ids = dict(zip(distinct, tokenizer.encode_batch(distinct, special_tokens=True)))
     pairs = []
     for kept, rest in moved:
         if kept:
             context, continuation = ids[kept], ids[kept + rest][len(ids[kept]) :]
             # If the continuation merges into the context's last token, there is nothing to divide.
             continuation = continuation if len(continuation) or not rest else ids[rest]
-        elif len(ids[rest]) and ids[rest][0] == begin_id(tokenizer):
+        elif len(ids[rest]) and ids[rest][0] == tokenizer.begin_id:
             context, continuation = ids[rest][:1], ids[rest][1:]
         else:
             context, continuation = [], ids[rest]
         pairs.append((with_begin(tokenizer, context).tolist(), [int(i) for i in continuation]))
     return pairs
-
-
-def _encode(tokenizer, texts: list[str]) -> list:
-    return tokenizer.encode_batch([clean_text(text) for text in texts])
 
 
 def _sampling(settings: dict) -> Sampling:
@@ -352,75 +366,43 @@ def tables(results: dict) -> str:
     return '\n'.join(parts)
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str] | None = None) -> int:
+    """The command; see the module's docstring. Returns its exit code."""
+    return cli.run(COMMAND, _evaluate, argv)
+
+
+def _evaluate(flags) -> None:
     logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
-    values = flags.FlagValues()
-    define = dict(flag_values=values)
-    workdir = flags.DEFINE_string('workdir', '', 'Directory of the run.', **define)
-    tasks = flags.DEFINE_list('tasks', [], 'Names or patterns of tasks and groups, with commas.', **define)
-    include_path = flags.DEFINE_list('include_path', [], 'Directories with task files of your own.', **define)
-    num_fewshot = flags.DEFINE_integer(
-        'num_fewshot', -1, "Examples before each question; -1: the task's own number.", **define
-    )
-    limit = flags.DEFINE_integer('limit', 0, 'Questions per task, for a quick look; 0: all.', **define, lower_bound=0)
-    step = flags.DEFINE_integer('step', -1, 'Checkpoint; -1: the newest.', **define)
-    tokenizer = flags.DEFINE_string(
-        'tokenizer', '', 'byte, a json file or a prepared directory; empty: of the run.', **define
-    )
-    max_length = flags.DEFINE_integer(
-        'max_length', 0, 'Most tokens shown at once; 0: data.seq_len.', **define, lower_bound=0
-    )
-    batch_tokens = flags.DEFINE_integer(
-        'batch_tokens', 32768, 'Tokens per batch, with padding.', **define, lower_bound=1
-    )
-    log_samples = flags.DEFINE_bool('log_samples', False, 'Whether the JSON holds every question and answer.', **define)
-    output = flags.DEFINE_string('output', '', 'New JSON file; empty: one in WORKDIR/evals.', **define)
-    confirm_run_unsafe_code = flags.DEFINE_bool(
-        'confirm_run_unsafe_code', False, 'Whether tasks may run code that the model writes.', **define
-    )
-    if {'--help', '-h'} & set(argv[1:]):
-        print(f'{__doc__}\n{values.get_help()}')
-        return FINISHED
     from lm_eval.evaluator import simple_evaluate
 
-    try:
-        extra = values(argv)[1:]
-        if extra:
-            raise InputError(f'unexpected argument {extra[0]}')
-        for name, value, example in (('workdir', workdir.value, 'runs/a'), ('tasks', tasks.value, 'hellaswag,piqa')):
-            if not value:
-                raise InputError(f'--{name} is missing, e.g. --{name}={example}')
-        lm = TransXSSMLM(
-            workdir.value,
-            step=step.value,
-            tokenizer=tokenizer.value,
-            max_length=max_length.value,
-            batch_tokens=batch_tokens.value,
-        )
-        path = results_lib.choose_output(output.value, lm.run, 'harness')
-        loaded = load_tasks(tasks.value, include_path.value)
-        check_tasks(loaded['tasks'], lm, confirm_run_unsafe_code.value)
-        print(
-            f'harness for {workdir.value} at step {lm.run.step}: tasks {",".join(tasks.value)}, '
-            f'{limit.value or "all"} questions each, at most {lm.max_length:,} tokens at once; results go to {path}',
-            flush=True,
-        )
-        results = simple_evaluate(
-            lm,
-            **loaded,
-            confirm_run_unsafe_code=confirm_run_unsafe_code.value,
-            limit=limit.value or None,
-            log_samples=log_samples.value,
-            num_fewshot=None if num_fewshot.value < 0 else num_fewshot.value,
-        )
-        add_cut_contexts(results, lm.cut_contexts)
-        print(tables(results))
-        made_by = results_lib.of_run(lm.run, 'transxssm_jax.evals.harness', argv[1:], packages=('lm_eval', 'datasets'))
-        write_results(path, results | {'made_by': made_by})
-        print(f'results written to {path}')
-    except (CheckpointError, ConfigError, DataError, InputError, flags.Error, OSError) as error:
-        return _print_error(error, WRONG_INPUT)
-    return FINISHED
+    lm = TransXSSMLM(
+        flags.workdir,
+        step=flags.step,
+        tokenizer=flags.tokenizer,
+        max_length=flags.max_length,
+        batch_tokens=flags.batch_tokens,
+    )
+    path = results_lib.choose_output(flags.output, lm.run, 'harness')
+    loaded = load_tasks(list(flags.tasks), list(flags.include_path))
+    check_tasks(loaded['tasks'], lm, flags.confirm_run_unsafe_code)
+    print(
+        f'harness for {flags.workdir} at step {lm.run.step}: tasks {",".join(flags.tasks)}, '
+        f'{flags.limit or "all"} questions each, at most {lm.max_length:,} tokens at once; results go to {path}',
+        flush=True,
+    )
+    results = simple_evaluate(
+        lm,
+        **loaded,
+        confirm_run_unsafe_code=flags.confirm_run_unsafe_code,
+        limit=flags.limit or None,
+        log_samples=flags.log_samples,
+        num_fewshot=None if flags.num_fewshot < 0 else flags.num_fewshot,
+    )
+    add_cut_contexts(results, lm.cut_contexts)
+    print(tables(results))
+    made_by = results_lib.of_run(lm.run, COMMAND.module, flags.argv, packages=('lm_eval', 'datasets'))
+    write_results(path, results | {'made_by': made_by})
+    print(f'results written to {path}')
 
 
 def write_results(path: pathlib.Path, results: dict) -> None:
@@ -428,12 +410,3 @@ def write_results(path: pathlib.Path, results: dict) -> None:
     from lm_eval.utils import handle_non_serializable
 
     results_lib.write_json(path, results, default=handle_non_serializable)
-
-
-def _print_error(error, exit_code: int) -> int:
-    print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
-    return exit_code
-
-
-if __name__ == '__main__':
-    sys.exit(main(sys.argv))

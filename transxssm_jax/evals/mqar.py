@@ -18,6 +18,11 @@ Exit codes: 0 finished; 2 wrong input; 3 the loss is not finite.
 Shape legend: B batch, L length, D model, V vocabulary, P pairs, S positions after the pairs.
 """
 
+from transxssm_jax import cli
+
+if __name__ == '__main__':
+    cli.start('transxssm_jax.evals.mqar')
+
 import dataclasses
 import math
 import sys
@@ -26,21 +31,19 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 from flax import nnx
 from tqdm import tqdm
 
 from transxssm_jax import config as config_lib
+from transxssm_jax.cli import Flag
 from transxssm_jax.config import Config, ConfigError
 from transxssm_jax.evals import results as results_lib
-from transxssm_jax.inference.sampling import InputError
 from transxssm_jax.model import parameters
+from transxssm_jax.model.language_model import to_logits
 from transxssm_jax.model.loss import IGNORED
 from transxssm_jax.parallel import mesh
 from transxssm_jax.training import step as step_lib
-from transxssm_jax.training.loop import NotFiniteError
-
-FINISHED, WRONG_INPUT, NOT_FINITE = 0, 2, 3
+from transxssm_jax.training.health import NotFiniteError
 
 TRAIN, EVAL, FINAL = 0, 1, 2  # independent streams of rows
 
@@ -50,6 +53,18 @@ PATTERNS = {
     'attention': {'attention_period': 1, 'attention_offset': 0},
     'ssd': {'attention_period': 0},
 }
+
+COMMAND = cli.Command(
+    'transxssm_jax.evals.mqar',
+    __doc__,
+    [
+        Flag('pattern', ('hybrid',), "Patterns to train: 'hybrid', 'attention', 'ssd'.", choices=tuple(PATTERNS)),
+        Flag('pairs', 0, 'Keys per row; 0: an eighth of data.seq_len.', minimum=0),
+        Flag('target', 0.995, 'Accuracy that ends a training; above 1: none does.'),
+        Flag('output', '', 'New JSON file; empty: none.', is_path=True),
+    ],
+    settings=config_lib.describe,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,19 +147,13 @@ def with_pattern(config: Config, pattern: str) -> Config:
     """
     if pattern not in PATTERNS:
         raise ConfigError(f'--pattern={pattern} must be one of {", ".join(PATTERNS)}, or several with commas')
-    changed = Config(**{field.name: _unlocked(getattr(config, field.name)) for field in dataclasses.fields(config)})
-    for name, value in PATTERNS[pattern].items():
-        setattr(changed.model, name, value)
+    changed = config_lib.replace(config, {f'model.{name}': value for name, value in PATTERNS[pattern].items()})
     if pattern == 'hybrid' and len(set(changed.model.layer_pattern)) == 1:
         raise ConfigError(
             f'--pattern=hybrid needs both kinds of layers; model.attention_period='
             f'{changed.model.attention_period} has {changed.model.layer_pattern[0]} only'
         )
-    return config_lib.resolve(changed)
-
-
-def _unlocked(section):
-    return type(section)(**dataclasses.asdict(section))
+    return changed
 
 
 def accuracy_step(config: Config):
@@ -154,17 +163,16 @@ def accuracy_step(config: Config):
     """
     graph, _ = parameters.split_model(config.model)
 
-    def step(params, batch, at_BP):
+    def of_block(params, batch, at_BP):
         model = nnx.merge(graph, params)
         hidden_BLD = model(batch['tokens'], segment_ids_BL=batch['segment_ids'], positions_BL=batch['positions'])
-        hidden_BPD = jnp.take_along_axis(hidden_BLD, at_BP[..., None], axis=1)
-        logits_BPV = jnp.einsum(
-            'BPD,VD->BPV', hidden_BPD, model.head_VD.astype(hidden_BPD.dtype), preferred_element_type=jnp.float32
-        )
-        answers_BP = jnp.take_along_axis(batch['targets'], at_BP, axis=1)
-        return jnp.mean(jnp.argmax(logits_BPV, axis=-1) == answers_BP)
+        logits_BPV = to_logits(jnp.take_along_axis(hidden_BLD, at_BP[..., None], axis=1), model.head_VD)
+        return jnp.argmax(logits_BPV, axis=-1) == jnp.take_along_axis(batch['targets'], at_BP, axis=1)
 
-    return step
+    rows = ('batch', None)  # whole, because a target may be anywhere in its row
+    batch_axes = dict.fromkeys(('tokens', 'targets', 'segment_ids', 'positions'), rows)
+    is_right_BP = parameters.on_shards(of_block, config.model, (batch_axes, rows), rows)
+    return lambda params, batch, at_BP: jnp.mean(is_right_BP(params, batch, at_BP))
 
 
 def train(config: Config, task: Task, *, target: float, report=print) -> dict:
@@ -265,52 +273,32 @@ def table(results: dict[str, dict]) -> str:
     return '\n'.join(lines)
 
 
-def main(argv: list[str]) -> int:
-    if {'--help', '-h'} & set(argv[1:]):
-        print(__doc__)
-        return FINISHED
-    values = flags.FlagValues()
-    pattern = flags.DEFINE_list(
-        'pattern', ['hybrid'], 'Of "hybrid", "attention" and "ssd", with commas.', flag_values=values
+def main(argv: list[str] | None = None) -> int:
+    """The command; see the module's docstring. Returns its exit code."""
+    return cli.run(COMMAND, _compare, argv)
+
+
+def _compare(flags) -> None:
+    config = config_lib.from_flags(flags)
+    task = Task(config.model.vocab_size, config.data.seq_len, flags.pairs or config.data.seq_len // 8)
+    configs = {name: with_pattern(config, name) for name in flags.pattern}
+    path = results_lib.choose_output(flags.output, None, 'mqar') if flags.output else None
+    print(
+        f'{len(configs)} patterns, at most {config.train.steps:,} steps each: '
+        f'{task.pairs} pairs in rows of {task.length} tokens, {task.vocab_size} words; '
+        f'a guess is right {2 / task.vocab_size:.2%} of the time, one of the values shown {1 / task.pairs:.2%}'
     )
-    pairs = flags.DEFINE_integer('pairs', 0, 'Keys per row; 0: an eighth of data.seq_len.', flag_values=values)
-    target = flags.DEFINE_float('target', 0.995, 'Accuracy that ends a training; above 1: none.', flag_values=values)
-    output = flags.DEFINE_string('output', '', 'New JSON file; empty: none.', flag_values=values)
-    try:
-        config = config_lib.parse_flags(argv, values)
-        task = Task(config.model.vocab_size, config.data.seq_len, pairs.value or config.data.seq_len // 8)
-        configs = {name: with_pattern(config, name) for name in pattern.value}
-        path = results_lib.choose_output(output.value, None, 'mqar') if output.value else None
-        print(
-            f'{len(configs)} patterns, at most {config.train.steps:,} steps each: '
-            f'{task.pairs} pairs in rows of {task.length} tokens, {task.vocab_size} words; '
-            f'a guess is right {2 / task.vocab_size:.2%} of the time, one of the values shown {1 / task.pairs:.2%}'
-        )
-        results = {}
-        for name, changed in configs.items():
-            print(f'{name}: {" ".join(changed.model.layer_pattern)}', flush=True)
-            results[name] = train(changed, task, target=target.value, report=lambda line: print(line, flush=True))
-        print(table(results))
-        if path:
-            record = {
-                **results_lib.of_command(config, 'transxssm_jax.evals.mqar', argv[1:]),
-                'task': dataclasses.asdict(task),
-                'results': results,
-                'config': dataclasses.asdict(config),
-            }
-            results_lib.write_json(path, record)
-            print(f'results written to {path}')
-    except (ConfigError, InputError, OSError) as error:
-        return _print_error(error, WRONG_INPUT)
-    except NotFiniteError as error:
-        return _print_error(error, NOT_FINITE)
-    return FINISHED
-
-
-def _print_error(error, exit_code: int) -> int:
-    print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
-    return exit_code
-
-
-if __name__ == '__main__':
-    sys.exit(main(sys.argv))
+    results = {}
+    for name, changed in configs.items():
+        print(f'{name}: {" ".join(changed.model.layer_pattern)}', flush=True)
+        results[name] = train(changed, task, target=flags.target, report=lambda line: print(line, flush=True))
+    print(table(results))
+    if path:
+        record = {
+            **results_lib.of_command(config, COMMAND.module, flags.argv),
+            'task': dataclasses.asdict(task),
+            'results': results,
+            'config': dataclasses.asdict(config),
+        }
+        results_lib.write_json(path, record)
+        print(f'results written to {path}')

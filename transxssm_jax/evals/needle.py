@@ -15,6 +15,11 @@ Exit codes: 0 finished; 2 wrong input, reported in one line.
 Shape legend: B rows, C candidate answers, V vocabulary.
 """
 
+from transxssm_jax import cli
+
+if __name__ == '__main__':
+    cli.start('transxssm_jax.evals.needle')
+
 import dataclasses
 import re
 import sys
@@ -22,10 +27,9 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 from tqdm import tqdm
 
-from transxssm_jax.config import ConfigError
+from transxssm_jax.cli import Flag
 from transxssm_jax.data import source
 from transxssm_jax.data.manifest import DataError
 from transxssm_jax.evals import results as results_lib
@@ -36,9 +40,6 @@ from transxssm_jax.inference.padding import padded_length
 from transxssm_jax.inference.prompt import with_begin
 from transxssm_jax.inference.sampling import InputError
 from transxssm_jax.inference.trained_run import open_run
-from transxssm_jax.training.checkpoint import CheckpointError
-
-FINISHED, WRONG_INPUT = 0, 2
 
 CITIES = [
     'Lisbon',
@@ -72,6 +73,38 @@ ANSWER = ' {number}'
 DIGITS = 5
 ROOM = DIGITS + 3  # tokens for an answer: at most one per byte, and two to see what follows it
 ENDS_OF_SENTENCES = ('.', '!', '?', '\n')
+
+COMMAND = cli.Command(
+    'transxssm_jax.evals.needle',
+    __doc__,
+    [
+        Flag('workdir', cli.REQUIRED, 'Directory of the run.', example='runs/a', is_path=True),
+        Flag(
+            'haystack',
+            cli.REQUIRED,
+            'Text: a file (text, jsonl, parquet), directory or pattern.',
+            example='book.txt',
+            is_path=True,
+        ),
+        Flag('lengths', (1024, 2048, 4096), 'Tokens of haystack, question and answer.', minimum=1, maximum=1 << 30),
+        Flag(
+            'depths', (0.0, 25.0, 50.0, 75.0, 100.0), 'Depths of the first needle, in percent.', minimum=0, maximum=100
+        ),
+        Flag('needles', 1, 'Needles per haystack.', minimum=1, maximum=len(CITIES)),
+        Flag('ask', 'one', "'one' asks for the first needle, 'all' for each.", choices=('one', 'all')),
+        Flag('samples', 5, 'Haystacks of each length and depth.', minimum=1),
+        Flag(
+            'candidates',
+            10,
+            'Numbers that the answer is ranked among; those of the other needles are among them.',
+            minimum=2,
+        ),
+        Flag('step', -1, 'Step of the checkpoint; -1: the newest.', minimum=-1),
+        Flag('tokenizer', '', 'byte, a JSON file or a prepared directory; empty: that of the run.', is_path=True),
+        Flag('seed', 0, 'Seed of haystacks and numbers.', minimum=0),
+        Flag('output', '', 'New directory; empty: one in WORKDIR/evals.', is_path=True),
+    ],
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,115 +361,57 @@ def run(
     return results
 
 
-def main(argv: list[str]) -> int:
-    values = flags.FlagValues()
-    define = dict(flag_values=values)
-    workdir = flags.DEFINE_string('workdir', '', 'Directory of the run.', **define)
-    spec = flags.DEFINE_string('haystack', '', 'Text: a file (text, jsonl, parquet), directory or pattern.', **define)
-    lengths = flags.DEFINE_list(
-        'lengths', ['1024', '2048', '4096'], 'Tokens of haystack, question and answer.', **define
+def main(argv: list[str] | None = None) -> int:
+    """The command; see the module's docstring. Returns its exit code."""
+    return cli.run(COMMAND, _evaluate, argv)
+
+
+def _evaluate(flags) -> None:
+    lengths, depths = sorted(set(flags.lengths)), sorted(set(flags.depths))
+    if not (lengths and depths):
+        raise InputError(f'--{"depths" if lengths else "lengths"} is empty; give at least one number')
+    opened = open_run(flags.workdir, flags.step, flags.tokenizer)
+    folder = results_lib.choose_output(flags.output, opened, 'needle', suffix='')
+    haystack = Haystack(flags.haystack, opened.tokenizer, 4 * max(lengths))
+    cases = [(length, depth, sample) for length in lengths for depth in depths for sample in range(flags.samples)]
+    settings = dict(needles=flags.needles, ask=flags.ask, candidates=flags.candidates, seed=flags.seed)
+    for length in lengths:
+        haystack.case(length, 0, 0, **settings)  # refuses one that is too short before the work
+    made_by = results_lib.of_run(opened, COMMAND.module, flags.argv)
+    model = f'{flags.workdir} at step {opened.step}'
+    print(
+        f'needle in a haystack for {model}: {len(cases)} haystacks ({len(lengths)} lengths x '
+        f'{len(depths)} depths x {flags.samples} samples) of {lengths[0]:,} to {lengths[-1]:,} tokens, '
+        f'{sum(case[0] for case in cases):,} in all; results go to {folder}',
+        flush=True,
     )
-    depths = flags.DEFINE_list(
-        'depths', ['0', '25', '50', '75', '100'], 'Depths of the first needle, in percent.', **define
-    )
-    needles = flags.DEFINE_integer(
-        'needles', 1, 'Needles per haystack.', lower_bound=1, upper_bound=len(CITIES), **define
-    )
-    ask = flags.DEFINE_enum('ask', 'one', ['one', 'all'], 'Ask for the first needle or for each.', **define)
-    samples = flags.DEFINE_integer('samples', 5, 'Haystacks of each length and depth.', lower_bound=1, **define)
-    candidates = flags.DEFINE_integer(
-        'candidates',
-        10,
-        'Numbers that the answer is ranked among; those of the other needles are among them.',
-        lower_bound=2,
-        **define,
-    )
-    step = flags.DEFINE_integer('step', -1, 'Checkpoint; -1: the newest.', **define)
-    tokenizer = flags.DEFINE_string(
-        'tokenizer', '', 'byte, a json file or a prepared directory; empty: of the run.', **define
-    )
-    seed = flags.DEFINE_integer('seed', 0, 'Of haystacks and numbers.', lower_bound=0, **define)
-    output = flags.DEFINE_string('output', '', 'New directory; empty: one in WORKDIR/evals.', **define)
-    if {'--help', '-h'} & set(argv[1:]):
-        print(f'{__doc__}\n{values.get_help()}')
-        return FINISHED
+    reader = Reader(Decoder(opened.params, opened.config), opened.tokenizer)
+    del opened
+    results = run(reader, haystack, cases, settings, progress=sys.stderr.isatty())
+    cells = means(results)
+    for score in ('generated', 'chosen'):
+        print(table(cells, score))
+    count = max(flags.candidates, flags.needles)
+    print(f'chosen: the answer is the likeliest of {count} candidates, by chance {1 / count:.2f}')
+    record = {
+        **made_by,
+        'model': model,
+        'haystack': flags.haystack,
+        'settings': settings,
+        'chance': {'generated': 0.0, 'chosen': 1 / count},
+        'cells': cells,
+        'results': results,
+    }
+    folder.mkdir()
+    results_lib.write_json(folder / 'results.json', record)
     try:
-        extra = values(argv)[1:]
-        if extra:
-            raise InputError(f'unexpected argument {extra[0]}')
-        for name, value, example in (('workdir', workdir.value, 'runs/a'), ('haystack', spec.value, 'book.txt')):
-            if not value:
-                raise InputError(f'--{name} is missing, e.g. --{name}={example}')
-        lengths = [_number('lengths', text, int, 1, 1 << 30) for text in lengths.value]
-        depths = [_number('depths', text, float, 0, 100) for text in depths.value]
-        opened = open_run(workdir.value, step.value, tokenizer.value)
-        folder = results_lib.choose_output(output.value, opened, 'needle', suffix='')
-        haystack = Haystack(spec.value, opened.tokenizer, 4 * max(lengths))
-        cases = [
-            (length, depth, sample)
-            for length in sorted(set(lengths))
-            for depth in sorted(set(depths))
-            for sample in range(samples.value)
-        ]
-        settings = dict(needles=needles.value, ask=ask.value, candidates=candidates.value, seed=seed.value)
-        for length in set(lengths):
-            haystack.case(length, 0, 0, **settings)  # refuses one that is too short before the work
-        made_by = results_lib.of_run(opened, 'transxssm_jax.evals.needle', argv[1:])
-        model = f'{workdir.value} at step {opened.step}'
-        print(
-            f'needle in a haystack for {model}: {len(cases)} haystacks ({len(set(lengths))} lengths x '
-            f'{len(set(depths))} depths x {samples.value} samples) of {min(lengths):,} to {max(lengths):,} tokens, '
-            f'{sum(case[0] for case in cases):,} in all; results go to {folder}',
-            flush=True,
-        )
-        reader = Reader(Decoder(opened.params, opened.config), opened.tokenizer)
-        del opened
-        results = run(reader, haystack, cases, settings, progress=sys.stderr.isatty())
-        cells = means(results)
-        for score in ('generated', 'chosen'):
-            print(table(cells, score))
-        count = max(candidates.value, needles.value)
-        print(f'chosen: the answer is the likeliest of {count} candidates, by chance {1 / count:.2f}')
-        record = {
-            **made_by,
-            'model': model,
-            'haystack': spec.value,
-            'settings': settings,
-            'chance': {'generated': 0.0, 'chosen': 1 / count},
-            'cells': cells,
-            'results': results,
-        }
-        folder.mkdir()
-        results_lib.write_json(folder / 'results.json', record)
-        try:
-            for score, meaning, chance in (
-                ('generated', 'the completion contains the answer', None),
-                ('chosen', f'the answer is the likeliest of {count} candidates', 1 / count),
-            ):
-                by_chance = f' (by chance {chance:.2f})' if chance else ' (by chance 0)'
-                title = f'{model}\n{meaning}{by_chance}\nmean of {cells[0]["questions"]} questions per cell'
-                heat_map(folder / f'{score}.png', cells, score, title, chance)
-        except ModuleNotFoundError as error:
-            print(f'no heat maps: {error.name} is not installed; pip install -e .[eval]', file=sys.stderr)
-        print(f'results written to {folder}')
-    except (CheckpointError, ConfigError, DataError, InputError, flags.Error, OSError) as error:
-        print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
-        return WRONG_INPUT
-    return FINISHED
-
-
-def _number(name, text, kind, least, most):
-    try:
-        value = kind(text)
-    except ValueError:
-        value = least - 1
-    if not least <= value <= most:
-        raise InputError(
-            f'--{name}={text} must be {"whole numbers" if kind is int else "numbers"} from {least} to {most}, '
-            'with commas'
-        )
-    return value
-
-
-if __name__ == '__main__':
-    sys.exit(main(sys.argv))
+        for score, meaning, chance in (
+            ('generated', 'the completion contains the answer', None),
+            ('chosen', f'the answer is the likeliest of {count} candidates', 1 / count),
+        ):
+            by_chance = f' (by chance {chance:.2f})' if chance else ' (by chance 0)'
+            title = f'{model}\n{meaning}{by_chance}\nmean of {cells[0]["questions"]} questions per cell'
+            heat_map(folder / f'{score}.png', cells, score, title, chance)
+    except ModuleNotFoundError as error:
+        print(f'no heat maps: {error.name} is not installed; pip install -e .[eval]', file=sys.stderr)
+    print(f'results written to {folder}')

@@ -20,13 +20,15 @@ with the window's length: logits exist for train.loss_chunk_tokens tokens at a t
 Shape legend: B windows, L length, D model, V vocabulary, T tokens of a chunk.
 """
 
-import argparse
-import dataclasses
+from transxssm_jax import cli
+
+if __name__ == '__main__':
+    cli.start('transxssm_jax.evals.perplexity')
+
 import logging
 import math
 import pathlib
 import re
-import sys
 from collections.abc import Iterator
 
 import jax
@@ -35,26 +37,47 @@ import numpy as np
 import tqdm
 from flax import nnx
 
-from transxssm_jax.config import Config, ConfigError, Model
+from transxssm_jax import config as config_lib
+from transxssm_jax.cli import Flag
+from transxssm_jax.config import Config, ConfigError
 from transxssm_jax.data.loader import read_documents
-from transxssm_jax.data.manifest import DataError, read_index
+from transxssm_jax.data.manifest import DataError, read_manifest
 from transxssm_jax.evals import results as results_lib
 from transxssm_jax.evals.scoring import log_likelihoods
-from transxssm_jax.inference.prompt import begin_id
-from transxssm_jax.inference.sampling import InputError
 from transxssm_jax.inference.trained_run import open_run
+from transxssm_jax.model import parameters
 from transxssm_jax.model.loss import IGNORED
-from transxssm_jax.model.parameters import split_model
+from transxssm_jax.parallel import collectives
 from transxssm_jax.training import checkpoint
 
-FINISHED, WRONG_INPUT = 0, 2
 SCALINGS = ('none', 'linear', 'dynamic', 'length')
 
+COMMAND = cli.Command(
+    'transxssm_jax.evals.perplexity',
+    __doc__,
+    [
+        Flag('workdir', cli.REQUIRED, 'Directory of the run.', example='runs/a', is_path=True),
+        Flag('step', -1, 'Step of the checkpoint; -1: the newest.', minimum=-1),
+        Flag('data', '', 'Prepared directory; empty: data.path of the run.', is_path=True),
+        Flag('split', '', 'Split of it; empty: the evaluation split of the run.'),
+        Flag('lengths', ('1x', '2x', '4x', '8x'), 'Window lengths, in tokens or training lengths (2x).'),
+        Flag('rope_scaling', SCALINGS, 'Rope scalings to compare.', choices=SCALINGS),
+        Flag('rope_factor', 0.0, 'Stretch of linear and dynamic; 0: that of the run.', minimum=0.0),
+        Flag('documents', 'long', 'How text becomes windows, see above.', choices=('long', 'joined')),
+        Flag('windows', 16, 'Most windows of the longest length; 0: all there are.', minimum=0),
+        Flag('batch', 1, 'Windows at once.', minimum=1),
+        Flag('output', '', 'New JSON file; empty: one in WORKDIR/evals.', is_path=True),
+    ],
+)
 
-def token_losses(hidden_BLD: jax.Array, head_VD: jax.Array, targets_BL: jax.Array, chunk_tokens: int) -> jax.Array:
+
+def token_losses(
+    hidden_BLD: jax.Array, head_VD: jax.Array, targets_BL: jax.Array, *, vocab_size: int, chunk_tokens: int
+) -> jax.Array:
     """Cross-entropy of every position in nats, float32 [B, L]; 0 where the target is IGNORED.
 
-    Logits are computed for chunk_tokens tokens at a time from operands of hidden's dtype, as in loss.py.
+    Logits are computed for chunk_tokens tokens at a time from operands of hidden's dtype, as in loss.py. Within a
+    shard_map hidden and targets are this device's rows, and head_VD its shard.
     """
     x_TD, target_T = hidden_BLD.reshape(-1, hidden_BLD.shape[-1]), targets_BL.reshape(-1)
     chunk = min(chunk_tokens, len(target_T))
@@ -65,7 +88,7 @@ def token_losses(hidden_BLD: jax.Array, head_VD: jax.Array, targets_BL: jax.Arra
 
     def one_chunk(inputs):
         x_TD, target_T = inputs
-        log_likelihood_T, _ = log_likelihoods(x_TD, weights_VD, jnp.maximum(target_T, 0), len(weights_VD))
+        log_likelihood_T, _ = log_likelihoods(x_TD, weights_VD, jnp.maximum(target_T, 0), vocab_size)
         return jnp.where(target_T == IGNORED, 0.0, -log_likelihood_T)
 
     nll_T = jax.lax.map(one_chunk, (x_TD.reshape(-1, chunk, x_TD.shape[-1]), target_T.reshape(-1, chunk)))
@@ -81,29 +104,39 @@ def losses_by_position(
     batch: int = 1,
     advance=lambda tokens: None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Loss at every position of windows of one length.
+    """Loss at every position of windows of one length, on the mesh in use (jax.set_mesh) or one device without one.
 
     Args:
       params, config: of a run; config.model.rope_* are how positions are scaled.
       spans: tokens and targets of texts, as from `read_spans`, int32 [texts, at least length]; each text gives as many
         whole windows as it has.
-      batch: windows at once.
+      batch: windows at once; rounded up to a multiple of the devices that share the rows.
       advance: called with the number of tokens that are done.
 
     Returns:
       (nats, counts): float64 and int64 [length], sums over the windows.
     """
+    shards = collectives.num_shards('batch')
+    batch = -(-batch // shards) * shards
     covered = spans[0].shape[1] // length * length
     tokens_BL, targets_BL = (side[:, :covered].reshape(-1, length) for side in spans)
     padding = -len(tokens_BL) % batch
     tokens_BL = np.pad(tokens_BL, ((0, padding), (0, 0)))
     targets_BL = np.pad(targets_BL, ((0, padding), (0, 0)), constant_values=IGNORED)
-    graph, _ = split_model(dataclasses.replace(config.model, remat='none'))
+    graph, _ = parameters.split_model(config_lib.replace(config, {'model.remat': 'none'}).model)
 
-    @jax.jit
-    def losses(params, tokens_BL, targets_BL):
+    def of_block(params, tokens_BL, targets_BL):
         model = nnx.merge(graph, params)
-        return token_losses(model(tokens_BL), model.head_VD, targets_BL, config.train.loss_chunk_tokens)
+        return token_losses(
+            model(tokens_BL),
+            model.head_VD,
+            targets_BL,
+            vocab_size=config.model.vocab_size,
+            chunk_tokens=config.train.loss_chunk_tokens,
+        )
+
+    rows = ('batch', None)
+    losses = jax.jit(parameters.on_shards(of_block, config.model, (rows, rows), rows))
 
     nats_L, counts_L = np.zeros(length), np.zeros(length, np.int64)
     for start in range(0, len(tokens_BL), batch):
@@ -122,9 +155,16 @@ def bucket_edges(length: int, training_length: int) -> list[int]:
     return [0, *(edge for edge in edges if 0 < edge < length), length]
 
 
-def scaled(model: Model, scaling: str, factor: float, training_length: int) -> Model:
-    """The model's settings with another rope scaling."""
-    return dataclasses.replace(model, rope_scaling=scaling, rope_factor=factor, rope_original_length=training_length)
+def scaled(config: Config, scaling: str, factor: float) -> Config:
+    """The config with another rope scaling, from the training length on."""
+    return config_lib.replace(
+        config,
+        {
+            'model.rope_scaling': scaling,
+            'model.rope_factor': factor,
+            'model.rope_original_length': config.data.seq_len,
+        },
+    )
 
 
 def _summary(nats_L: np.ndarray, counts_L: np.ndarray, start: int, stop: int) -> dict:
@@ -154,7 +194,7 @@ def read_spans(
     Raises:
       DataError: the split has no such span.
     """
-    lengths = read_index(path, split).lengths()
+    lengths = read_manifest(path, split).lengths()
     if documents == 'long' and lengths.max() < length:
         raise DataError(
             f'{path} has no document of {length} tokens in split {split!r}, the longest has {lengths.max()}; lower '
@@ -217,17 +257,10 @@ def evaluate(
     total = len(scalings) * sum(spans[0].shape[0] * (spans[0].shape[1] // length * length) for length in lengths)
     with tqdm.tqdm(total=total, desc='perplexity', unit=' tokens', unit_scale=True, disable=None) as bar:
         for scaling in scalings:
-            model = scaled(config.model, scaling, factor, training_length)
+            changed = scaled(config, scaling, factor)
             for length in lengths:
                 bar.set_postfix_str(f'{scaling}, {length}')
-                nats_L, counts_L = losses_by_position(
-                    params,
-                    dataclasses.replace(config, model=model),
-                    spans,
-                    length,
-                    batch=batch,
-                    advance=bar.update,
-                )
+                nats_L, counts_L = losses_by_position(params, changed, spans, length, batch=batch, advance=bar.update)
                 edges = bucket_edges(length, training_length)
                 total_of = _summary(nats_L, counts_L, 0, length)
                 results.append(
@@ -259,111 +292,56 @@ def table(results: list[dict], training_length: int) -> str:
     return '\n'.join([*lines, f'+ beyond the training length of {training_length}'])
 
 
-def _parse_lengths(text: str, training_length: int) -> list[int]:
+def _parse_lengths(parts: tuple[str, ...], training_length: int) -> list[int]:
     lengths = set()
-    for part in text.split(','):
+    for part in parts:
         match = re.fullmatch(r'(\d+)(x?)', part.strip())
         length = int(match[1]) * (training_length if match[2] else 1) if match else 0
         if length < 2:
             raise ConfigError(
-                f'--lengths={text}: {part!r} must be a number of tokens of at least 2, or a multiple of the '
+                f'--lengths={",".join(parts)}: {part!r} must be a number of tokens of at least 2, or a multiple of the '
                 f'training length ({training_length}) such as 2x'
             )
         lengths.add(length)
     return sorted(lengths)
 
 
-def _parse_scalings(text: str) -> list[str]:
-    scalings = [part.strip() for part in text.split(',')]
-    for scaling in scalings:
-        if scaling not in SCALINGS:
-            raise ConfigError(f'--rope_scaling={text}: {scaling!r} is not one of {", ".join(SCALINGS)}')
-    return scalings
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog='python -m transxssm_jax.evals.perplexity',
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument('--workdir', required=True, help='directory of the run')
-    parser.add_argument('--step', type=int, default=-1, help='which checkpoint; default: the newest')
-    parser.add_argument('--data', default='', help="prepared data; default: the run's")
-    parser.add_argument('--split', default='', help="split of it; default: the run's evaluation split")
-    parser.add_argument('--lengths', default='1x,2x,4x,8x', help='window lengths, in tokens or training lengths (2x)')
-    parser.add_argument('--rope_scaling', default=','.join(SCALINGS), help='scalings to compare')
-    parser.add_argument(
-        '--rope_factor', type=float, default=0.0, help="stretch of linear and dynamic; default: the run's"
-    )
-    parser.add_argument('--documents', choices=('long', 'joined'), default='long', help='see above')
-    parser.add_argument('--windows', type=int, default=16, help='most windows of the longest length; 0: all there are')
-    parser.add_argument('--batch', type=int, default=1, help='windows at once')
-    parser.add_argument('--output', default='', help='new JSON file; default: one in WORKDIR/evals')
-    return parser
-
-
 def main(argv: list[str] | None = None) -> int:
+    """The command; see the module's docstring. Returns its exit code."""
+    return cli.run(COMMAND, _evaluate, argv)
+
+
+def _evaluate(flags) -> None:
     logging.getLogger('absl').setLevel(logging.ERROR)
-    arguments = _parser().parse_args(argv)
-    try:
-        if arguments.batch < 1 or arguments.windows < 0:
-            raise ConfigError(
-                f'--batch={arguments.batch} must be at least 1 and --windows={arguments.windows} at least 0'
-            )
-        if arguments.rope_factor and not 1 <= arguments.rope_factor < math.inf:
-            raise ConfigError(f'--rope_factor={arguments.rope_factor} must be at least 1')
-        scalings = _parse_scalings(arguments.rope_scaling)
-        config = checkpoint.load_config(arguments.workdir, arguments.step)
-        lengths = _parse_lengths(arguments.lengths, config.data.seq_len)
-        data = arguments.data or config.data.path
-        split = arguments.split or config.data.eval_split or 'validation'
-        run = open_run(arguments.workdir, arguments.step, arguments.data, flag='--data')
-        config = run.config
-        output = results_lib.choose_output(arguments.output, run, 'perplexity')
-        spans = read_spans(
-            data,
-            split,
-            lengths[-1],
-            begin=begin_id(run.tokenizer),
-            documents=arguments.documents,
-            count=arguments.windows,
-        )
-        factor = arguments.rope_factor or config.model.rope_factor
-        num_spans = len(spans[0])
-        tokens = len(scalings) * sum(num_spans * (lengths[-1] // length * length) for length in lengths)
-        print(
-            f'perplexity of {arguments.workdir} at step {run.step}: {len(scalings)} rope scalings x {len(lengths)} '
-            f'lengths over {num_spans} texts of {lengths[-1]:,} tokens, {tokens:,} tokens to read; results go to {output}',
-            flush=True,
-        )
-        results = evaluate(
-            run.params,
-            config,
-            spans,
-            lengths=lengths,
-            scalings=scalings,
-            factor=factor,
-            batch=arguments.batch,
-        )
-        report = {
-            **results_lib.of_run(run, 'transxssm_jax.evals.perplexity', sys.argv[1:] if argv is None else argv),
-            'data': str(data),
-            'split': split,
-            'documents': arguments.documents,
-            'training_length': config.data.seq_len,
-            'rope_factor': factor,
-            'results': results,
-        }
-        results_lib.write_json(output, report)
-    except (ConfigError, DataError, InputError, checkpoint.CheckpointError, OSError) as error:
-        print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
-        return WRONG_INPUT
+    if flags.rope_factor and flags.rope_factor < 1:
+        raise ConfigError(f'--rope_factor={flags.rope_factor} must be at least 1')
+    lengths = _parse_lengths(flags.lengths, checkpoint.load_config(flags.workdir, flags.step).data.seq_len)
+    run = open_run(flags.workdir, flags.step, flags.data, flag='--data')
+    config = run.config
+    output = results_lib.choose_output(flags.output, run, 'perplexity')
+    data = flags.data or config.data.path
+    split = flags.split or next(iter(config.data.eval_split_names), 'validation')
+    spans = read_spans(
+        data, split, lengths[-1], begin=run.tokenizer.begin_id, documents=flags.documents, count=flags.windows
+    )
+    scalings, factor = list(flags.rope_scaling), flags.rope_factor or config.model.rope_factor
+    num_spans = len(spans[0])
+    tokens = len(scalings) * sum(num_spans * (lengths[-1] // length * length) for length in lengths)
+    print(
+        f'perplexity of {flags.workdir} at step {run.step}: {len(scalings)} rope scalings x {len(lengths)} lengths over '
+        f'{num_spans} texts of {lengths[-1]:,} tokens, {tokens:,} tokens to read; results go to {output}',
+        flush=True,
+    )
+    results = evaluate(run.params, config, spans, lengths=lengths, scalings=scalings, factor=factor, batch=flags.batch)
+    report = {
+        **results_lib.of_run(run, COMMAND.module, flags.argv),
+        'data': str(data),
+        'split': split,
+        'documents': flags.documents,
+        'training_length': config.data.seq_len,
+        'rope_factor': factor,
+        'results': results,
+    }
+    results_lib.write_json(output, report)
     print(table(results, config.data.seq_len))
     print(f'results written to {output}')
-    return FINISHED
-
-
-if __name__ == '__main__':
-    sys.exit(main())

@@ -12,6 +12,7 @@ import pathlib
 import shlex
 import sys
 import tempfile
+from collections.abc import Sequence
 
 import jax
 
@@ -22,7 +23,7 @@ from transxssm_jax.inference.trained_run import TrainedRun, config_digest
 PACKAGES = ('transxssm_jax', 'jax', 'jaxlib', 'flax', 'numpy')
 
 
-def of_run(run: TrainedRun, module: str, arguments: list[str], *, packages: tuple[str, ...] = ()) -> dict:
+def of_run(run: TrainedRun, module: str, arguments: Sequence[str], *, packages: tuple[str, ...] = ()) -> dict:
     """What made a result of a checkpoint: 'workdir' (absolute), 'step', 'tokenizer' (its description), and `of_command`."""
     return {
         'workdir': str(pathlib.Path(run.workdir).absolute()),
@@ -32,7 +33,7 @@ def of_run(run: TrainedRun, module: str, arguments: list[str], *, packages: tupl
     }
 
 
-def of_command(config: Config, module: str, arguments: list[str], *, packages: tuple[str, ...] = ()) -> dict:
+def of_command(config: Config, module: str, arguments: Sequence[str], *, packages: tuple[str, ...] = ()) -> dict:
     """What made a result.
 
     Args:

@@ -44,6 +44,7 @@ class Scorer:
                 raise InputError(f'{name}={value} must be at least 1')
         check_tokenizer(tokenizer, config.model.vocab_size)
         self.params, self.max_length, self.batch_tokens = params, max_length, batch_tokens
+        self._begin_id = tokenizer.begin_id
         graph, _ = parameters.split_model(config.model)
         rows = ('batch', None)
 
@@ -75,20 +76,16 @@ class Scorer:
         read from the same row of tokens, as single-token answers to one question, share it.
 
         Args:
-          pairs: token ids (context, continuation); a context has at least one token.
+          pairs: token ids (context, continuation); an empty context stands for the begin token.
           advance: is told how many pairs are done, now and then; they add up to len(pairs).
 
         Returns:
           (log-likelihood in nats, whether every token was the likeliest) of each pair;
           (0.0, True) for an empty continuation.
-
-        Raises:
-          InputError: an empty context.
         """
         rows = {}  # tokens shown -> [(pair, its place in the row, token that should follow)]
         for index, (context, continuation) in enumerate(pairs):
-            if not len(context):
-                raise InputError(f'pair {index} has an empty context; give the end-of-document token in its place')
+            context = context if len(context) else [self._begin_id]
             for shown, targets in windows(context, continuation, self.max_length):
                 reads = rows.setdefault(np.asarray(shown, np.int32).tobytes(), [])
                 reads += [(index, len(shown) - len(targets) + i, target) for i, target in enumerate(targets)]

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from transxssm_jax import cli
 
-class InputError(ValueError):
+
+class InputError(cli.UserError, ValueError):
     """The request cannot be served; the message is one line."""
 
 

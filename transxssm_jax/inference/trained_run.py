@@ -4,12 +4,13 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import sys
 
 import jax
 
 from transxssm_jax import config as config_lib
-from transxssm_jax.config import Config
+from transxssm_jax.config import Config, ConfigError
 from transxssm_jax.data.manifest import DataError
 from transxssm_jax.data.tokenizer import load_tokenizer
 from transxssm_jax.data.vocabulary import check_tokenizer, describe, is_same
@@ -25,7 +26,7 @@ class TrainedRun:
     Attributes:
       workdir: directory of the run, as given.
       step: of the checkpoint.
-      config: that the checkpoint was trained with.
+      config: that the checkpoint was trained with; with overrides, as changed by them.
       tokenizer: of the training data.
       params: nested dict of float32 arrays, in shards over `mesh`, or whole on the first device.
       mesh: devices that share the work; None: the first device.
@@ -54,7 +55,12 @@ def config_digest(config: Config) -> str:
 
 
 def open_run(
-    workdir: str, step: int = -1, tokenizer: str = '', *, data: int = 1, tensor: int = 1, flag: str = '--tokenizer'
+    workdir: str,
+    step: int = -1,
+    tokenizer: str = '',
+    *,
+    overrides: dict[str, str] | None = None,
+    flag: str = '--tokenizer',
 ) -> TrainedRun:
     """Reads a checkpoint of a run; the tokenizer is read and checked before the parameters.
 
@@ -62,21 +68,25 @@ def open_run(
       workdir: directory of the run.
       step: which checkpoint; -1: the newest that can be read.
       tokenizer: 'byte', a tokenizers json file or a prepared directory; '': that of the run's training data.
-      data, tensor: devices that split the rows, and the heads and the vocabulary.
+      overrides: dotted name -> value or text of settings that the checkpoint is not bound to. mesh.data devices share
+        the rows, mesh.tensor devices the heads and the vocabulary; without overrides one device does the work, whatever
+        the mesh of training was.
       flag: that errors name as the remedy for a missing or wrong tokenizer.
 
     Raises:
       CheckpointError: there is no such checkpoint, or it cannot be read.
       DataError: there is no such tokenizer, or it is not the one of the training data. Where the training data is not
         here any more, only the size of the vocabulary can be checked; a line on stderr reports that.
-      InputError, ConfigError: data x tensor are more devices than there are, or do not divide the model.
+      InputError, ConfigError: an unknown setting, one that the checkpoint is bound to, or a mesh with more devices than
+        there are or that does not divide the model.
     """
     config = checkpoint.load_config(workdir, step)
     loaded = _load_tokenizer(workdir, config, tokenizer, flag)
-    device_mesh = _decoding_mesh(config, data, tensor)
+    used = _config_here(config, overrides) if overrides else config
+    device_mesh = _mesh_of(used) if overrides else None
     with contextlib.nullcontext() if device_mesh is None else jax.set_mesh(device_mesh):
-        params, config, step = checkpoint.load_trained_step(workdir, step)
-    return TrainedRun(str(workdir), step, config, loaded, params, device_mesh)
+        params, _, step = checkpoint.load_trained_step(workdir, step)
+    return TrainedRun(str(workdir), step, used, loaded, params, device_mesh)
 
 
 def _load_tokenizer(workdir, config: Config, source: str, flag: str):
@@ -121,16 +131,34 @@ def _check_same(tokenizer, config: Config, name: str) -> None:
         )
 
 
-def _decoding_mesh(config: Config, data: int, tensor: int) -> jax.sharding.Mesh | None:
-    count = data * tensor
-    if count == 1 and data == 1:
+def _config_here(saved: Config, overrides: dict) -> Config:
+    """The run's config with the overrides of a command: one device unless its mesh is set.
+
+    Raises:
+      ConfigError: an unknown setting, or one that the checkpoint is bound to.
+    """
+    alone = dict.fromkeys((f'mesh.{name}' for name in (*mesh.AXES, 'slices')), 1)
+    # The batch of a training step does not matter here; as many rows as devices divide by any mesh.
+    batch = {'data.global_batch': max(jax.device_count(), 1), 'train.accumulation_steps': 1}
+    config = config_lib.replace(saved, alone | overrides)
+    unfit = config_lib.unfit_for_checkpoint(saved, config)
+    if unfit:
+        raise ConfigError(f'--config.{unfit[0].replace(" in this config", "")}; it cannot be changed after training')
+    return config_lib.replace(config, batch)
+
+
+def _mesh_of(config: Config) -> jax.sharding.Mesh | None:
+    """The mesh of the settings; None for one device."""
+    for name in (*mesh.AXES, 'slices'):
+        size = getattr(config.mesh, name)
+        if size != 1 and name not in ('data', 'tensor'):
+            raise InputError(f'mesh.{name}={size} must be 1 here; use mesh.data and mesh.tensor')
+    sizes = [getattr(config.mesh, name) for name in mesh.AXES]
+    if -1 in sizes:
+        return mesh.build(config)
+    if (count := math.prod(sizes)) == 1:
         return None
-    if not (data > 0 and 0 < count <= len(jax.devices())):
-        raise InputError(
-            f'--data={data} x --tensor={tensor} must be from 1 to the {len(jax.devices())} devices that are here'
-        )
-    settings = json.loads(config_lib.to_json(config))
-    settings['mesh'] |= dict(data=data, fsdp=1, context=1, tensor=tensor, slices=1)
-    settings['data']['global_batch'] = data
-    settings['train']['accumulation_steps'] = 1
-    return mesh.build(config_lib.from_json(json.dumps(settings)), jax.devices()[:count])
+    if count > jax.device_count():
+        shape = ' x '.join(f'mesh.{name}={size}' for name, size in zip(mesh.AXES, sizes) if size != 1)
+        raise InputError(f'{shape} must be at most the {jax.device_count()} devices that are here')
+    return mesh.build(config, jax.devices()[:count])

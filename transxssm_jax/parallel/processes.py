@@ -1,16 +1,16 @@
 """Several processes as one run: how they find each other, agree, and end together.
 
-One process needs none of this: every function here then answers at once. With
-is_multiprocess, processes speak through the key-value store of JAX's coordination
+A single process needs none of this: every function here then returns at once.
+Several processes communicate through the key-value store of JAX's coordination
 service, which process 0 runs, and never through the devices: a message arrives
 also where a collective hangs because a process is missing.
 
 - `join` connects the processes, before any device is touched.
-- `broadcast_from_0` and `all_gather_json` let them agree on a value.
-- `PreemptionSync` makes all stop after the same step.
-- `abort_all` ends all of them when one fails. A process that vanishes (killed, its
-  machine lost) is missed by its heartbeat, and the others end with `PEER_LOST`.
-- `shutdown` ends an orderly run.
+- `broadcast_from_0` and `all_gather_json` exchange values.
+- `preemption.PreemptionSync` makes all stop after the same step.
+- `abort_all` ends all of them when one fails. Where a process vanishes (killed, stopped,
+  its machine lost), its heartbeat stops, and the others end with `PEER_LOST`.
+- `shutdown` ends a run in good order.
 """
 
 import contextlib
@@ -18,7 +18,6 @@ import ctypes
 import dataclasses
 import itertools
 import json
-import logging
 import os
 import re
 import signal
@@ -30,24 +29,21 @@ import time
 import jax
 from jax._src import distributed  # its client is the only way to the key-value store; Orbax takes the same one
 
-PEER_LOST = 69  # exit code: another process is gone, or did not come; the same command goes on from the last checkpoint
+from transxssm_jax import cli
+from transxssm_jax.parallel import cluster
+from transxssm_jax.parallel.cluster import ProcessesError
 
-_ROOT = 'transxssm_jax/'
-_FAILURE = _ROOT + 'failure'
-_STOP = _ROOT + 'stop'
-_PATIENCE_MS = 6 * 3600 * 1000  # of agreements; a process that will never come is missed by its heartbeat
-_GOODBYE_MS = 5000  # for all to have heard of a failure
+PEER_LOST = cli.ExitCode.PEER_LOST
 
-log = logging.getLogger(__name__)
-
-
-class ProcessesError(RuntimeError):
-    """The processes cannot be joined as asked; the message is one line."""
+KEY_ROOT = 'transxssm_jax/'  # of the keys in the store
+_FAILURE = KEY_ROOT + 'failure'
+_COLLECTIVE_TIMEOUT_MS = 6 * 3600 * 1000  # a process that will never come is noticed by its heartbeat
+_FAILURE_KNOWN_MS = 5000  # until all processes have received a failure
 
 
 @dataclasses.dataclass
 class _Membership:
-    """What this process knows of the others."""
+    """This process's place in the run, and what it knows of the other processes."""
 
     coordinator: str = ''
     process: int = 0
@@ -55,23 +51,35 @@ class _Membership:
     connect_timeout_seconds: int = 0
     heartbeat_timeout_seconds: int = 0
     connecting: bool = False
-    parting: bool = False  # from here on it is no news that others are gone
-    exit_code: int = 0  # once this process is leaving
-    sayings: itertools.count = dataclasses.field(default_factory=itertools.count)  # agreements so far, alike in all
-    first_seen: dict = dataclasses.field(default_factory=dict)  # process -> a number of its own, once all were seen
+    leaving: bool = False  # this process is ending: the loss of others is expected from here on
+    exit_code: int = 0  # that it ends with
+    rounds: itertools.count = dataclasses.field(
+        default_factory=itertools.count
+    )  # numbers the collective calls, the same in all
+    incarnations: dict = dataclasses.field(default_factory=dict)  # process -> a number that each start of it gets anew
 
 
-_us = _Membership()
+_membership = _Membership()
 
 
 def is_multiprocess() -> bool:
     """Whether this run has more than one process; touches no device."""
-    return _us.processes > 1
+    return _membership.processes > 1
 
 
 def is_coordinator() -> bool:
     """Whether this is process 0, which writes and prints for all; touches no device."""
-    return _us.process == 0
+    return _membership.process == 0
+
+
+def process_index() -> int:
+    """Which process of the run this is, from 0; touches no device."""
+    return _membership.process
+
+
+def is_watching() -> bool:
+    """Whether all processes were seen at once, so that from here on the loss of any is noticed."""
+    return bool(_membership.incarnations)
 
 
 # ---- joining ---------------------------------------------------------------
@@ -84,12 +92,12 @@ def join(
     connect_timeout_seconds: int = 300,
     heartbeat_timeout_seconds: int = 30,
 ) -> None:
-    """Makes this process one of is_multiprocess, if there are is_multiprocess; to be called before any device is used.
+    """Connects this process to the others of its run, if there are others; to be called before any device is used.
 
-    Given by hand (arguments, else JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID), or found: a SLURM step or Open MPI job of is_multiprocess tasks, the
+    The run is given by hand (arguments, else JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID), or detected: a SLURM step or Open MPI job of several tasks, the
     hosts of a TPU slice (TPU VM or GKE), or an indexed Kubernetes job. Anything
-    else is a single process, which waits for nobody.
+    else is a single process, which waits for no other.
 
     Args:
       coordinator: HOST:PORT of process 0; '': from the environment.
@@ -101,15 +109,15 @@ def join(
     Raises:
       ProcessesError: an argument that is missing or out of range.
 
-    Where the others do not come in time, or do not answer, this process ends with `PEER_LOST`.
+    Where the others do not come in time, or do not answer, this process ends with the exit code `PEER_LOST`.
     """
     coordinator = coordinator or os.environ.get('JAX_COORDINATOR_ADDRESS', '')
     how = {}
     if coordinator:
-        num_processes = num_processes or _number('JAX_NUM_PROCESSES', 0)
-        process_id = process_id if process_id != -1 else _number('JAX_PROCESS_ID', -1)
+        num_processes = num_processes or cluster.environment_number('JAX_NUM_PROCESSES', 0)
+        process_id = process_id if process_id != -1 else cluster.environment_number('JAX_PROCESS_ID', -1)
         by_hand = num_processes or process_id != -1
-        if by_hand or not (method := _detected()):
+        if by_hand or not (method := cluster.detect()):
             _check(coordinator, num_processes, process_id)
             if num_processes == 1:
                 return
@@ -122,20 +130,20 @@ def join(
             f'--num_processes={num_processes} and --process_id={process_id} need --coordinator=HOST:PORT, '
             'the address of process 0'
         )
-    elif method := _detected():
+    elif method := cluster.detect():
         how = dict(cluster_detection_method=method)
     else:
         return
     if how['cluster_detection_method'] == 'slurm':
-        how |= _slurm_devices()
-    _us.coordinator, _us.connect_timeout_seconds = coordinator, connect_timeout_seconds
-    _us.heartbeat_timeout_seconds = heartbeat_timeout_seconds
-    # Its handler would take SIGTERM away from this program, which has its own way to stop (PreemptionSync).
+        how |= cluster.slurm_devices()
+    _membership.coordinator, _membership.connect_timeout_seconds = coordinator, connect_timeout_seconds
+    _membership.heartbeat_timeout_seconds = heartbeat_timeout_seconds
+    # JAX's handler would take SIGTERM away from this program, which has its own way to stop (preemption.py).
     jax.config.update('jax_enable_preemption_service', False)
-    # Otherwise JAX's client aborts every process when one is lost, before anyone can say which.
+    # Otherwise JAX's client aborts every process when one is lost, before any can report which.
     jax.config.update('jax_enable_recoverability', True)
     _catch_abort()
-    _us.connecting = True
+    _membership.connecting = True
     if process_id > 0:
         _wait_for_coordinator()
     try:
@@ -154,18 +162,15 @@ def join(
             '--coordinator, --num_processes and --process_id'
         ) from error
     state = distributed.global_state
-    _us.coordinator, _us.process, _us.processes = state.coordinator_address, state.process_id, state.num_processes
-    _us.connecting = False
+    _membership.coordinator, _membership.process, _membership.processes = (
+        state.coordinator_address,
+        state.process_id,
+        state.num_processes,
+    )
+    _membership.connecting = False
     if is_multiprocess():
-        for watch in (_hear_of_failure, _miss_the_lost):
+        for watch in (_watch_for_failure, _watch_live_processes):
             threading.Thread(target=watch, name=watch.__name__, daemon=True).start()
-
-
-def _number(variable: str, default: int) -> int:
-    text = os.environ.get(variable, '')
-    if not re.fullmatch(r'-?\d*', text):
-        raise ProcessesError(f'{variable}={text} must be a whole number')
-    return int(text or default)
 
 
 def _check(coordinator: str, num_processes: int, process_id: int) -> None:
@@ -183,42 +188,10 @@ def _check(coordinator: str, num_processes: int, process_id: int) -> None:
         )
 
 
-def _detected() -> str:
-    """JAX's name for the cluster that started this process as one of is_multiprocess; '' for none."""
-    environment = os.environ
-    # JAX takes the job's number of tasks; within `srun --pty` in an allocation, the step has one all the same.
-    if 'SLURM_STEP_NODELIST' in environment and _number('SLURM_STEP_NUM_TASKS', 1) > 1:
-        return 'slurm'
-    if _number('OMPI_COMM_WORLD_SIZE', 1) > 1:
-        return 'ompi'
-    if (environment.get('JAX_PLATFORMS') or 'tpu').startswith('tpu') and _has_tpu():
-        by_name = {'TPU_PROCESS_ADDRESSES_PATH', 'TPU_PROCESS_ADDRESSES', 'TPU_WORKER_HOSTNAMES'} & environment.keys()
-        if by_name:
-            return 'gketpu'
-        return '' if 'TPU_SKIP_MDS_QUERY' in environment else 'gcetpu'
-    if {'KUBERNETES_SERVICE_HOST', 'JOB_COMPLETION_INDEX'} <= environment.keys():
-        return 'k8s'
-    return ''
-
-
-def _has_tpu() -> bool:
-    from jax._src import cloud_tpu_init  # set when jax is imported: libtpu is installed and chips are there
-
-    return cloud_tpu_init.running_in_cloud_tpu_vm
-
-
-def _slurm_devices() -> dict:
-    """JAX gives a SLURM task one GPU, its local id; a task that has the node to itself takes all of them."""
-    tasks_here = os.environ.get('SLURM_STEP_TASKS_PER_NODE', os.environ.get('SLURM_TASKS_PER_NODE', ''))
-    gpus = _number('SLURM_GPUS_ON_NODE', 0)
-    alone = re.fullmatch(r'1(\(x\d+\))?', tasks_here)
-    return {'local_device_ids': list(range(gpus))} if alone and gpus > 1 else {}
-
-
 def _wait_for_coordinator() -> None:
     """Ends the process with one line where JAX would abort it with a stack trace."""
-    host, _, port = _us.coordinator.rpartition(':')
-    deadline = time.monotonic() + _us.connect_timeout_seconds
+    host, _, port = _membership.coordinator.rpartition(':')
+    deadline = time.monotonic() + _membership.connect_timeout_seconds
     while True:
         try:
             socket.create_connection((host.strip('[]'), int(port)), timeout=5).close()
@@ -227,8 +200,8 @@ def _wait_for_coordinator() -> None:
             if time.monotonic() > deadline:
                 _end(
                     PEER_LOST,
-                    f'process 0 does not answer at --coordinator={_us.coordinator} within '
-                    f'{_us.connect_timeout_seconds} s ({error.strerror or error}); start the command on every host, '
+                    f'process 0 does not answer at --coordinator={_membership.coordinator} within '
+                    f'{_membership.connect_timeout_seconds} s ({error.strerror or error}); start the command on every host, '
                     'and see that the address is that of process 0 and the port is open between them',
                 )
             time.sleep(0.5)
@@ -237,67 +210,54 @@ def _wait_for_coordinator() -> None:
 # ---- agreeing --------------------------------------------------------------
 
 
-def broadcast_from_0(value):
-    """The value that process 0 passed; every process calls it, at the same place. JSON types only."""
+def broadcast_from_0(value, topic: str = ''):
+    """Returns the value that process 0 passed. Every process calls it, at the same place. JSON types only.
+
+    Args:
+      topic: a name that is used once, for a thread beside the main one; '': numbered by the main thread's calls.
+    """
     if not is_multiprocess():
         return value
-    key = f'{_ROOT}said/{next(_us.sayings)}'
+    key = f'{KEY_ROOT}{topic}' if topic else f'{KEY_ROOT}round/{next(_membership.rounds)}'
     if is_coordinator():
-        _client().key_value_set(key, json.dumps(value))
+        client().key_value_set(key, json.dumps(value))
         return value
-    return json.loads(_client().blocking_key_value_get(key, _PATIENCE_MS))
+    return json.loads(client().blocking_key_value_get(key, _COLLECTIVE_TIMEOUT_MS))
+
+
+def gather_at_0(value, topic: str) -> list:
+    """Returns the values of all processes, by process, at process 0; elsewhere []. JSON types only; any thread may call it.
+
+    Args:
+      topic: a name that is used once.
+    """
+    if not is_multiprocess():
+        return [value]
+    if not is_coordinator():
+        client().key_value_set(f'{KEY_ROOT}{topic}/{_membership.process}', json.dumps(value))
+        return []
+    values = [value]
+    for process in range(1, _membership.processes):
+        values.append(
+            json.loads(client().blocking_key_value_get(f'{KEY_ROOT}{topic}/{process}', _COLLECTIVE_TIMEOUT_MS))
+        )
+        client().key_value_delete(f'{KEY_ROOT}{topic}/{process}')  # it may be large
+    return values
 
 
 def all_gather_json(value) -> list:
-    """The values that the processes passed, in their order; every process calls it, at the same place. JSON types only."""
+    """Returns the values of all processes, by process. Every process calls it, at the same place. JSON types only."""
     if not is_multiprocess():
         return [value]
-    key = f'{_ROOT}said/{next(_us.sayings)}'
-    _client().key_value_set(f'{key}/{_us.process}', json.dumps(value))
-    _client().wait_at_barrier(key, _PATIENCE_MS)
-    said = {int(name.rpartition('/')[2]): json.loads(text) for name, text in _client().key_value_dir_get(key)}
-    return [said[process] for process in range(_us.processes)]
+    key = f'{KEY_ROOT}round/{next(_membership.rounds)}'
+    client().key_value_set(f'{key}/{_membership.process}', json.dumps(value))
+    client().wait_at_barrier(key, _COLLECTIVE_TIMEOUT_MS)
+    values = {int(name.rpartition('/')[2]): json.loads(text) for name, text in client().key_value_dir_get(key)}
+    return [values[process] for process in range(_membership.processes)]
 
 
-class PreemptionSync:
-    """Makes a request to stop that reached one process reach all, at the same turn.
-
-    Every process calls `turn` at the same places: before each step of training
-    and each batch of an evaluation, whose result it waits for before the turn
-    after the next. So when a process announces at turn t that it was told to
-    stop, none can have come further than to turn t + 1, and all stop at t + 2.
-    That costs one message to process 0 a turn, while the devices work.
-    """
-
-    def __init__(self):
-        self._turn = 0
-
-    def should_stop(self, exit_code: int) -> int:
-        """
-        Args:
-          exit_code: what this process was told to stop with, by a signal; 0: nothing.
-
-        Returns:
-          What all stop with now; 0: go on.
-        """
-        if not is_multiprocess():
-            return exit_code
-        self._turn += 1
-        if exit_code:
-            with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was told too, and was first
-                _client().key_value_set(_STOP, json.dumps([self._turn + 2, exit_code]))
-        try:
-            at, exit_code = json.loads(_client().key_value_try_get(_STOP))
-        except jax.errors.JaxRuntimeError as error:
-            if 'NOT_FOUND' not in str(error):
-                raise
-            return 0
-        if self._turn > at:
-            raise AssertionError(f'turn {self._turn} came before the announcement to stop at turn {at}')
-        return exit_code if self._turn == at else 0
-
-
-def _client():
+def client():
+    """The client of JAX's coordination service; None in a single process."""
     return distributed.global_state.client
 
 
@@ -307,161 +267,179 @@ def _client():
 def abort_all(exit_code: int, message: str) -> None:
     """Ends all processes because this one cannot go on; returns only where it is the only one.
 
-    The first to fail speaks for all: the others say which process failed and why,
-    and end with the same exit code.
+    The first failure counts: the other processes print which process failed and
+    why, and end with the same exit code.
     """
     if not is_multiprocess():
         return
-    _us.parting, _us.exit_code = True, exit_code
-    failure = json.dumps(dict(process=_us.process, exit_code=exit_code, message=message))
+    _membership.leaving, _membership.exit_code = True, exit_code
+    failure = json.dumps(dict(process=_membership.process, exit_code=exit_code, message=message))
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first, or process 0 is gone
-        _client().key_value_set(_FAILURE, failure)
-    _say_goodbye()
+        client().key_value_set(_FAILURE, failure)
+    _wait_until_failure_is_known()
+    _exit(exit_code)
+
+
+def end_all(exit_code: int, message: str) -> None:
+    """Prints an error and ends all processes at once, from any thread of one of them."""
+    _print_error(message)
+    abort_all(exit_code, message)
     _exit(exit_code)
 
 
 def wait_for_peer_failure() -> None:
-    """To be called before blaming this process for an error that a lost one may have caused.
+    """Waits as long as it takes to notice a lost process; to be called for an error that a lost process may have caused.
 
-    A collective or a barrier can break before the lost process is missed. Returns
-    when nobody was missed; otherwise this process ends meanwhile.
+    A collective or a barrier can fail before the loss is noticed. Returns where no
+    process is lost; otherwise this process ends meanwhile, with `PEER_LOST`.
     """
     if is_multiprocess():
-        time.sleep(_us.heartbeat_timeout_seconds + 15)
+        time.sleep(_membership.heartbeat_timeout_seconds + 15)
 
 
 def shutdown(exit_code: int) -> None:
-    """Ends an orderly run: no process goes before all have come this far. Returns only where it is the only one."""
+    """Ends the run in good order: no process exits before all are here. Returns only where this process is the only one."""
     if not is_multiprocess():
         return
     try:
         all_gather_json('done')
     except jax.errors.JaxRuntimeError:
         wait_for_peer_failure()
-    _us.parting, _us.exit_code = True, exit_code
-    client = _client()  # the watching threads may still be in it
+    _membership.leaving, _membership.exit_code = True, exit_code
+    service = client()  # the watching threads may still be using it
     if is_coordinator():
         # The others' connections must not outlive the service that this process runs.
         deadline = time.monotonic() + 30
-        while len(client.get_live_nodes(range(_us.processes))) > 1 and time.monotonic() < deadline:
+        while len(service.get_live_nodes(range(_membership.processes))) > 1 and time.monotonic() < deadline:
             time.sleep(0.05)
-        time.sleep(1)  # for the last of them to hear that it is released
+        time.sleep(1)  # until the last of them has received its release
     else:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            client.shutdown()
+            service.shutdown()
     _exit(exit_code)
 
 
-def _hear_of_failure() -> None:
+def _watch_for_failure() -> None:
     """A thread that waits for the failure of another process."""
-    while not _us.parting:
+    while not _membership.leaving:
         try:
-            failure = json.loads(_client().blocking_key_value_get(_FAILURE, 10_000))
+            failure = json.loads(client().blocking_key_value_get(_FAILURE, 10_000))
         except jax.errors.JaxRuntimeError as error:
             if 'DEADLINE_EXCEEDED' in str(error):
                 continue
-            return None if _us.parting else _end(PEER_LOST, _gone([0]))
-        if not _us.parting:
-            _us.parting, _us.exit_code = True, failure['exit_code']
-            _say(f'process {failure["process"]} ended: {failure["message"]}')
-            _say_goodbye()
+            return None if _membership.leaving else _end(PEER_LOST, _lost_message([0]))
+        if not _membership.leaving:
+            _membership.leaving, _membership.exit_code = True, failure['exit_code']
+            _print_error(f'process {failure["process"]} ended: {failure["message"]}')
+            _wait_until_failure_is_known()
             _exit(failure['exit_code'])
 
 
-def _miss_the_lost() -> None:
-    """A thread that asks, together with those of the others, who is still there."""
-    everybody = list(range(_us.processes))
-    while not _us.parting:
+def _watch_live_processes() -> None:
+    """A thread that asks, together with those of the other processes, which processes are alive."""
+    everybody = list(range(_membership.processes))
+    while not _membership.leaving:
         try:
-            # Process -> a number of its own: one that was started again while we run is another.
-            seen = _client().get_live_nodes(everybody)
+            # Process -> a number of its own: a process that was started again has another number.
+            seen = client().get_live_nodes(everybody)
         except jax.errors.JaxRuntimeError:
-            return  # process 0 is gone, which _hear_of_failure says
-        _us.first_seen = _us.first_seen or seen
-        lost = {process for process in everybody if process not in seen or seen[process] != _us.first_seen.get(process)}
+            return  # process 0 is lost, which _watch_for_failure reports
+        _membership.incarnations = _membership.incarnations or seen
+        lost = {
+            process
+            for process in everybody
+            if process not in seen or seen[process] != _membership.incarnations.get(process)
+        }
         if lost:
-            time.sleep(1)  # a process that said why it ended is not lost
-            if not _us.parting:
-                _end(PEER_LOST, _gone(sorted(lost)))
-        time.sleep(max(2, _us.processes / 100))  # process 0 answers all of them
+            time.sleep(1)  # a process that reported why it ended is not lost
+            if not _membership.leaving:
+                _end(PEER_LOST, _lost_message(sorted(lost)))
+        time.sleep(max(2, _membership.processes / 100))  # process 0 answers all of them
 
 
-def _gone(lost: list[int]) -> str:
+def _lost_message(lost: list[int]) -> str:
     named = ', '.join(map(str, lost[:8])) + (f' and {len(lost) - 8} more' if len(lost) > 8 else '')
-    coordinator = f' (the coordinator, {_us.coordinator})' if lost == [0] else ''
+    coordinator = f' (the coordinator, {_membership.coordinator})' if lost == [0] else ''
     return (
-        f'process {named} of {_us.processes}{coordinator} is gone: it was killed or its machine was lost; start the same '
-        'command again on every host: training goes on from the last checkpoint'
+        f'process {named} of {_membership.processes}{coordinator} is gone: it was killed or stopped, or its machine was '
+        'lost; start the same command again on every host: training goes on from the last checkpoint'
     )
 
 
 def _catch_abort() -> None:
-    """Says in one line what JAX's client aborts the process for: process 0 is gone, or the others did not come.
+    """Reports in one line why JAX's client aborts the process: process 0 is lost, or the others did not come.
 
-    The client ends the process from C++, with SIGABRT, where Python's own handlers never run. This one needs the
-    interpreter's lock: it comes as soon as no other thread is in Python, and not at all where a library holds the lock for ever.
+    The client ends the process from C++, with SIGABRT, where Python's own signal handlers never run. This handler needs the
+    interpreter's lock: it runs as soon as no other thread is in Python, and never where a library holds the lock for ever.
     """
     libc = ctypes.CDLL(None)
     handler_type = ctypes.CFUNCTYPE(None, ctypes.c_int)
     libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
 
     def on_abort(_):
-        if _us.parting:
-            _exit(_us.exit_code)
-        if _us.connecting:
+        if _membership.leaving:
+            _exit(_membership.exit_code)
+        if _membership.connecting:
             _end(
                 PEER_LOST,
-                f'not all processes of the run came within {_us.connect_timeout_seconds} s (coordinator '
-                f'{_us.coordinator or "found by JAX"}); start the command on every host, with the same --num_processes',
+                f'not all processes of the run came within {_membership.connect_timeout_seconds} s (coordinator '
+                f'{_membership.coordinator or "found by JAX"}); start the command on every host, with the same --num_processes',
             )
-        time.sleep(3)  # _hear_of_failure ends the process if the coordinator is gone
-        if is_multiprocess() and not _answers():
-            _end(PEER_LOST, _gone([0]))
+        time.sleep(3)  # _watch_for_failure ends the process if the coordinator is lost
+        if is_multiprocess() and not _coordinator_answers():
+            _end(PEER_LOST, _lost_message([0]))
         libc.signal(signal.SIGABRT, None)  # a real abort
 
     _catch_abort.keep = handler_type(on_abort)  # as long as the process lives
     libc.signal(signal.SIGABRT, ctypes.cast(_catch_abort.keep, ctypes.c_void_p))
 
 
-def _answers() -> bool:
-    host, _, port = _us.coordinator.rpartition(':')
-    try:
-        socket.create_connection((host.strip('[]'), int(port)), timeout=5).close()
-        return True
-    except OSError:
-        return False
+def _coordinator_answers(timeout_seconds: float = 5.0) -> bool:
+    """Whether process 0 answers a request in time. To accept a connection is no answer: the kernel does that for it."""
+    answered = threading.Event()
+
+    def ask():
+        try:
+            client().key_value_try_get(KEY_ROOT + 'no such key')
+        except jax.errors.JaxRuntimeError as error:
+            if 'NOT_FOUND' not in str(error):
+                return
+        answered.set()
+
+    threading.Thread(target=ask, daemon=True).start()
+    return answered.wait(timeout_seconds)
 
 
-def _say_goodbye() -> None:
-    """Waits until all have heard of the failure, or for a moment."""
+def _wait_until_failure_is_known() -> None:
+    """Waits until all processes have received the failure, or for a moment."""
     with contextlib.suppress(jax.errors.JaxRuntimeError):
-        _client().wait_at_barrier(_ROOT + 'goodbye', _GOODBYE_MS)
+        client().wait_at_barrier(KEY_ROOT + 'failure_known', _FAILURE_KNOWN_MS)
 
 
 def process_label() -> str:
     """' (process 1 of 4)', to name this process in a message; '' where it is the only one."""
-    return f' (process {_us.process} of {_us.processes})' if is_multiprocess() else ''
+    return f' (process {_membership.process} of {_membership.processes})' if is_multiprocess() else ''
 
 
-def _say(message: str) -> None:
+def _print_error(message: str) -> None:
     os.write(2, f'error{process_label()}: {" ".join(message.split())}\n'.encode())
 
 
 def _end(exit_code: int, message: str) -> None:
-    _us.parting, _us.exit_code = True, exit_code
+    _membership.leaving, _membership.exit_code = True, exit_code
     _exit(exit_code, message)
 
 
 def _exit(exit_code: int, message: str = '') -> None:
-    """Ends the process at once: a thread may wait for ever for a process that is gone, or a write for a reader."""
-    last_words = threading.Thread(target=_finish_output, args=[message], daemon=True)
-    last_words.start()
-    last_words.join(5)
+    """Ends the process at once: a thread may wait for ever for a process that is lost, or a write for a reader."""
+    output = threading.Thread(target=_finish_output, args=[message], daemon=True)
+    output.start()
+    output.join(5)
     os._exit(exit_code)
 
 
 def _finish_output(message: str) -> None:
-    for finish in (lambda: message and _say(message), sys.stdout.flush, sys.stderr.flush):
+    for finish in (lambda: message and _print_error(message), sys.stdout.flush, sys.stderr.flush):
         with contextlib.suppress(Exception):
             finish()
 

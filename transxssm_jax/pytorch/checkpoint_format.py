@@ -16,6 +16,7 @@ import numpy as np
 import safetensors
 from flax import nnx
 
+from transxssm_jax import cli
 from transxssm_jax import config as config_lib
 from transxssm_jax.config import Config, ConfigError, Model
 from transxssm_jax.model import parameters
@@ -24,7 +25,7 @@ SINGLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 DTYPES = {'float32': (np.dtype(np.float32), 'F32'), 'bfloat16': (np.dtype(ml_dtypes.bfloat16), 'BF16')}
 
 
-class ConvertError(ValueError):
+class ConvertError(cli.UserError, ValueError):
     """Weights that do not fit; the message is one line."""
 
 

@@ -8,7 +8,6 @@ import functools
 import json
 import math
 import pathlib
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
@@ -34,6 +33,7 @@ from transxssm_jax.pytorch.checkpoint_format import (
     tensors_of,
 )
 from transxssm_jax.training import checkpoint
+from transxssm_jax.training.step import init_state
 
 MEMORY = 'published.json'
 
@@ -126,14 +126,14 @@ def import_published(
     files = {}
     if 'data.path' not in overrides:
         config.data.path, files = _tokenizer_for_import(source, tokenizer, workdir)
-    config = _override(config, overrides)
+    config = config_lib.replace(config, overrides)
     if tensors_of(config.model) != source.tensors:
         raise ConvertError('--config.model.*: sizes and kinds of layers are those of the weights; leave them out')
     checkpoint.open_workdir(workdir, config)
     for name, content in files.items():
         (workdir / name).write_bytes(content)
     data_path = config.data.path if pathlib.Path(config.data.path).is_dir() else ''  # a tokenizer alone is no data
-    to_train = dataclasses.replace(config, data=dataclasses.replace(config.data, path=data_path))
+    to_train = config_lib.replace(config, {'data.path': data_path})
     (workdir / 'config.py').write_text(_config_file(to_train, 'Goes on training imported weights.'))
     memory = {'config': source.fields, 'A': {name: a_H.tolist() for name, a_H in source.rates.items()}}
     (workdir / MEMORY).write_text(json.dumps(memory, indent=1) + '\n')
@@ -143,24 +143,16 @@ def import_published(
             path: _Lazy(shape, float32, functools.partial(source.parts, path, shape, bar.update))
             for path, shape in shapes.items()
         }
-        zeros = {
-            path: _Lazy(shape, float32, functools.partial(_zeros, shape, np.float32)) for path, shape in shapes.items()
-        }
-        state = {
-            name: nnx.traversals.unflatten_mapping(leaves)
-            for name, leaves in (('params', params), ('mu', zeros), ('nu', zeros))
-        }
-        state['step'] = _Lazy((), np.dtype(np.int32), functools.partial(_zeros, (), np.int32))
+        # A fresh state but for its parameters: optimizers start from zeros.
+        state = jax.tree.map(
+            lambda leaf: _Lazy(leaf.shape, leaf.dtype, functools.partial(_zeros, leaf.shape, leaf.dtype)),
+            jax.eval_shape(functools.partial(init_state, config), 0),
+        )
+        state['params'] = nnx.traversals.unflatten_mapping(params)
         try:
-            _save(workdir / 'checkpoints', state, config)
-        except ConvertError:
-            raise
-        except Exception as error:  # a failed write comes as many kinds from Orbax and TensorStore
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][-200:]
-            raise ConvertError(
-                f'a checkpoint could not be written to {workdir}: {reason}; free space there, or choose '
-                'another --workdir'
-            ) from error
+            _save(workdir, state, config)
+        except checkpoint.CheckpointError as error:
+            raise (error.__cause__ if isinstance(error.__cause__, ConvertError) else error) from None
     return source
 
 
@@ -195,16 +187,8 @@ def _tokenizer_files(path: str, tokenizer: JsonTokenizer) -> dict[str, bytes]:
     return dict(zip(TOKENIZER_FILES, (tokenizer.content, content)))
 
 
-def _save(directory: pathlib.Path, state: dict, config: Config) -> None:
+def _save(workdir: pathlib.Path, state: dict, config: Config) -> None:
     """Step 0 in the layout of checkpoint.Checkpoints, from _Lazy leaves."""
-    types = ocp.type_handlers.create_type_handler_registry((_Lazy, _LazyHandler()))
-    json_item = ocp.JsonCheckpointHandler()
-    handlers = {
-        'state': ocp.PyTreeCheckpointHandler(type_handler_registry=types),
-        'data': json_item,
-        'config': json_item,
-    }
-    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
     # A chunk of the file holds one layer, so that no more than it is encoded at a time; small arrays are one chunk.
     layers = {leaf: leaf.nbytes // math.prod(leaf.shape[:2]) for leaf in jax.tree.leaves(state) if len(leaf.shape) > 2}
     layouts = jax.tree.map(
@@ -215,26 +199,9 @@ def _save(directory: pathlib.Path, state: dict, config: Config) -> None:
         ),
         state,
     )
-    with ocp.CheckpointManager(
-        directory, item_names=tuple(handlers), item_handlers=handlers, options=options
-    ) as manager:
-        manager.save(
-            0,
-            force=True,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(state, layouts),
-                data=ocp.args.JsonSave(None),
-                config=ocp.args.JsonSave(json.loads(config_lib.to_json(config))),
-            ),
-        )
-
-
-def _override(config: Config, overrides: dict[str, str]) -> Config:
-    """The config with settings replaced, checked and locked, as config.load does it."""
-    with tempfile.TemporaryDirectory() as directory:
-        path = pathlib.Path(directory) / 'config.py'
-        path.write_text(_config_file(config, ''))
-        return config_lib.load(path, overrides)
+    types = ocp.type_handlers.create_type_handler_registry((_Lazy, _LazyHandler()))
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=types)
+    checkpoint.write_first(workdir, state, config, handler, layouts)
 
 
 def _config_file(config: Config, title: str) -> str:
@@ -260,7 +227,7 @@ def export_published(
     """Writes the parameters of a checkpoint in the published format.
 
     Args:
-      step: which checkpoint; -1: the newest.
+      step: which checkpoint; -1: the newest that can be read.
       tokenizer: a tokenizers json file to go with it, or a prepared directory that has one.
       max_shard_bytes: of tensors in one file.
       dtype: 'float32' or 'bfloat16', of every tensor.
@@ -275,10 +242,8 @@ def export_published(
     workdir, out = pathlib.Path(workdir), pathlib.Path(out)
     if any(out.glob('model*.safetensors*')):
         raise ConvertError(f'--out={out} holds weights already; choose another directory')
-    if step == -1:
-        step = max(_steps(workdir), default=-1)
-    config = _override(checkpoint.load_config(workdir, step), overrides or {})
-    state = workdir.absolute() / 'checkpoints' / str(step) / 'state'
+    params, config = checkpoint.find_params(workdir, step)
+    config = config_lib.replace(config, overrides or {})
     ours, model = config.model, published_model(config.model)
     memory = json.loads((workdir / MEMORY).read_text()) if (workdir / MEMORY).exists() else {'config': {}, 'A': {}}
     fields = published_config(model, config.data.seq_len, memory['config'], dtype)
@@ -307,7 +272,7 @@ def export_published(
         tqdm.tqdm(total=len(tensors), desc='export', unit=' tensors', disable=None) as bar,
     ):
         for ours_path, shape in shapes_of(model).items():
-            array = _array_for_export(state, ours_path, shape, ours)
+            array = _array_for_export(params, ours_path, shape, ours)
             for tensor in tensors.values():
                 if tensor.path == ours_path:
                     writer.write(tensor, _with_memory(tensor, array, memory['A']))

@@ -1,35 +1,42 @@
-"""Checkpoints of a run: state, data position and config, written by Orbax in the background.
+"""Checkpoints of a run: what is saved, which are kept, and how they are read back.
 
-Each checkpoint is a directory `WORKDIR/checkpoints/STEP` that appears under
-that name only when it is complete. The state is stored as the plain nested
-dict it is; nothing of NNX is in it, so it outlives library upgrades.
+A checkpoint is a directory WORKDIR/checkpoints/STEP that appears under that name
+only when it is complete:
+
+- `params/` and `training/` (the step and the optimizer's state): plain nested dicts
+  of arrays, written by Orbax; nothing of NNX is in them, so they outlive library upgrades;
+- `config.json`: the config of the run; `data.json`: the position in its data;
+- `digests.json`: the format number, and the digest of every file above;
+- `metrics.json`: the evaluation loss, which may come later.
+
+What is read is checked against its digest. A damaged checkpoint gives way to an older one.
 """
 
-import contextlib
 import json
 import logging
-import math
 import pathlib
-import re
 import secrets
 import shutil
 import time
 
 import jax
-import orbax.checkpoint as ocp
 
 from transxssm_jax import config as config_lib
 from transxssm_jax.config import Config
 from transxssm_jax.parallel import processes
+from transxssm_jax.training import checkpoint_files as files
+from transxssm_jax.training import digest
 from transxssm_jax.training import step as step_lib
+from transxssm_jax.training.checkpoint_files import CheckpointError
 
 UNREADABLE = '.unreadable'  # suffix of a damaged checkpoint's directory once an older one was used
+REMOVED = '.removed'  # suffix of a checkpoint's directory while it is deleted
+_ATTEMPTS = 20  # to read a checkpoint of a run that meanwhile removes it
 
 log = logging.getLogger(__name__)
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written, read, or used; the message is one line."""
+# ---- the workdir -----------------------------------------------------------
 
 
 def open_workdir(workdir: pathlib.Path, config: Config) -> None:
@@ -43,8 +50,8 @@ def open_workdir(workdir: pathlib.Path, config: Config) -> None:
     path = workdir / 'config.json'
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        # A run that died before its first checkpoint, of a wrong setting perhaps, binds nobody.
-        if path.exists() and _steps_in(workdir / 'checkpoints'):
+        # A run without a checkpoint does not fix the config of its workdir.
+        if path.exists() and files.steps_in(workdir / 'checkpoints'):
             _check_fits(f'--workdir={workdir}', _read_config(path), config)
         if processes.is_coordinator():
             partial = path.with_suffix('.tmp')
@@ -52,7 +59,9 @@ def open_workdir(workdir: pathlib.Path, config: Config) -> None:
             partial.replace(path)
         _check_shared(workdir)
     except OSError as error:
-        raise CheckpointError(f'--workdir={workdir} cannot be written ({error.strerror}); choose another') from error
+        raise CheckpointError(
+            f'--workdir={workdir} cannot be written ({error.strerror or error}); choose another'
+        ) from error
 
 
 def _check_shared(workdir: pathlib.Path, patience_seconds: float = 20.0) -> None:
@@ -77,15 +86,15 @@ def _check_shared(workdir: pathlib.Path, patience_seconds: float = 20.0) -> None
         )
 
 
-def _steps_in(directory: pathlib.Path) -> list[int]:
-    return [int(path.name) for path in directory.glob('*') if path.name.isdigit()]
-
-
 def _read_config(path: pathlib.Path) -> Config:
     try:
-        return config_lib.from_json(path.read_text())
-    except config_lib.ConfigError as error:
-        raise CheckpointError(f'{path}: {error}; delete it if its checkpoints are of this config') from error
+        return config_lib.from_json(path.read_text(encoding='utf-8'))
+    except OSError:
+        raise
+    except Exception as error:  # no UTF-8, no JSON, no config
+        raise CheckpointError(
+            f'{path}: {files.first_line(error)}; delete it if its checkpoints are of this config'
+        ) from error
 
 
 def _check_fits(where: str, saved: Config, wanted: Config) -> None:
@@ -97,6 +106,9 @@ def _check_fits(where: str, saved: Config, wanted: Config) -> None:
         )
 
 
+# ---- reading what a run has trained ----------------------------------------
+
+
 def load_trained(workdir: pathlib.Path | str, step: int = -1) -> tuple[dict, Config]:
     """The parameters of a run and its config; see `load_trained_step`."""
     return load_trained_step(workdir, step)[:2]
@@ -106,7 +118,7 @@ def load_trained_step(workdir: pathlib.Path | str, step: int = -1) -> tuple[dict
     """The parameters of a run; its optimizer state is not read.
 
     Args:
-      workdir: directory of the run.
+      workdir: directory of the run, which may be training.
       step: which checkpoint; -1: the newest that can be read.
 
     Returns:
@@ -119,49 +131,102 @@ def load_trained_step(workdir: pathlib.Path | str, step: int = -1) -> tuple[dict
     """
 
     def read(path):
-        config = _trained_config(path)
-        wanted = {'params': step_lib.abstract_params(config)}
-        restore = ocp.args.PyTreeRestore(
-            wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
-        )
-        params = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(path / 'state', args=restore)['params']
-        return params, config, int(path.name)
+        digests = files.read_digests(path)
+        config = files.read_config(path, digests)
+        params = files.read_group(path, 'params', {'params': step_lib.abstract_params(config)}, digests)
+        return params['params'], config, int(path.name)
 
     return _read_trained(workdir, step, read)
 
 
 def load_config(workdir: pathlib.Path | str, step: int = -1) -> Config:
     """The config that a checkpoint was trained with. Arguments and errors as `load_trained`."""
-    return _read_trained(workdir, step, _trained_config)
+    return _read_trained(workdir, step, lambda path: files.read_config(path, files.read_digests(path)))
 
 
-def _trained_config(path: pathlib.Path) -> Config:
-    return config_lib.from_json(json.dumps(ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(path / 'config')))
+def find_params(workdir: pathlib.Path | str, step: int = -1) -> tuple[pathlib.Path, Config]:
+    """(directory of an Orbax tree {'params': ...} whose files were checked, config), to read array by array.
+
+    Arguments and errors as `load_trained`.
+    """
+
+    def find(path):
+        digests = files.read_digests(path)
+        digest.check(path, files.of_group(digests, 'params'))
+        return path / 'params', files.read_config(path, digests)
+
+    return _read_trained(workdir, step, find)
 
 
 def _read_trained(workdir, step, read):
     directory = pathlib.Path(workdir).absolute() / 'checkpoints'
-    steps = sorted(_steps_in(directory))
-    if not steps:
-        what = 'holds no checkpoint' if directory.parent.is_dir() else 'does not exist'
-        raise CheckpointError(f'--workdir={workdir} {what}; give the --workdir of a training run that has saved')
-    if step != -1 and step not in steps:
-        raise CheckpointError(
-            f'--workdir={workdir} has no checkpoint of step {step}; it has {", ".join(map(str, steps))}'
-        )
-    for candidate in reversed(steps) if step == -1 else [step]:
-        path = directory / str(candidate)
+    damaged, vanished = {}, 0  # step -> what is wrong; how many were removed while they were read
+    while vanished < _ATTEMPTS:
+        steps = files.steps_in(directory)
+        candidates = [step] if step != -1 else [other for other in steps if other not in damaged]
+        if not steps:
+            what = 'holds no checkpoint' if directory.parent.is_dir() else 'does not exist'
+            raise CheckpointError(f'--workdir={workdir} {what}; give the --workdir of a training run that has saved')
+        if step != -1 and step not in steps:
+            raise CheckpointError(
+                f'--workdir={workdir} has no checkpoint of step {step}; it has {", ".join(map(str, steps))}'
+            )
+        if not candidates:
+            raise CheckpointError(
+                f'no checkpoint of --workdir={workdir} can be read; restore one from a backup (the newest: '
+                f'{damaged[max(damaged)]})'
+            )
+        path = directory / str(candidates[-1])
         try:
             return read(path)
-        except config_lib.ConfigError as error:
-            raise CheckpointError(f'{path}: {error}') from error
+        except CheckpointError:
+            raise
         except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file.
-            log.warning('unreadable checkpoint %s: %s', path, _first_line(error))
+            if candidates[-1] not in files.steps_in(directory):
+                vanished += 1  # the run has saved a newer one and removed this one
+                continue
+            problem = files.first_line(error)
+            if files.may_pass(error):
+                raise CheckpointError(
+                    f'checkpoint {path} cannot be read now: {problem}; run the same command again when it can'
+                ) from error
+            if step != -1:
+                raise CheckpointError(
+                    f'the checkpoint of step {step} in --workdir={workdir} cannot be read ({problem}); '
+                    'leave --step out for the newest that can'
+                ) from error
+            log.warning('skipping unreadable checkpoint %s: %s', path, problem)
+            damaged[candidates[-1]] = problem
     raise CheckpointError(
-        f'no checkpoint of --workdir={workdir} can be read; restore one from a backup'
-        if step == -1
-        else f'the checkpoint of step {step} in --workdir={workdir} cannot be read; leave --step out for the newest that can'
+        f'the run in --workdir={workdir} removes its checkpoints faster than they can be read; try again when it '
+        'has ended, or let it keep more (train.keep_last)'
     )
+
+
+def write_first(
+    workdir: pathlib.Path, state: dict, config: Config, handler=None, save_args: dict | None = None
+) -> None:
+    """Writes a checkpoint of step 0 that stands at no position in any data; it ends when it is written.
+
+    Args:
+      workdir: directory of a run without checkpoints.
+      state: its leaves are whatever the handler writes.
+      config: of the run.
+      handler: of Orbax, for the arrays.
+      save_args: tree of ocp.SaveArgs like the state.
+
+    Raises:
+      CheckpointError: it could not be written; its __cause__ is the first error.
+    """
+    directory = workdir.absolute() / 'checkpoints'
+    with files.one_line_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    save = files.Save(directory, 0, state, None, config, handler=handler, save_args=save_args)
+    if problem := save.result():
+        raise CheckpointError(files.not_written(directory, problem)) from save.error
+
+
+# ---- saving and resuming ---------------------------------------------------
 
 
 class Checkpoints:
@@ -171,71 +236,97 @@ class Checkpoints:
       workdir: directory of the run.
       config: how many to keep: the newest train.keep_last and the
         train.keep_best with the lowest evaluation loss.
+
+    Attributes:
+      changed: after `restore`, the settings that differ from those of the checkpoint: dotted name ->
+        (value now, value then).
     """
 
     def __init__(self, workdir: pathlib.Path, config: Config):
         self.config = config
         self.directory = workdir.absolute() / 'checkpoints'
-        self._warn_of_incomplete()
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            item_names=('state', 'data', 'config'),
-            options=ocp.CheckpointManagerOptions(
-                create=False,
-                multiprocessing_options=_without_the_devices(),
-                # Orbax stores metrics only where it is told of a best_fn; what to keep is the policy's to say.
-                best_fn=_eval_loss,
-                best_mode='min',
-                preservation_policy=_Keep(config.train),
-                cleanup_tmp_directories=True,
-                enable_async_checkpointing=True,
-            ),
-        )
+        self.changed = {}
+        self._save = None  # the Save that was started last
+        self._failures = 0  # of saves, in a row
+        self._warned = set()
+        if processes.is_coordinator():
+            self._sweep()
+        with files.one_line_errors(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
 
-    def _warn_of_incomplete(self):
-        for path in sorted(self.directory.glob('*')) if processes.is_coordinator() else []:
+    def _sweep(self) -> None:
+        """Warns of what is no checkpoint, and deletes what an earlier run began to write or to delete."""
+        for path in sorted(self.directory.glob('*')):
             if path.is_dir() and not path.name.isdigit():
-                kind = 'unreadable' if path.suffix == UNREADABLE else 'incomplete'
-                log.warning('skipping %s checkpoint %s', kind, path)
+                if path.suffix != REMOVED:
+                    kind = 'unreadable' if path.suffix == UNREADABLE else 'incomplete'
+                    log.warning('skipping %s checkpoint %s', kind, path)
+                if path.suffix in (files.PARTIAL, REMOVED):
+                    shutil.rmtree(path, ignore_errors=True)
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, oldest first."""
-        return sorted(self._manager.all_steps())
+        """Steps of the checkpoints that are complete or being written, oldest first."""
+        being_written = {self._save.step} if self._save and not self._save.problem else set()
+        return sorted({*files.steps_in(self.directory), *being_written})
 
     def save(self, step: int, state: dict, data_position: dict, eval_loss: float | None = None) -> None:
         """Starts writing a checkpoint and returns once the state is copied from the devices.
 
         Raises:
-          CheckpointError: this or the write before it failed (a full disk, say).
+          CheckpointError: the write before it failed, and the one before that.
         """
-        metrics = {} if eval_loss is None else {'eval_loss': float(eval_loss)}
-        with _one_line_errors(self.directory):
-            self._manager.save(
-                step,
-                metrics=metrics,
-                force=True,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state),
-                    data=ocp.args.JsonSave(data_position),
-                    config=ocp.args.JsonSave(json.loads(config_lib.to_json(self.config))),
-                ),
-            )
+        if problem := self._settle():
+            self._warn_of_failure(problem)
+        self._save = files.Save(self.directory, step, state, data_position, self.config, eval_loss, self._remove_old)
+
+    def check(self, save_again) -> None:
+        """To be called before each step, by all processes at the same place: acts on a failed write at once.
+
+        Args:
+          save_again: called when a write has failed; it saves the state as it is now.
+
+        Raises:
+          CheckpointError: two writes in a row failed (a full disk, say).
+        """
+        if self._save and self._save.has_ended() and (problem := self._settle()):
+            self._warn_of_failure(problem)
+            save_again()
+
+    def wait(self, save_again=None) -> None:
+        """Blocks until what was started is written.
+
+        Args:
+          save_again: called when the write has failed; it saves the state as it is now. None: no second try.
+
+        Raises:
+          CheckpointError: it could not be written.
+        """
+        if problem := self._settle():
+            if save_again is None:
+                raise CheckpointError(files.not_written(self.directory, problem))
+            self._warn_of_failure(problem)
+            save_again()
+            self.wait()
+
+    def _settle(self) -> str:
+        """Waits for the write under way. Returns why it failed; '' where it did not."""
+        save, self._save = self._save, None
+        problem = save.result() if save else ''
+        self._failures = self._failures + 1 if problem else 0
+        if self._failures > 1:
+            raise CheckpointError(files.not_written(self.directory, problem))
+        return problem
+
+    def _warn_of_failure(self, problem: str) -> None:
+        log.warning('%s; it is tried once more', files.not_written(self.directory, problem))
 
     def evaluated(self, step: int, eval_loss: float) -> None:
         """Adds the evaluation loss to a checkpoint that was saved without it, so that it counts among the best."""
-        path = self.directory / str(step) / 'metrics' / 'metrics'
+        path = self.directory / str(step)
         if processes.is_coordinator() and path.exists():
-            partial = path.with_suffix('.tmp')
-            partial.write_text(json.dumps({'eval_loss': float(eval_loss)}))
-            partial.replace(path)
+            with files.one_line_errors(self.directory):
+                digest.write_json(path / 'metrics.json', {'eval_loss': float(eval_loss)})
         processes.all_gather_json('evaluated')
-        self._manager.reload()
-
-    def wait(self) -> None:
-        """Blocks until what was started is written; raises CheckpointError if it was not."""
-        with _one_line_errors(self.directory):
-            self._manager.wait_until_finished()
 
     def restore(self, abstract_state: dict) -> tuple[int, dict, dict] | None:
         """The newest checkpoint that can be read, or None when there is none.
@@ -251,23 +342,23 @@ class Checkpoints:
           (step, state, data position).
 
         Raises:
-          CheckpointError: a checkpoint is of another config, or there are
-            checkpoints and none can be read.
+          CheckpointError: a checkpoint is of another config or a newer format, or it
+            cannot be read now, or there are checkpoints and none can be read.
         """
         steps = processes.broadcast_from_0(self.steps())
+        reason = ''
         for step in reversed(steps):
-            restored, problem = None, ''
+            path, restored, problem = self.directory / str(step), None, ''
             try:
-                restored = self._restore_step(step, abstract_state)
+                restored = self._restore_step(path, abstract_state)
             except CheckpointError:
                 raise
             except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file.
-                if _may_pass(error):
+                problem = files.first_line(error)
+                if files.may_pass(error):
                     raise CheckpointError(
-                        f'checkpoint {self.directory / str(step)} cannot be read now: {_first_line(error)}; '
-                        'run the same command again when it can'
+                        f'checkpoint {path} cannot be read now: {problem}; run the same command again when it can'
                     ) from error
-                problem = _first_line(error)
             # Each process reads its own parts: what is damaged for one is not used by any.
             problems = [
                 f'{text} (process {process})' if processes.is_multiprocess() else text
@@ -277,94 +368,65 @@ class Checkpoints:
             if not problems:
                 self._set_aside([newer for newer in steps if newer > step])
                 return step, *restored
-            log.warning('skipping unreadable checkpoint %s: %s', self.directory / str(step), problems[0])
+            log.warning('skipping unreadable checkpoint %s: %s', path, problems[0])
+            reason = reason or problems[0]
         if steps:
             raise CheckpointError(
-                f'none of the checkpoints {steps} in {self.directory} can be read; '
-                'restore one from a backup, or use another --workdir to start anew'
+                f'none of the checkpoints {steps} in {self.directory} can be read; restore one from a backup, or use '
+                f'another --workdir to start anew (the newest: {reason})'
             )
         return None
 
-    def _restore_step(self, step: int, abstract_state: dict) -> tuple[dict, dict]:
-        """(state, data position), read without a word to the other processes, who may fail to read theirs."""
-        path = self.directory / str(step)
-        closing = contextlib.closing
-        with closing(ocp.JsonCheckpointHandler()) as texts, closing(ocp.StandardCheckpointHandler()) as arrays:
-            _check_fits(
-                f'checkpoint {path}', config_lib.from_json(json.dumps(texts.restore(path / 'config'))), self.config
-            )
-            state = arrays.restore(path / 'state', args=ocp.args.StandardRestore(abstract_state))
-            return jax.block_until_ready(state), texts.restore(path / 'data')
+    def _restore_step(self, path: pathlib.Path, abstract_state: dict) -> tuple[dict, dict]:
+        """(state, data position), read without a message to the other processes, who may fail to read theirs."""
+        digests = files.read_digests(path)
+        saved = files.read_config(path, digests)
+        _check_fits(f'checkpoint {path}', saved, self.config)
+        position = json.loads(digest.read_checked(path, 'data.json', digests))
+        share = (jax.process_index(), jax.process_count()) if processes.is_multiprocess() else (0, 1)
+        state = {}
+        for group, abstract in files.grouped(abstract_state).items():
+            state |= files.read_group(path, group, abstract, digests, *share)
+        self.changed = config_lib.differences(self.config, saved)
+        return state, position
 
     def _set_aside(self, steps: list[int]) -> None:
         for step in steps if processes.is_coordinator() else []:
             path = self.directory / str(step)
             aside = path.with_suffix(UNREADABLE)
-            if aside.exists():
-                shutil.rmtree(aside)
-            path.rename(aside)
+            with files.one_line_errors(self.directory):
+                if aside.exists():
+                    shutil.rmtree(aside)
+                path.rename(aside)
         if steps:
             processes.all_gather_json('set aside')  # so that all see them gone
-            self._manager.reload()
+
+    def _remove_old(self) -> None:
+        """Deletes all but the newest train.keep_last and the train.keep_best of those with an evaluation loss."""
+        steps, train = files.steps_in(self.directory), self.config.train
+        losses = {step: loss for step in steps if (loss := self._eval_loss(step)) is not None}
+        kept = {*steps[-train.keep_last :], *sorted(losses, key=losses.get)[: train.keep_best]}
+        for step in set(steps) - kept:
+            path = self.directory / str(step)
+            aside = path.with_suffix(REMOVED)
+            try:
+                path.rename(aside)  # at once, so that nobody reads a half of it
+                shutil.rmtree(aside)
+            except OSError as error:
+                log.warning('checkpoint %s could not be removed: %s', path, error)
+
+    def _eval_loss(self, step: int) -> float | None:
+        path = self.directory / str(step) / 'metrics.json'
+        try:
+            return float(digest.read_json(path)['eval_loss'])
+        except FileNotFoundError:
+            return None
+        except Exception as error:
+            if step not in self._warned:
+                log.warning('checkpoint %s does not count among the best: %s', path.parent, files.first_line(error))
+            self._warned.add(step)
+            return None
 
     def close(self) -> None:
-        with _one_line_errors(self.directory):
-            self._manager.close()
-
-
-def _without_the_devices() -> ocp.options.MultiprocessingOptions:
-    """Processes wait for each other by messages, not by collectives, which would meet those of a step under way."""
-    if not processes.is_multiprocess():
-        return ocp.options.MultiprocessingOptions()
-    return ocp.options.MultiprocessingOptions(
-        active_processes=set(range(jax.process_count())), barrier_sync_key_prefix='transxssm_jax'
-    )
-
-
-def _eval_loss(metrics: dict) -> float:
-    return metrics.get('eval_loss', math.inf)
-
-
-class _Keep:
-    """Orbax preservation policy: the newest train.keep_last, and train.keep_best of those with an evaluation loss."""
-
-    def __init__(self, train: config_lib.Train):
-        self.keep_last, self.keep_best = train.keep_last, train.keep_best
-
-    def should_preserve(self, checkpoints, *, context):
-        newest = sorted(info.step for info in checkpoints)[-self.keep_last :]
-        evaluated = [info for info in checkpoints if info.metrics and 'eval_loss' in info.metrics]
-        best = sorted(evaluated, key=lambda info: _eval_loss(info.metrics))[: self.keep_best]
-        kept = {*newest, *(info.step for info in best)}
-        return [info.step in kept for info in checkpoints]
-
-
-class _one_line_errors:
-    """Turns what a failed write raises, often from a background thread, into a CheckpointError."""
-
-    def __init__(self, directory):
-        self.directory = directory
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if isinstance(error, Exception) and not isinstance(error, CheckpointError):
-            raise CheckpointError(
-                f'a checkpoint could not be written to {self.directory}: {_first_line(error)}; '
-                'the last complete one stays usable'
-            ) from error
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether a failed read says nothing about the file: the network, the permissions or the limits were at fault."""
-    words = 'PERMISSION_DENIED|UNAVAILABLE|RESOURCE_EXHAUSTED|DEADLINE_EXCEEDED|Permission denied|Too many open files'
-    return bool(
-        re.search(words + '|Stale file handle|Input/output error|Connection', f'{type(error).__name__}: {error}')
-    )
-
-
-def _first_line(error: BaseException) -> str:
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    # TensorStore puts the place first and the reason last.
-    return text if len(text) <= 300 else f'{text[:100]} ... {text[-200:]}'
+        """Waits for the write under way. Raises CheckpointError if it failed."""
+        self.wait()

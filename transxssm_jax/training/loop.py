@@ -1,375 +1,430 @@
-"""One run in one workdir: restore or create, train, evaluate, save, stop."""
+"""One run in one workdir, from top to bottom: open, restore or create, train, evaluate, save, stop."""
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
-import math
+import logging
 import pathlib
-import signal
 import time
+from collections.abc import Callable
 
 import jax
 
 from transxssm_jax import config as config_lib
+from transxssm_jax.cli import ExitCode
 from transxssm_jax.config import Config, ConfigError
-from transxssm_jax.data.loader import check_vocab, make_loader
+from transxssm_jax.data.loader import Loader, WorkerLostError, check_batch, check_vocab
+from transxssm_jax.data.manifest import read_manifest
 from transxssm_jax.data.tokenizer import load_tokenizer
-from transxssm_jax.model import parameters
 from transxssm_jax.parallel import mesh, processes
-from transxssm_jax.training import checkpoint, metrics
+from transxssm_jax.training import announcement, checkpoint, lease, metrics, splits
 from transxssm_jax.training import step as step_lib
-
-FINISHED, CRASHED, WRONG_INPUT, NOT_FINITE, TERMINATED, INTERRUPTED = 0, 1, 2, 3, 75, 130
-
+from transxssm_jax.training.evaluators import Evaluator, HeldOutLoss
+from transxssm_jax.training.profiler import ProfilerWindow
+from transxssm_jax.training.stopping import Stop, StopRequest
 
 PROMPT_TOKENS = 128  # of the document that the sample at the end continues
 
+log = logging.getLogger(__name__)
 
-class NotFiniteError(ArithmeticError):
-    """The loss, gradient or update of a step is NaN or infinite."""
-
-
-class StopRequest:
-    """Remembers SIGTERM or Ctrl-C until the step in hand is done; a second Ctrl-C ends at once."""
-
-    def __init__(self):
-        self.exit_code = 0  # none
-
-    def install(self) -> None:
-        signal.signal(signal.SIGTERM, functools.partial(self._on_signal, TERMINATED))
-        signal.signal(signal.SIGINT, functools.partial(self._on_signal, INTERRUPTED))
-
-    def _on_signal(self, exit_code, signum, frame):
-        self.exit_code = exit_code
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+# Called with the Run after every step, once it is logged and before it is evaluated and saved: for notebooks and tests.
+after_step_callbacks: list[Callable[['Run'], None]] = []
 
 
+@dataclasses.dataclass
 class Run:
-    """One run in one workdir: starts from its newest checkpoint, or anew, and trains to train.steps.
+    """What a run is made of; data only.
 
-    Raises:
-      ConfigError, DataError, checkpoint.CheckpointError: wrong input, said in one line.
+    Attributes:
+      step, state: how many steps are taken, and `step.State` after them.
+      evaluation: metrics of the evaluation at `evaluated_at`, the newest one; empty before the first.
+      started_from: the step of the checkpoint that this run goes on from; 0 for a new run.
+      attended: mean tokens that a token of the training split attends to, see `metrics.mean_attended`.
     """
 
-    def __init__(self, config: Config, workdir: pathlib.Path, stop: StopRequest, sample):
-        self.config, self.workdir, self.stop, self.sample = config, workdir, stop, sample
-        if not config.data.path:
+    config: Config
+    workdir: pathlib.Path
+    mesh: jax.sharding.Mesh
+    checkpoints: checkpoint.Checkpoints
+    loader: Loader
+    state: step_lib.State
+    step: int
+    train_step: Callable
+    eval_step: Callable
+    stop: Stop
+    writers: metrics.Writers
+    started_from: int
+    attended: float
+    evaluated_at: int = -1
+    evaluation: dict[str, float] = dataclasses.field(default_factory=dict)
+    clock: metrics.Clock = dataclasses.field(default_factory=metrics.Clock)
+    pending: metrics.PendingMetrics = dataclasses.field(default_factory=metrics.PendingMetrics)
+
+
+def train(config: Config, workdir: pathlib.Path, stop: StopRequest, sample: Callable) -> int:
+    """Trains from the newest checkpoint of the workdir, or from the start, to train.steps or a request to stop.
+
+    Args:
+      sample: writes the continuation at the end, as `inference.generator.sample`.
+
+    Returns:
+      The exit code of the process.
+
+    Raises:
+      ConfigError, DataError, checkpoint.CheckpointError: wrong input; the message is one line.
+      health.NotFiniteError: naming the step and the norms.
+      OSError: a file cannot be written; the message names it.
+      KeyboardInterrupt: a Ctrl-C after the first request to stop.
+    """
+    check_input(config)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(lease.hold(workdir))  # before anything is written there
+        run = open_run(config, workdir, stop)
+        stack.callback(close, run)
+        with jax.set_mesh(run.mesh):
+            compile_on_all_processes(run)
+            return train_to_the_end(run, sample)
+
+
+# ---- open, restore or create -------------------------------------------------
+
+
+def check_input(config: Config) -> None:
+    """Raises ConfigError or DataError for what can be known before the workdir is touched."""
+    data = config.data
+    if not data.path:
+        raise ConfigError(
+            'data.path is empty; prepare data with python -m transxssm_jax.data.prepare and give --config.data.path=DIR'
+        )
+    mesh.build(config)
+    check_vocab(data.path, config.model.vocab_size)
+    check_batch(data.path, data.train_split, data.seq_len, data.global_batch)
+
+
+def open_run(config: Config, workdir: pathlib.Path, stop: StopRequest) -> Run:
+    """Opens the workdir and the data, restores or creates the state, and prints what the run is. Raises as `train`."""
+    device_mesh = mesh.build(config)
+    checkpoint.open_workdir(workdir, config)
+
+    # The state, and the data at the step where it stands.
+    checkpoints = checkpoint.Checkpoints(workdir, config)
+    restored = checkpoints.restore(step_lib.abstract_state(config, device_mesh))
+    step, state, position = restored or (0, None, None)
+    loader = splits.open_train_split(config, device_mesh, step)
+    if position is not None and position != splits.data_position(config, loader, step):
+        raise checkpoint.CheckpointError(
+            f'data.path={config.data.path} is not what the run in {workdir} was trained on; '
+            'point it to the same data or use another --workdir'
+        )
+    check_same_on_all_processes(config, loader)
+    for split in splits.eval_splits(config):
+        splits.open_eval_split(config, device_mesh, split).close()  # so that a missing split is reported at the start
+    if state is None:
+        state = step_lib.create_state(config, device_mesh)
+
+    writers = metrics.Writers(workdir, config, step)
+    attended = metrics.mean_attended(read_manifest(config.data.path, config.data.train_split), config.data.seq_len)
+    for line in announcement.describe(config, device_mesh, loader, workdir, attended):
+        writers.print(line)
+    if restored is not None:
+        for line in announcement.describe_resumption(checkpoint.load_config(workdir, step), config, step):
+            writers.print(line)
+    train_step, eval_step = jit_steps(config, device_mesh)
+    return Run(
+        config=config,
+        workdir=workdir,
+        mesh=device_mesh,
+        checkpoints=checkpoints,
+        loader=loader,
+        state=state,
+        step=step,
+        started_from=step,
+        attended=attended,
+        train_step=train_step,
+        eval_step=eval_step,
+        stop=Stop(stop),
+        writers=writers,
+    )
+
+
+def jit_steps(config: Config, device_mesh: jax.sharding.Mesh) -> tuple[Callable, Callable]:
+    """The jitted `step.train_step`, whose state is donated, and `step.eval_step`; see there for arguments and results."""
+    shardings, batch_sharding = step_lib.state_shardings(config, device_mesh), step_lib.batch_sharding(device_mesh)
+    replicated = mesh.sharding(device_mesh, ())  # numbers that every process reads
+    train_step = jax.jit(
+        step_lib.train_step(config),
+        donate_argnums=0,
+        in_shardings=(shardings, batch_sharding),
+        out_shardings=(shardings, replicated),
+    )
+    eval_step = jax.jit(
+        step_lib.eval_step(config), in_shardings=(shardings['params'], batch_sharding), out_shardings=replicated
+    )
+    return train_step, eval_step
+
+
+def compile_on_all_processes(run: Run) -> None:
+    """Compiles on every process before any starts the first step, because compile times differ."""
+    if not processes.is_multiprocess():
+        return
+    config, state = run.config, step_lib.abstract_state(run.config, run.mesh)
+    shape, sharding = (config.data.global_batch, config.data.seq_len), step_lib.batch_sharding(run.mesh)
+    row = jax.ShapeDtypeStruct(shape, 'int32', sharding=sharding)
+    batch = dict.fromkeys(('tokens', 'targets', 'segment_ids', 'positions'), row)
+    if run.step < config.train.steps:
+        run.train_step = run.train_step.lower(state, batch).compile()
+    if splits.eval_splits(config):
+        run.eval_step = run.eval_step.lower(state['params'], batch).compile()
+    processes.all_gather_json('compiled')
+
+
+def check_same_on_all_processes(config: Config, loader: Loader) -> None:
+    """Raises ConfigError where processes were started with different settings or see different data."""
+    own = {'settings': config_lib.to_json(config), 'data.path': loader.fingerprint}
+    digests = {name: hashlib.sha256(str(value).encode()).hexdigest() for name, value in own.items()}
+    all_digests = processes.all_gather_json(digests)
+    for name in own:
+        others = [process for process, theirs in enumerate(all_digests) if theirs[name] != all_digests[0][name]]
+        if others:
             raise ConfigError(
-                'data.path is empty; prepare data with python -m transxssm_jax.data.prepare and give '
-                '--config.data.path=DIR'
+                f'{name}: those of process {others[0]} are not those of process 0; start the same command '
+                'on every host, with the same files'
             )
-        self.mesh = mesh.build(config)
-        check_vocab(config.data.path, config.model.vocab_size)
-        checkpoint.open_workdir(workdir, config)
-        self.checkpoints = checkpoint.Checkpoints(workdir, config)
-        restored = self.checkpoints.restore(step_lib.abstract_state(config, self.mesh))
-        self.step, self.state, position = restored or (0, None, None)
-        self.loader = self._open_split(
-            config.data.train_split,
-            start_step=self.step,
-            num_workers=config.data.num_workers,
-            prefetch=config.data.prefetch_batches,
-        )
-        if position is not None and position != self._data_position():
-            raise checkpoint.CheckpointError(
-                f'data.path={config.data.path} is not what the run in {workdir} was trained on; '
-                'point it to the same data or use another --workdir'
-            )
-        self._check_alike()
-        if config.train.eval_every_steps and config.data.eval_split:
-            self._open_split(config.data.eval_split, shuffle=False, repeat=False).close()  # a missing split is said now
-        if self.state is None:
-            self.state = step_lib.create_state(config, self.mesh)
 
-        shardings, batch_sharding = step_lib.state_shardings(config, self.mesh), step_lib.batch_sharding(self.mesh)
-        everywhere = mesh.sharding(self.mesh, ())  # numbers that every process reads
-        self._train_step = jax.jit(
-            step_lib.train_step(config),
-            donate_argnums=0,
-            in_shardings=(shardings, batch_sharding),
-            out_shardings=(shardings, everywhere),
-        )
-        self._eval_step = jax.jit(
-            step_lib.eval_step(config), in_shardings=(shardings['params'], batch_sharding), out_shardings=everywhere
-        )
-        self.writers = metrics.Writers(workdir, config, self.step)
-        self.clock = metrics.Clock()
-        self._unsettled = None  # (step, metrics) of the step that the devices may still be working on
-        self._evaluated_at, self.eval_loss = -1, None
-        self._preemption, self._stopping = processes.PreemptionSync(), 0  # exit code that all processes stop with
 
-    def _open_split(self, split: str, **kwargs):
-        rows = mesh.rows_of_this_process(self.mesh, self.config.data.global_batch)
-        data = self.config.data
-        return make_loader(
-            data.path,
-            split,
-            **dict(seq_len=data.seq_len, global_batch=data.global_batch, seed=data.seed, rows=rows) | kwargs,
-        )
+# ---- the loop ----------------------------------------------------------------
 
-    def _check_alike(self) -> None:
-        """Every process must have been started with the same settings and see the same data."""
-        own = {'settings': config_lib.to_json(self.config), 'data.path': self.loader.fingerprint}
-        digests = {name: hashlib.sha256(str(value).encode()).hexdigest() for name, value in own.items()}
-        everybody = processes.all_gather_json(digests)
-        for name in own:
-            others = [process for process, theirs in enumerate(everybody) if theirs[name] != everybody[0][name]]
-            if others:
-                raise ConfigError(
-                    f'{name}: those of process {others[0]} are not those of process 0; start the same command '
-                    'on every host, with the same files'
-                )
 
-    def _data_position(self) -> dict:
-        return {'next_step': self.step, 'split': self.config.data.train_split, 'fingerprint': self.loader.fingerprint}
-
-    # ---- the loop ----------------------------------------------------------
-
-    def train(self) -> int:
-        """Trains, evaluates and saves until train.steps or a stop request.
-
-        Returns:
-          The process's exit code.
-
-        Raises:
-          NotFiniteError: naming the step and the offending norms.
-        """
-        config, train = self.config, self.config.train
-        if self.step >= train.steps:
-            self.writers.say(f'already finished: step {self.step} of train.steps={train.steps}; raise it to go on')
-        started, first = time.perf_counter(), self.step
-        window_start = self.step
-        with jax.set_mesh(self.mesh):
-            self._compile_before_all_start()
-            has_evaluation = processes.broadcast_from_0(self.writers.has_evaluation(self.step))
-            if 0 < self.step < train.steps and self._evaluation_is_due() and not has_evaluation:
-                self._evaluate()  # the run was stopped where this evaluation was due
-                if self._evaluated_at == self.step:
-                    self.checkpoints.evaluated(self.step, self.eval_loss)
-            while self.step < train.steps and not self._told_to_stop():
-                self._profile()
-                with self.clock.input():
-                    batch = next(self.loader)
-                self.state, step_metrics = self._train_step(self.state, self._on_devices(batch))
-                previous, self._unsettled = self._unsettled, (self.step + 1, step_metrics)
-                self._check_finite(previous)  # while the devices work on the new step
-                self.step += 1
-                self.writers.advance()
-                is_first = self.step == first + 1
-                due = self.step % train.log_every_steps == 0 or self.step == train.steps
-                if is_first or due:
-                    step_metrics = self._settle()
-                    if is_first:
-                        self.writers.say(f'first step after {time.perf_counter() - started:.1f} s')
-                    if due:
-                        # The first step's time is compilation, which says nothing about speed.
-                        self._log(step_metrics, 0 if is_first else self.step - window_start)
-                    self.clock.restart()
-                    window_start = self.step
-                self._evaluate_and_save()
-            self._finish_profile()
-            if self._stopping:
-                self._settle()
-                self._save()
-                self.checkpoints.wait()
-                self.writers.say(f'stopped at step {self.step} and saved; the same command goes on from there')
-                return self._stopping
-            self.checkpoints.wait()
-            if config.data.eval_split and train.eval_every_steps and self._evaluated_at != self.step:
-                self._evaluate()
-                if self._stopping:
-                    return self._stopping
-            self._summarise()
-        return FINISHED
-
-    def _compile_before_all_start(self) -> None:
-        """Where processes must start a program together, none starts before all have compiled it, which takes each its time."""
-        if not processes.is_multiprocess():
-            return
-        data, state = self.config.data, step_lib.abstract_state(self.config, self.mesh)
-        row = jax.ShapeDtypeStruct(
-            (data.global_batch, data.seq_len), 'int32', sharding=step_lib.batch_sharding(self.mesh)
-        )
-        batch = dict.fromkeys(('tokens', 'targets', 'segment_ids', 'positions'), row)
-        if self.step < self.config.train.steps:
-            self._train_step = self._train_step.lower(state, batch).compile()
-        if data.eval_split and self.config.train.eval_every_steps:
-            self._eval_step = self._eval_step.lower(state['params'], batch).compile()
-        processes.all_gather_json('compiled')
-
-    def _told_to_stop(self) -> bool:
-        """Whether all processes stop now. Called before every step and evaluation batch, as StopTogether asks."""
-        self._stopping = self._stopping or self._preemption.should_stop(self.stop.exit_code)
-        return bool(self._stopping)
-
-    def _on_devices(self, batch: dict) -> dict:
-        return mesh.global_batch(self.mesh, batch, self.config.data.global_batch)
-
-    def _settle(self) -> dict:
-        """Waits for the last step and returns its metrics."""
-        unsettled, self._unsettled = self._unsettled, None
-        self._check_finite(unsettled)
-        return unsettled[1] if unsettled else {}
-
-    def _check_finite(self, unsettled) -> None:
-        if unsettled is None:
-            return
-        step, values = unsettled
-        # The loss is of the parameters before the step; the update's norm tells whether they are still finite after it.
-        watched = {name: float(values[name]) for name in ('loss', 'grad_norm', 'update_norm', 'param_norm')}
-        if all(map(math.isfinite, watched.values())):
-            return
-        norms = {
-            jax.tree_util.keystr(path, simple=True, separator='/'): jax.device_get(norm)
-            for path, norm in jax.tree_util.tree_leaves_with_path(values['grad_norms'])
-        }
-        bad = [
-            f'{name}{[list(map(int, i)) for i in zip(*(~jax.numpy.isfinite(norm)).nonzero())] if norm.ndim else ""}'
-            for name, norm in norms.items()
-            if not jax.numpy.isfinite(norm).all()
-        ]
-        raise NotFiniteError(
-            f'step {step} is not finite: loss {watched["loss"]:.6g}, gradient norm {watched["grad_norm"]:.4g}, update norm '
-            f'{watched["update_norm"]:.4g}, parameter norm before it {watched["param_norm"]:.4g}; gradients that are not '
-            f'finite (module, layer): {"; ".join(bad) or "none"}; it was not saved: lower optimizer.learning_rate, or '
-            'look at the data of this step'
-        )
-
-    def _evaluation_is_due(self) -> bool:
-        train = self.config.train
-        return bool(train.eval_every_steps and self.config.data.eval_split) and (
-            self.step == train.steps or self.step % train.eval_every_steps == 0
-        )
-
-    def _evaluate_and_save(self) -> None:
-        train = self.config.train
-        evaluate = self._evaluation_is_due()
-        save = self.step == train.steps or self.step % train.checkpoint_every_steps == 0
-        if not (evaluate or save):
-            return
-        self._settle()
-        with self.clock.away():
-            if evaluate:
-                self._evaluate()
-            if save:
-                self._save()
-
-    def _evaluate(self) -> None:
-        """Mean cross-entropy of the evaluation split, in nats a token; gives up when told to stop."""
-        total, tokens = 0.0, 0.0
-        # The first batches of a split in order would be of one source or book. Seed 0: the same sample whatever data.seed.
-        loader = self._open_split(
-            self.config.data.eval_split, shuffle=self.config.train.eval_batches > 0, seed=0, repeat=False
-        )
+def next_batch(run: Run) -> dict[str, jax.Array]:
+    """The next global batch on the devices. Where a worker process of the loader was killed, asks the run to stop."""
+    with run.clock.input():
         try:
-            for count, batch in enumerate(loader, start=1):
-                if self._told_to_stop():
-                    return
-                sums = self._eval_step(self.state['params'], self._on_devices(batch))
-                total, tokens = total + float(sums['nll']), tokens + float(sums['tokens'])
-                if count == self.config.train.eval_batches:
-                    break
-            self._evaluated_at, self.eval_loss = self.step, total / tokens
-            self._eval_metrics = metrics.of_loss(self.eval_loss, metrics.targets_per_byte(loader), 'eval_')
-            self.writers.write(self.step, self._eval_metrics)
-            if self.step < self.config.train.steps:
-                self.writers.say(f'step {self.step}: evaluation loss {self.eval_loss:.4f}')
-        finally:
-            loader.close()
+            batch = next(run.loader)
+        except WorkerLostError as error:
+            log.error(
+                'a loader process (data.num_workers=%d) was lost: %s; the run saves and stops with exit code %d, and the '
+                'same command goes on from there',
+                run.config.data.num_workers,
+                error,
+                ExitCode.TERMINATED,
+            )
+            run.stop.request.request(ExitCode.TERMINATED)
+            with contextlib.suppress(Exception):  # what is left of its workers
+                run.loader.close()
+            # The processes of a run stop after the same step, which may be one or two further: read those here.
+            run.loader = splits.open_train_split(run.config, run.mesh, run.step, num_workers=0)
+            batch = next(run.loader)
+    return to_devices(run, batch)
 
-    def _save(self) -> None:
-        if self.step in processes.broadcast_from_0(
-            self.checkpoints.steps()
-        ):  # all save or none: a listing may come late to one
-            return
-        eval_loss = self.eval_loss if self._evaluated_at == self.step else None
-        self.checkpoints.save(self.step, self.state, self._data_position(), eval_loss)
 
-    # ---- reporting ---------------------------------------------------------
+def to_devices(run: Run, batch: dict) -> dict[str, jax.Array]:
+    return mesh.global_batch(run.mesh, batch, run.config.data.global_batch)
 
-    def announce(self) -> None:
-        """Prints what this run is, before it starts."""
-        say, config = self.writers.say, self.config
-        changed = config_lib.differences(config, Config())
-        say('settings that differ from the defaults:')
-        for name, (value, default) in changed.items():
-            say(f'  {name} = {value!r} (default {default!r})')
-        devices = jax.devices()
-        axes = ' x '.join(f'{name} {size}' for name, size in self.mesh.shape.items())
-        say(
-            f'{parameters.count_params(config.model):,} parameters; {config.tokens_per_step:,} tokens a step; '
-            f'{len(devices)} x {devices[0].device_kind} as {axes}'
-            + (f', {jax.process_count()} processes' if processes.is_multiprocess() else '')
+
+def train_to_the_end(run: Run, sample: Callable) -> int:
+    """The loop. Returns the exit code."""
+    train = run.config.train
+    clock, pending, writers, stop = run.clock, run.pending, run.writers, run.stop
+    profiler = ProfilerWindow(train, run.workdir / 'profile')
+    evaluators = make_evaluators(run)
+    if run.step >= train.steps:
+        writers.print(f'already finished: step {run.step} of train.steps={train.steps}; raise it to go on')
+    started = time.perf_counter()
+    clock.restart()
+    window_start = run.step  # the first step of the window that the clock measures
+
+    save_again = functools.partial(save, run)
+    make_up_evaluation(run, evaluators)
+    while run.step < train.steps and not stop.is_due():
+        run.checkpoints.check(save_again)
+        if profiler.begins_at(run.step):
+            profiler.start()
+        elif profiler.ends_at(run.step):
+            pending.flush()
+            writers.print(profiler.stop())
+
+        batch = next_batch(run)
+        run.state, step_metrics = run.train_step(run.state, batch)
+        run.step += 1
+        pending.push(run.step, step_metrics)
+        writers.advance()
+
+        is_first = run.step == run.started_from + 1
+        is_last = run.step == train.steps
+        log_now = is_last or run.step % train.log_every_steps == 0
+        if is_first:
+            pending.flush()
+            writers.print(f'first step after {time.perf_counter() - started:.1f} s')
+        if log_now:
+            record = pending.record()
+            # The first step's time is compilation, which tells nothing about speed.
+            rates = {} if is_first else metrics.rates(run.config, run.step - window_start, clock, run.attended)
+            write_training_record(run, record, rates, time.perf_counter() - started)
+        if is_first or log_now:
+            clock.restart()
+            window_start = run.step
+        for callback in after_step_callbacks:
+            callback(run)
+
+        evaluate_now = is_evaluation_due(run)
+        save_now = is_last or run.step % train.checkpoint_every_steps == 0
+        if evaluate_now or save_now:
+            pending.flush()
+            with clock.paused():
+                if evaluate_now:
+                    evaluate(run, evaluators)
+                if save_now:
+                    save(run)
+
+    if profiler.is_tracing:
+        pending.flush()
+        writers.print(profiler.stop())
+    if stop.exit_code:
+        return save_and_stop(run)
+    run.checkpoints.wait(save_again)
+    if evaluators and run.evaluated_at != run.step:
+        evaluate(run, evaluators)
+        if stop.exit_code:
+            return save_and_stop(run)
+    summarise(run, sample)
+    stop.request.finish()
+    return ExitCode.FINISHED
+
+
+def write_training_record(run: Run, record: dict, rates: dict, seconds: float) -> None:
+    """Writes the metrics of the steps since the last record.
+
+    Args:
+      record: from `metrics.PendingMetrics.record`.
+      rates: from `metrics.rates`, or empty.
+      seconds: since this start of the run.
+    """
+    run.writers.write(
+        run.step,
+        {
+            **metrics.of_loss(record.pop('loss'), metrics.targets_per_byte(run.loader)),
+            **record,
+            **rates,
+            **metrics.memory(),
+            'seconds': run.writers.seconds_before + seconds,
+            'tokens': run.step * run.config.tokens_per_step,
+        },
+    )
+
+
+# ---- evaluate ----------------------------------------------------------------
+
+
+def make_evaluators(run: Run) -> list[Evaluator]:
+    """One evaluator for each split of data.eval_splits. The first also yields the metrics eval_loss, ..."""
+
+    def eval_step(params, batch):
+        return run.eval_step(params, to_devices(run, batch))
+
+    return [
+        HeldOutLoss(
+            functools.partial(splits.open_eval_split, run.config, run.mesh, split),
+            eval_step,
+            max_batches=run.config.train.eval_batches,
+            should_stop=run.stop.is_due,
+            prefixes=[f'eval/{split}/'] if index else ['eval_', f'eval/{split}/'],
         )
-        say(
-            f'{self.loader.num_documents:,} documents, {self.loader.num_tokens:,} tokens in '
-            f'{config.data.path} ({config.data.train_split}); workdir {self.workdir}'
+        for index, split in enumerate(splits.eval_splits(run.config))
+    ]
+
+
+def is_evaluation_due(run: Run) -> bool:
+    train = run.config.train
+    return bool(splits.eval_splits(run.config)) and (run.step == train.steps or run.step % train.eval_every_steps == 0)
+
+
+def evaluate(run: Run, evaluators: list[Evaluator]) -> None:
+    """Runs the evaluators and writes one record of their metrics; nothing where the run is told to stop meanwhile."""
+    values = {name: value for evaluator in evaluators for name, value in evaluator.run(run.state['params'])}
+    if run.stop.exit_code:
+        return
+    run.evaluated_at, run.evaluation = run.step, values
+    run.writers.write(run.step, values)
+    if run.step < run.config.train.steps:
+        run.writers.print(f'step {run.step}: evaluation loss {values["eval_loss"]:.4f}')
+
+
+def make_up_evaluation(run: Run, evaluators: list[Evaluator]) -> None:
+    """Evaluates where the run was stopped before an evaluation that was due."""
+    has_evaluation = processes.broadcast_from_0(run.writers.has_evaluation(run.step))
+    if 0 < run.step < run.config.train.steps and is_evaluation_due(run) and not has_evaluation:
+        evaluate(run, evaluators)
+        if run.evaluated_at == run.step:
+            run.checkpoints.evaluated(run.step, run.evaluation['eval_loss'])
+
+
+# ---- save, stop ----------------------------------------------------------------
+
+
+def save(run: Run) -> None:
+    """Starts writing a checkpoint, where there is none of this step."""
+    run.pending.flush()  # a step that is not finite is not saved
+    # All processes save or none: a listing of the directory may come late to one of them.
+    if run.step in processes.broadcast_from_0(run.checkpoints.steps()):
+        return
+    eval_loss = run.evaluation['eval_loss'] if run.evaluated_at == run.step else None
+    run.checkpoints.save(run.step, run.state, splits.data_position(run.config, run.loader, run.step), eval_loss)
+
+
+def save_and_stop(run: Run) -> int:
+    """Saves what was trained and returns the exit code that was asked for."""
+    if run.step == 0:  # a checkpoint of it would hold a workdir to settings that nothing was trained with
+        line = 'stopped before the first step; nothing was saved'
+    else:
+        save(run)
+        run.checkpoints.wait(functools.partial(save, run))
+        line = f'stopped at step {run.step} and saved; the same command goes on from there'
+    run.stop.request.finish()
+    run.writers.print(line)
+    return run.stop.exit_code
+
+
+def summarise(run: Run, sample: Callable) -> None:
+    """Prints a sampled continuation, where settings ask for one, and the last line."""
+    run.writers.close()
+    if run.config.train.sample_tokens and processes.is_multiprocess():
+        run.writers.print(
+            f'no sample: sampling takes one process; run python -m transxssm_jax.generate --workdir={run.workdir}'
         )
-        if self.step:
-            say(f'resuming from step {self.step}')
+    elif run.config.train.sample_tokens:
+        print_sample(run, sample)
+    line = f'finished at step {run.step}'
+    if run.evaluation:
+        line += (
+            f': evaluation loss {run.evaluation["eval_loss"]:.4f} nats a token, '
+            f'{run.evaluation["eval_bits_per_byte"]:.4f} bits a byte'
+        )
+    run.writers.print(line)
 
-    def _log(self, step_metrics: dict, steps: int) -> None:
-        scalars = {
-            name: float(value) for name, value in step_metrics.items() if name not in ('loss', 'tokens', 'grad_norms')
-        }
-        loss = metrics.of_loss(float(step_metrics['loss']), metrics.targets_per_byte(self.loader))
-        rates = metrics.rates(self.config, steps, self.clock) if steps else {}
-        self.writers.write(self.step, {**loss, **scalars, **rates, **metrics.memory()})
 
-    def _summarise(self) -> None:
-        config = self.config
-        self.writers.close()
-        if config.train.sample_tokens and processes.is_multiprocess():
-            self.writers.say(
-                f'no sample: sampling takes one process; run python -m transxssm_jax.generate --workdir={self.workdir}'
-            )
-        elif config.train.sample_tokens:
-            tokenizer = load_tokenizer(config.data.path)
-            split = config.data.eval_split or config.data.train_split
-            with self._open_split(split, shuffle=False, repeat=False) as loader:
-                row = next(loader)
-            prompt = tokenizer.decode(row['tokens'][0][row['segment_ids'][0] == 1][:PROMPT_TOKENS])
-            text = self.sample(
-                self.state['params'],
-                config,
-                tokenizer,
-                prompt=prompt,
-                seed=config.train.seed,
-                num_tokens=config.train.sample_tokens,
-            )
-            print(
-                f'--- from the {split} split ---\n{prompt}\n--- a sampled continuation ---\n{text[len(prompt) :]}\n---'
-            )
-        line = f'finished at step {self.step}'
-        if self.eval_loss is not None:
-            line += (
-                f': evaluation loss {self.eval_loss:.4f} nats a token, '
-                f'{self._eval_metrics["eval_bits_per_byte"]:.4f} bits a byte'
-            )
-        self.writers.say(line)
+def print_sample(run: Run, sample: Callable) -> None:
+    """Continues the beginning of a split's first document."""
+    config = run.config
+    tokenizer = load_tokenizer(config.data.path)
+    split = next(iter(config.data.eval_split_names), config.data.train_split)
+    with splits.open_split(config, run.mesh, split, seed=0, shuffle=False, repeat=False) as loader:
+        row = next(loader)
+    prompt = tokenizer.decode(row['tokens'][0][row['segment_ids'][0] == 1][:PROMPT_TOKENS])
+    text = sample(
+        run.state['params'],
+        config,
+        tokenizer,
+        prompt=prompt,
+        seed=config.train.seed,
+        num_tokens=config.train.sample_tokens,
+    )
+    print(f'--- from the {split} split ---\n{prompt}\n--- a sampled continuation ---\n{text[len(prompt) :]}\n---')
 
-    def _profile(self) -> None:
-        train = self.config.train
-        if not processes.is_coordinator():
-            return  # one host's trace shows what the others do too
-        if train.profile_steps and self.step == train.profile_start_step:
-            self._profiling = True
-            jax.profiler.start_trace(str(self.workdir / 'profile'))
-        elif train.profile_steps and self.step == train.profile_start_step + train.profile_steps:
-            self._finish_profile()
 
-    _profiling = False
-
-    def _finish_profile(self) -> None:
-        if self._profiling:
-            self._settle()
-            jax.profiler.stop_trace()
-            self._profiling = False
-            self.writers.say(f'profile written to {self.workdir / "profile"}')
-
-    def close(self) -> None:
-        """Ends threads and open files. A checkpoint that could not be written was said by wait or save."""
-        self.writers.close()
-        self.loader.close()
-        with contextlib.suppress(checkpoint.CheckpointError):
-            self.checkpoints.close()
+def close(run: Run) -> None:
+    """Ends threads and open files. `wait` or `save` has reported a checkpoint that could not be written."""
+    run.writers.close()
+    run.loader.close()
+    with contextlib.suppress(checkpoint.CheckpointError):
+        run.checkpoints.close()

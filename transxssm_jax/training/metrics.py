@@ -1,7 +1,9 @@
-"""What a run reports: rates, JSON lines, TensorBoard and the progress bar."""
+"""What a run reports: losses, rates, JSON lines, TensorBoard and progress."""
 
 import contextlib
+import datetime
 import json
+import logging
 import math
 import pathlib
 import sys
@@ -11,59 +13,93 @@ import jax
 import psutil
 from tqdm import tqdm
 
+from pallas_kernels import chips
+from transxssm_jax import config as config_lib
 from transxssm_jax.config import Config
+from transxssm_jax.data.manifest import Manifest
 from transxssm_jax.model import costs
+from transxssm_jax.training import health
+
+log = logging.getLogger(__name__)
 
 
 class Clock:
-    """Times the steps of a window: what passed, less what was spent on evaluation and checkpoints."""
+    """Times the steps of a window: the time that passed, without what evaluation and checkpoints took."""
 
     def __init__(self):
         self.restart()
 
     def restart(self) -> None:
-        self._start, self._away_seconds, self.input_seconds = time.perf_counter(), 0.0, 0.0
+        self._start, self._paused_seconds, self.input_seconds = time.perf_counter(), 0.0, 0.0
 
     @property
     def seconds(self) -> float:
-        return time.perf_counter() - self._start - self._away_seconds
+        return time.perf_counter() - self._start - self._paused_seconds
 
     @contextlib.contextmanager
-    def away(self):
+    def paused(self):
         """Time within does not count as training."""
         start = time.perf_counter()
         yield
-        self._away_seconds += time.perf_counter() - start
+        self._paused_seconds += time.perf_counter() - start
 
     @contextlib.contextmanager
     def input(self):
-        """Time within is time the devices' host waited for data."""
+        """Time within is counted as waiting for data."""
         start = time.perf_counter()
         yield
         self.input_seconds += time.perf_counter() - start
 
 
-def rates(config: Config, steps: int, clock: Clock) -> dict[str, float]:
+def rates(config: Config, steps: int, clock: Clock, attended: float) -> dict[str, float]:
     """Speed over a window of steps.
 
+    Args:
+      config: settings.
+      steps: in the window.
+      clock: restarted when the window began.
+      attended: mean tokens that a token attends to in the training split, see `mean_attended`.
+
     Returns:
-      tokens_per_second (all devices), step_seconds, input_fraction (share of
-      the window spent waiting for data), model_tflops_per_second (a device,
-      work of costs.py), and mfu where the device's peak is known.
+      tokens_per_second (all devices); step_seconds; input_fraction (share of the window spent waiting for data);
+      model_tflops_per_second (per device, the work of costs.py). Where the device's peak is known also mfu, which counts
+      the attention that documents leave, and mfu_packed_rows, which counts it as if one document filled every row.
     """
     seconds = max(clock.seconds, 1e-9)
     tokens_per_second = steps * config.tokens_per_step / seconds
-    per_device = tokens_per_second * costs.train_flops_per_token(config.model, config.data.seq_len) / jax.device_count()
+    per_device = tokens_per_second / jax.device_count()
+    flops_per_second = per_device * costs.train_flops_per_token(config.model, attended)
     values = {
         'tokens_per_second': tokens_per_second,
         'step_seconds': seconds / steps,
         'input_fraction': clock.input_seconds / seconds,
-        'model_tflops_per_second': per_device / 1e12,
+        'model_tflops_per_second': flops_per_second / 1e12,
     }
-    peak = costs.peak_flops(jax.devices()[0].device_kind)
+    peak = chips.peak_flops(jax.devices()[0].device_kind)
     if peak:
-        values['mfu'] = per_device / peak
+        packed = costs.train_flops_per_token(config.model, costs.row_attended(config.data.seq_len))
+        values['mfu'] = flops_per_second / peak
+        values['mfu_packed_rows'] = per_device * packed / peak
     return values
+
+
+def mean_attended(manifest: Manifest, seq_len: int) -> float:
+    """Mean tokens that a token attends to, itself included, in the packed rows of a split; sources count by weight."""
+    lengths, weights = manifest.lengths(), manifest.mixture_weights()
+    if not weights:
+        return costs.mean_attended(lengths, seq_len)
+    means = [
+        costs.mean_attended(lengths[source.first_document : source.first_document + source.documents], seq_len)
+        for source in manifest.sources
+    ]
+    return sum(weight * mean for weight, mean in zip(weights, means, strict=True)) / sum(weights)
+
+
+def missing_mfu(device: jax.Device) -> str:
+    """The line that announces that there is no MFU for an accelerator, '' where there is one and for a CPU."""
+    if device.platform == 'cpu' or chips.peak_flops(device.device_kind):
+        return ''
+    return f'no MFU: the peak of {device.device_kind!r} is not known; add it to CHIPS in pallas_kernels/chips.py'
 
 
 def memory() -> dict[str, float]:
@@ -75,12 +111,12 @@ def memory() -> dict[str, float]:
 
 
 def targets_per_byte(loader) -> float:
-    """Predicted tokens a byte of text; a document's first token is never predicted."""
-    return (loader.num_tokens - loader.num_documents) / loader.num_bytes
+    """Predicted tokens per byte of text: every stored token, eos included, is a target."""
+    return loader.num_tokens / loader.num_bytes
 
 
 def of_loss(loss: float, targets_per_byte: float, prefix: str = '') -> dict[str, float]:
-    """Cross-entropy in nats a token, also as perplexity and as bits a byte of text."""
+    """Cross-entropy in nats per token, also as perplexity and as bits per byte of text."""
     return {
         f'{prefix}loss': loss,
         f'{prefix}perplexity': math.exp(min(loss, 80.0)),
@@ -88,101 +124,274 @@ def of_loss(loss: float, targets_per_byte: float, prefix: str = '') -> dict[str,
     }
 
 
+class PendingMetrics:
+    """Metrics of the steps since the last record.
+
+    Those of the newest step are read only when the devices have been given the
+    next one, or on `flush`, so that reading does not keep the devices waiting.
+    """
+
+    def __init__(self):
+        self._newest = None  # (step, metrics on the devices)
+        self._nll = self._tokens = 0.0  # sums since the last record
+        self._scalars = {}  # of the last step that was read
+
+    def push(self, step: int, step_metrics: dict) -> None:
+        """Takes over what `step.train_step` returned for a step and reads those of the step before it.
+
+        Raises:
+          health.NotFiniteError: the step before is not finite.
+        """
+        previous, self._newest = self._newest, (step, step_metrics)
+        self._read(previous)
+
+    def flush(self) -> None:
+        """Waits for the newest step and reads its metrics. Raises NotFiniteError as `push`."""
+        newest, self._newest = self._newest, None
+        self._read(newest)
+
+    def record(self) -> dict[str, float]:
+        """The scalars of the last step, with 'loss' the mean per token over the steps since the last record.
+
+        Raises NotFiniteError as `push`.
+        """
+        self.flush()
+        scalars = {name: value for name, value in self._scalars.items() if name != 'tokens'}
+        loss, self._nll, self._tokens = self._nll / max(self._tokens, 1.0), 0.0, 0.0
+        return {**scalars, 'loss': loss}
+
+    def _read(self, pending) -> None:
+        if pending is None:
+            return
+        step, values = pending
+        scalars = jax.device_get({name: value for name, value in values.items() if name != 'grad_norms'})
+        self._scalars = {name: float(value) for name, value in scalars.items()}
+        health.check_finite(step, self._scalars, values['grad_norms'])
+        self._nll += self._scalars['loss'] * self._scalars['tokens']
+        self._tokens += self._scalars['tokens']
+
+
+# ---- writing ---------------------------------------------------------------
+
+
 class Writers:
-    """Progress bar, WORKDIR/metrics.jsonl and WORKDIR/tensorboard; silent on all but the first process.
+    """Progress, WORKDIR/metrics.jsonl and WORKDIR/tensorboard; silent on all but process 0.
 
     Records of steps after first_step, left by a run that died beyond its last
     checkpoint, are dropped, so that metrics.jsonl and TensorBoard hold each step once.
+
+    Attributes:
+      seconds_before: 'seconds' of the last record that was kept: the time that earlier starts of this run took.
     """
 
     def __init__(self, workdir: pathlib.Path, config: Config, first_step: int):
-        self._file = self._tensorboard = None
-        self._evaluated = set()
-        self._bar = tqdm(disable=True)
+        self.seconds_before, self._evaluated = 0.0, set()
+        self._writers, self._progress = [], None
         if jax.process_index() != 0:
             return
-        path = workdir / 'metrics.jsonl'
-        kept = _records_up_to(path, first_step)
-        self._evaluated = {record['step'] for record in kept if 'eval_loss' in record}
-        partial = path.with_suffix('.tmp')
-        partial.write_text(''.join(json.dumps(record) + '\n' for record in kept))
-        partial.replace(path)
-        self._file = path.open('a')
-        if config.train.tensorboard:
-            # Imported here: it costs a second that a run without it need not pay.
-            from tensorboard.summary import Writer
-
-            _drop_later_points(workdir / 'tensorboard', first_step)
-            self._tensorboard = Writer(str(workdir / 'tensorboard'))
-        self._bar = tqdm(
-            total=config.train.steps,
-            initial=first_step,
-            unit='step',
-            file=sys.stderr,
-            dynamic_ncols=True,
-            disable=not config.train.progress,
-            mininterval=0.5,
+        records = JsonLines(workdir / 'metrics.jsonl', first_step)
+        self._evaluated = {record['step'] for record in records.kept if 'eval_loss' in record}
+        self.seconds_before = max(
+            (r['seconds'] for r in records.kept if isinstance(r.get('seconds'), float)), default=0.0
         )
+        self._writers.append(records)
+        if config.train.tensorboard:
+            self._writers.append(TensorBoard(workdir / 'tensorboard', config, first_step))
+        self._progress = Progress(config, first_step)
 
     def has_evaluation(self, step: int) -> bool:
-        """Whether an earlier run of this workdir recorded an evaluation at a step."""
+        """Whether an earlier start of this run recorded an evaluation at a step."""
         return step in self._evaluated
 
-    def advance(self, steps: int = 1) -> None:
-        self._bar.update(steps)
+    def advance(self) -> None:
+        """One more step was taken."""
+        if self._progress:
+            self._progress.advance()
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Writes one record of finite numbers for a step; an evaluation repeated on resuming is not written again."""
-        if self._file is None or ('eval_loss' in values and step in self._evaluated):
-            return
-        try:
-            self._file.write(json.dumps({'step': step, **values}) + '\n')
-            self._file.flush()
-        except OSError as error:
-            raise OSError(
-                f'{self._file.name} cannot be written ({error.strerror}); make room, then run the same command'
-            ) from error
-        if self._tensorboard is not None:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
-        if 'loss' in values:
-            shown = {'loss': f'{values["loss"]:.3f}'}
-            if 'tokens_per_second' in values:
-                shown['tokens/s'] = f'{values["tokens_per_second"]:,.0f}'
-            if 'mfu' in values:
-                shown['MFU'] = f'{values["mfu"]:.1%}'
-            self._bar.set_postfix(shown, refresh=False)
+        """Writes one record of finite numbers for a step; an evaluation repeated on resuming is not written again.
 
-    def say(self, line: str) -> None:
+        Raises:
+          OSError: naming the file that cannot be written.
+        """
+        if 'eval_loss' in values and step in self._evaluated:
+            return
+        for writer in self._writers:
+            writer.write(step, values)
+        if self._progress and 'loss' in values:
+            self._progress.show(step, values)
+
+    def print(self, line: str) -> None:
         """Prints a line above the progress bar."""
-        if jax.process_index() == 0:
+        if self._progress:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
 
     def close(self) -> None:
+        """May be called again."""
+        while self._writers:
+            with contextlib.suppress(OSError):  # `write` has reported it
+                self._writers.pop().close()
+        if self._progress:
+            self._progress.close()
+
+
+class Progress:
+    """A bar where stderr is a terminal and train.progress is on; elsewhere a line on stdout for each record."""
+
+    def __init__(self, config: Config, first_step: int):
+        self._steps = config.train.steps
+        self._has_bar = config.train.progress and sys.stderr.isatty()
+        self._bar = tqdm(
+            total=self._steps,
+            initial=first_step,
+            unit='step',
+            file=sys.stderr,
+            dynamic_ncols=True,
+            disable=not self._has_bar,
+            mininterval=0.5,
+        )
+
+    def advance(self) -> None:
+        self._bar.update()
+
+    def show(self, step: int, values: dict[str, float]) -> None:
+        """Shows a training record: loss and, where known, tokens/s, MFU and the time left."""
+        shown = {'loss': f'{values["loss"]:.3f}'}
+        if 'tokens_per_second' in values:
+            shown['tokens/s'] = f'{values["tokens_per_second"]:,.0f}'
+        if 'mfu' in values:
+            shown['MFU'] = f'{values["mfu"]:.1%}'
+        if self._has_bar:
+            self._bar.set_postfix(shown, refresh=False)
+            return
+        if 'step_seconds' in values:
+            left = datetime.timedelta(seconds=round((self._steps - step) * values['step_seconds']))
+            shown['time left'] = str(left)
+        print(
+            f'step {step} of {self._steps}: ' + ', '.join(f'{name} {value}' for name, value in shown.items()),
+            flush=True,
+        )
+
+    def close(self) -> None:
         self._bar.close()
-        if self._file is not None:
-            with contextlib.suppress(OSError):  # write has said it
-                self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = None  # it refuses to be closed twice
 
 
-def _drop_later_points(directory: pathlib.Path, step: int) -> None:
-    """Tells TensorBoard to forget what earlier files hold beyond a step, by a second and later mark of a start."""
+class JsonLines:
+    """A file with one JSON record per line.
+
+    Attributes:
+      kept: the records of earlier starts of the run, up to first_step.
+    """
+
+    def __init__(self, path: pathlib.Path, first_step: int):
+        self._path = path
+        self.kept, damaged = _read_records(path, first_step)
+        if damaged:
+            log.warning('%s: dropped %d lines that are not records', path, damaged)
+        partial = path.with_suffix('.tmp')
+        with _naming(partial):
+            partial.write_text(''.join(json.dumps(record) + '\n' for record in self.kept))
+            partial.replace(path)
+        with _naming(path):
+            self._file = path.open('a')
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        with _naming(self._path):
+            self._file.write(json.dumps({'step': step, **values}) + '\n')
+            self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """Event files with the metrics in groups, the config as a text, and its settings as hyperparameters."""
+
+    def __init__(self, directory: pathlib.Path, config: Config, first_step: int):
+        # Imported here: it costs a second that a run without it need not pay.
+        from tensorboard.summary import Writer
+
+        self._directory = directory
+        with _naming(directory):
+            _start_tensorboard(directory, config, first_step)
+            self._writer = Writer(str(directory))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        with _naming(self._directory):
+            for name, value in values.items():
+                if tag := tensorboard_tag(name):
+                    self._writer.add_scalar(tag, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+GROUPS = {
+    'train': ('loss', 'perplexity', 'bits_per_byte'),
+    'optimizer': ('learning_rate', 'grad_norm', 'update_norm', 'param_norm'),
+    'speed': ('tokens_per_second', 'step_seconds', 'input_fraction', 'model_tflops_per_second', 'mfu'),
+    'memory': ('device_memory_gib', 'host_memory_gib'),
+    'run': ('seconds', 'tokens'),
+}
+
+
+def tensorboard_tag(name: str) -> str:
+    """A metric's name with its group in front; '' for a metric that is there under another name (eval_loss)."""
+    if '/' in name:
+        return name
+    if name.startswith('eval_'):
+        return ''
+    return next((f'{group}/{name}' for group, names in GROUPS.items() if name in names), f'other/{name}')
+
+
+def _start_tensorboard(directory: pathlib.Path, config: Config, step: int) -> None:
+    """Writes an event file that makes TensorBoard forget what earlier ones hold beyond a step, and describes the run."""
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.plugins.hparams import summary_v2
+    from tensorboard.plugins.text import metadata
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
+    from tensorboard.util.tensor_util import make_tensor_proto
 
-    restart = EventFileWriter(str(directory))
-    restart.add_event(Event(step=step + 1, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START)))
-    restart.close()
+    losses = ['train/loss', *(f'eval/{split}/loss' for split in config.data.eval_split_names)]
+    text = ''.join(f'    {line}\n' for line in config_lib.to_json(config).splitlines())  # a block of code in Markdown
+    config_text = Summary.Value(
+        tag='config', metadata=metadata.create_summary_metadata('config', ''), tensor=make_tensor_proto([text.encode()])
+    )
+    writer = EventFileWriter(str(directory))
+    # A second mark of a start is what TensorBoard takes as a restart.
+    writer.add_event(Event(step=step + 1, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START)))
+    for summary in (
+        Summary(value=[config_text]),
+        summary_v2.hparams_config_pb([], [summary_v2.Metric(tag) for tag in losses]),
+        summary_v2.hparams_pb(config_lib.flatten(config), trial_id=directory.parent.name),
+    ):
+        writer.add_event(Event(step=step, wall_time=time.time(), summary=summary))
+    writer.close()
 
 
-def _records_up_to(path: pathlib.Path, step: int) -> list[dict]:
-    kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run may be cut
-            if (record := json.loads(line))['step'] <= step:
-                kept.append(record)
-    return kept
+@contextlib.contextmanager
+def _naming(path: pathlib.Path):
+    """Turns an OSError into one whose message is one line that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f'{path} cannot be written ({error.strerror or error}); make room, then run the same command'
+        ) from error
+
+
+def _read_records(path: pathlib.Path, last_step: int) -> tuple[list[dict], int]:
+    """(records of steps up to last_step, number of lines that are not records)."""
+    kept, damaged = [], 0
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line.decode())
+        except ValueError:  # not UTF-8 or not JSON: the last line of a killed run may be cut
+            record = None
+        if not isinstance(record, dict) or type(record.get('step')) is not int:
+            damaged += 1
+        elif record['step'] <= last_step:
+            kept.append(record)
+    return kept, damaged

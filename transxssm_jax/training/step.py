@@ -1,7 +1,8 @@
 """The state of a run and the pure functions that change it.
 
-A state is a plain nested dict of arrays: {'step': int32, 'params': {...},
-'mu': {...}, 'nu': {...}}; mu and nu (Adam's moments) have the tree of params.
+A state is a plain nested dict of arrays with stable names: {'step': int32
+scalar, 'params': {...}, 'opt_state': {...}}. What opt_state holds is the
+optimizer's own affair (optimizer.py).
 """
 
 import functools
@@ -20,12 +21,19 @@ State = dict
 
 
 def state_shardings(config: Config, device_mesh: jax.sharding.Mesh) -> State:
+    """The sharding of every array of a state; what the optimizer keeps of a parameter is sharded as the parameter is."""
+    shapes = jax.eval_shape(functools.partial(init_state, config), 0)
     params = jax.tree.map(
         functools.partial(mesh.sharding, device_mesh),
         param_axes(config.model),
         is_leaf=lambda node: isinstance(node, tuple),
     )
-    return {'step': mesh.sharding(device_mesh, ()), 'params': params, 'mu': params, 'nu': params}
+    replicated = mesh.sharding(device_mesh, ())
+    return {
+        'step': replicated,
+        'params': params,
+        'opt_state': optimizer.like_params(shapes['opt_state'], shapes['params'], params, replicated),
+    }
 
 
 def batch_sharding(device_mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
@@ -35,13 +43,8 @@ def batch_sharding(device_mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding
 def init_state(config: Config, seed: int | jax.Array) -> State:
     """A fresh state; jit it with out_shardings=state_shardings(...) so that no device ever holds all of it."""
     params = init_params(config.model, seed)
-    moments = optimizer.optimizer(config).init(params)
-    return {
-        'step': jnp.zeros((), jnp.int32),
-        'params': params,
-        'mu': optax.tree.get(moments, 'mu'),
-        'nu': optax.tree.get(moments, 'nu'),
-    }
+    opt_state = optimizer.init(optimizer.make_optimizer(config), params)
+    return {'step': jnp.zeros((), jnp.int32), 'params': params, 'opt_state': opt_state}
 
 
 def create_state(config: Config, device_mesh: jax.sharding.Mesh) -> State:
@@ -85,7 +88,7 @@ def train_step(config: Config):
     'learning_rate', and 'grad_norms': each parameter's own, [modules, layers]
     where stacked.
     """
-    tx = optimizer.optimizer(config)
+    tx = optimizer.make_optimizer(config)
     learning_rate = optimizer.schedule(config)
     gradient = summed_gradient(config)
 
@@ -94,8 +97,7 @@ def train_step(config: Config):
         sums, grads = gradient(params, batch)
         tokens = jnp.maximum(sums['tokens'], 1.0)
         grads = jax.tree.map(lambda g: g / tokens, grads)
-        moments = optax.tree.set(tx.init(params), mu=state['mu'], nu=state['nu'], count=state['step'])
-        updates, moments = tx.update(grads, moments, params)
+        updates, opt_state = optimizer.update(tx, grads, state['opt_state'], params, state['step'])
         metrics = {
             'loss': sums['nll'] / tokens,
             'tokens': sums['tokens'],
@@ -108,8 +110,7 @@ def train_step(config: Config):
         state = {
             'step': state['step'] + 1,
             'params': optax.apply_updates(params, updates),
-            'mu': optax.tree.get(moments, 'mu'),
-            'nu': optax.tree.get(moments, 'nu'),
+            'opt_state': opt_state,
         }
         return state, metrics
 

@@ -1,0 +1,217 @@
+"""The machinery of the config: settings with a default, a meaning and bounds, in sections that check and lock themselves.
+
+`config.py` holds the tree of settings; nothing here knows what a setting is for. This module imports no jax.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from transxssm_jax import cli
+
+LARGEST_INT = (1 << 31) - 1  # of a setting that names no bound: steps, tokens and sizes are int32 on devices
+LARGEST_SEED = (1 << 32) - 1
+
+
+class ConfigError(cli.UserError, ValueError):
+    """A setting is unknown, of the wrong type, or out of its range."""
+
+
+def setting(default, meaning: str, *, choices=(), minimum=None, maximum=None, is_path=False, of_checkpoint=False):
+    """One setting: its default, what it means, and which values are allowed.
+
+    Args:
+      default: the value when a config file does not set it; its type is the type.
+      meaning: one sentence, with the unit.
+      choices: the allowed words, empty for any.
+      minimum: the least allowed number.
+      maximum: the largest allowed number; None: LARGEST_INT for whole numbers, none for others.
+      is_path: whether a leading ~ is the home directory.
+      of_checkpoint: whether a run can only be resumed with the same value.
+    """
+    if maximum is None and type(default) is int:
+        maximum = LARGEST_INT
+    metadata = dict(
+        meaning=meaning,
+        choices=tuple(choices),
+        minimum=minimum,
+        maximum=maximum,
+        is_path=is_path,
+        of_checkpoint=of_checkpoint,
+    )
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class Section:
+    """A group of settings, or of sections, that refuses unknown names, wrong types and, once locked, any change."""
+
+    def __new__(cls, *args, **settings):
+        for name in settings:  # the dataclass's own __init__ would raise TypeError
+            cls._known(name)
+        return super().__new__(cls)
+
+    @classmethod
+    def _known(cls, name) -> tuple[str, dataclasses.Field]:
+        """(prefix of the dotted name, field) of a setting."""
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        is_root = any(dataclasses.is_dataclass(field.type) for field in fields.values())
+        prefix = '' if is_root else cls.__name__.lower() + '.'
+        if name not in fields:
+            raise ConfigError(f'unknown setting {prefix}{cli.shorten(str(name))}{_nearest(str(name), fields)}')
+        return prefix, fields[name]
+
+    def __setattr__(self, name, value):
+        prefix, field = self._known(name)
+        if self.__dict__.get('_locked'):
+            raise ConfigError(
+                f'{prefix}{name}: the config is locked; make a new one with config.replace(config, '
+                f'{{{prefix + name!r}: ...}})'
+            )
+        object.__setattr__(self, name, checked(prefix + name, field, value))
+
+
+def checked(name: str, field: dataclasses.Field, value):
+    """The value that a setting takes: a whole number may come as a float (1e5), a number as a whole one.
+
+    Raises:
+      ConfigError: wrong type, not one of the choices, or out of bounds.
+    """
+    kind = field.type
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    try:
+        if kind is float and is_number:
+            value = float(value)
+        elif kind is int and isinstance(value, float):
+            value = cli.as_whole(value)
+    except (ValueError, OverflowError):
+        pass  # refused below
+    if type(value) is not kind:
+        raise ConfigError(f'{name}={cli.shorten(_shown(value))} must be {kind.__name__}, not {type(value).__name__}')
+    choices = field.metadata.get('choices')
+    if choices and value not in choices:
+        near = cli.nearest(value, choices) if isinstance(value, str) else f'; known: {choices}'
+        raise ConfigError(f'{name}={cli.shorten(_shown(value))} is not one of the choices{near}')
+    if is_number:
+        cli.check_range(name, value, field.metadata.get('minimum'), field.metadata.get('maximum'), ConfigError)
+    if isinstance(value, str) and '\0' in value:
+        raise ConfigError(f'{name}={cli.shorten(_shown(value))} must not hold a null character')
+    return os.path.expanduser(value) if field.metadata.get('is_path') else value
+
+
+def _shown(value) -> str:
+    try:
+        return repr(value)
+    except (ValueError, RecursionError):  # a number of more digits than Python prints, a list in itself
+        return f'<{type(value).__name__}>'
+
+
+def _nearest(name: str, known) -> str:
+    return cli.nearest(name, known) or '; transxssm_jax/config.py lists all'
+
+
+def _nearest_path(name: str, known) -> str:
+    # The last word decides first: data.d_model should find model.d_model.
+    same_leaf = [path for path in known if path.rpartition('.')[2] == name.rpartition('.')[2]]
+    return f'; did you mean {same_leaf[0]}?' if same_leaf else _nearest(name, known)
+
+
+# ---- trees -------------------------------------------------------------------------------------
+
+
+def walk(section: type[Section], prefix: str = '') -> Iterator[tuple[str, dataclasses.Field]]:
+    """Yields (dotted name, field) of every setting, in the order of the tree."""
+    for field in dataclasses.fields(section):
+        if dataclasses.is_dataclass(field.type):
+            yield from walk(field.type, f'{prefix}{field.name}.')
+        else:
+            yield prefix + field.name, field
+
+
+def flatten(root: Section) -> dict[str, Any]:
+    """Every setting by dotted name."""
+    return {name: functools.reduce(getattr, name.split('.'), root) for name, _ in walk(type(root))}
+
+
+def change(root: Section, changes: dict[str, Any]) -> None:
+    """Sets settings by dotted name, each to a value of its type or to text as it is typed on a command line.
+
+    Raises:
+      ConfigError: unknown name, wrong type, or out of bounds.
+    """
+    fields = dict(walk(type(root)))
+    for name, value in changes.items():
+        if name not in fields:
+            raise ConfigError(f'unknown setting {cli.shorten(str(name))}{_nearest_path(str(name), fields)}')
+        if isinstance(value, str):
+            value = cli.parse_value(name, value, fields[name].type, ConfigError)
+        *sections, leaf = name.split('.')
+        setattr(functools.reduce(getattr, sections, root), leaf, value)
+
+
+def copy(root: Section) -> Section:
+    """The same settings, not locked."""
+    return type(root)(
+        **{
+            field.name: copy(value) if isinstance(value := getattr(root, field.name), Section) else value
+            for field in dataclasses.fields(root)
+        }
+    )
+
+
+def lock(root: Section) -> None:
+    """From here on an assignment is an error."""
+    for field in dataclasses.fields(root):
+        if isinstance(value := getattr(root, field.name), Section):
+            lock(value)
+    object.__setattr__(root, '_locked', True)
+
+
+def from_tree(root: type[Section], tree: Any) -> Section:
+    """Sections from nested dicts; what they do not hold keeps its default.
+
+    Raises:
+      ConfigError: a section or setting that does not exist, or a value of the wrong type. Nothing but the
+        settings of the tree is ever set, whatever the names are.
+    """
+    if not isinstance(tree, dict):
+        raise ConfigError(f'it must be an object of sections, not {type(tree).__name__}')
+    made, fields = root(), {field.name: field for field in dataclasses.fields(root)}
+    for name, value in tree.items():
+        if name in fields and dataclasses.is_dataclass(fields[name].type):
+            if not isinstance(value, dict):
+                raise ConfigError(f'{name} must be an object of settings, not {type(value).__name__}')
+            value = from_tree(fields[name].type, value)
+        setattr(made, name, value)  # which refuses what is no field
+    return made
+
+
+def from_json(root: type[Section], text: str | bytes) -> Section:
+    """Sections from JSON, see `from_tree`.
+
+    Raises:
+      ConfigError: also where the text is not UTF-8 or not JSON.
+    """
+    try:
+        tree = json.loads(text.decode() if isinstance(text, bytes) else text)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f'not a saved config: it is not UTF-8 (byte {error.start})') from None
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
+        raise ConfigError(f'not a saved config: {cli.shorten(cli.one_line(error))}') from None
+    try:
+        return from_tree(root, tree)
+    except ConfigError as error:
+        raise ConfigError(f'not a saved config: {error}') from None
+
+
+def to_json(root: Section) -> str:
+    return json.dumps(dataclasses.asdict(root), indent=2) + '\n'
+
+
+def describe(root: type[Section]) -> str:
+    """Every setting with its default and its meaning, one per line."""
+    return '\n'.join(
+        f'--config.{name}={cli.show(field.default)}  {field.metadata["meaning"]}' for name, field in walk(root)
+    )

@@ -1,0 +1,59 @@
+"""What a run prints before it starts: what it is, and what changed since its checkpoint."""
+
+import dataclasses
+
+import jax
+
+from transxssm_jax import config as config_lib
+from transxssm_jax.config import Config
+from transxssm_jax.data.loader import Loader
+from transxssm_jax.model import costs, parameters
+from transxssm_jax.parallel import processes
+from transxssm_jax.training import metrics, optimizer
+
+
+def describe(config: Config, device_mesh: jax.sharding.Mesh, loader: Loader, workdir, attended: float) -> list[str]:
+    """Lines that describe a run."""
+    changed = config_lib.differences(config, Config())
+    lines = ['settings that differ from the defaults:']
+    lines += [f'  {name} = {value!r} (default {default!r})' for name, (value, default) in changed.items()]
+    devices = jax.devices()
+    axes = ' x '.join(f'{name} {size}' for name, size in device_mesh.shape.items())
+    return [
+        *lines,
+        f'{parameters.count_params(config.model):,} parameters; {config.tokens_per_step:,} tokens per step; '
+        f'{len(devices)} x {devices[0].device_kind} as {axes}'
+        + (f', {jax.process_count()} processes' if processes.is_multiprocess() else ''),
+        f'{loader.num_documents:,} documents, {loader.num_tokens:,} tokens in {config.data.path} '
+        f'({config.data.train_split}); workdir {workdir}',
+        f'a token attends to {attended:,.0f} tokens on average, which mfu counts; mfu_packed_rows counts '
+        f'{costs.row_attended(config.data.seq_len):,.0f}, as if one document filled every row',
+        *filter(None, [metrics.missing_mfu(devices[0])]),
+    ]
+
+
+def describe_resumption(saved: Config, config: Config, step: int) -> list[str]:
+    """Lines that tell where a run goes on, which settings changed since its checkpoint, and what the schedule makes of it.
+
+    Args:
+      saved: the config that the checkpoint was trained with.
+      config: the config that the run goes on with.
+      step: of the checkpoint.
+    """
+    lines = [f'resuming from step {step}']
+    changed = config_lib.differences(config, saved)
+    if not changed:
+        return lines
+    lines.append(f'changed since the checkpoint of step {step}:')
+    lines += [f'  {name} {before!r} -> {now!r}' for name, (now, before) in changed.items()]
+    rate, before = (float(optimizer.schedule(c)(step)) for c in (config, saved))
+    if abs(rate - before) > 1e-6 * max(rate, before):
+        line = f'  the learning rate of the next step is {rate:.4g}; with the settings of the checkpoint it was {before:.4g}'
+        of_steps = float(optimizer.schedule(dataclasses.replace(saved, train=config.train))(step))
+        if of_steps != before:
+            line += (
+                f'; train.steps={config.train.steps} moves the {config.optimizer.schedule!r} schedule of '
+                f'{saved.train.steps} steps, which alone makes it {of_steps:.4g}'
+            )
+        lines.append(line)
+    return lines

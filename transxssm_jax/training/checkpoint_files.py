@@ -1,0 +1,322 @@
+"""One checkpoint as a directory of files: how it is written and checked; checkpoint.py describes the layout."""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import errno
+import itertools
+import json
+import logging
+import os
+import pathlib
+import re
+import secrets
+import shutil
+import threading
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from transxssm_jax import cli
+from transxssm_jax import config as config_lib
+from transxssm_jax.config import Config
+from transxssm_jax.parallel import preemption, processes
+from transxssm_jax.training import digest
+
+FORMAT = 2  # format 1, which had no number, is not read; every later one is
+PARTIAL = '.partial'  # suffix of a checkpoint's directory while it is written
+
+log = logging.getLogger(__name__)
+
+_save_numbers = itertools.count()  # alike in all processes
+
+
+class CheckpointError(cli.UserError, RuntimeError):
+    """A checkpoint cannot be written, read, or used; the message is one line."""
+
+
+def grouped(state: dict) -> dict[str, dict]:
+    """The state in the groups that are stored apart, so that parameters are read and checked without the rest."""
+    groups = {'params': {}, 'training': {}}
+    for name, value in state.items():
+        groups['params' if name == 'params' else 'training'][name] = value
+    return {group: part for group, part in groups.items() if part}
+
+
+# ---- reading ---------------------------------------------------------------
+
+
+def read_digests(path: pathlib.Path) -> dict[str, list]:
+    """Digests of the files of a checkpoint.
+
+    Raises:
+      digest.DamagedError: there are none, or they are damaged.
+      CheckpointError: the checkpoint is of a newer format.
+      OSError: they cannot be read.
+    """
+    try:
+        content = digest.read_json(path / 'digests.json')
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise digest.DamagedError(
+            f'{path} has no digests.json: it is damaged, or of format 1 of an older version, which is no longer read'
+        ) from error
+    if content['format'] > FORMAT:
+        raise CheckpointError(
+            f'{path} is of format {content["format"]}, newer than format {FORMAT} of this version; '
+            'update transxssm_jax, or use another --workdir'
+        )
+    return content['files']
+
+
+def read_config(path: pathlib.Path, digests: dict) -> Config:
+    """The config of a checkpoint. CheckpointError: it holds a setting that this version lacks."""
+    text = digest.read_checked(path, 'config.json', digests).decode()
+    try:
+        return config_lib.from_json(text)
+    except config_lib.ConfigError as error:
+        raise CheckpointError(f'{path}: {error}') from error
+
+
+def of_group(digests: dict, group: str) -> dict:
+    return {name: value for name, value in digests.items() if name.startswith(f'{group}/')}
+
+
+def read_group(path: pathlib.Path, group: str, abstract: dict, digests: dict, part: int = 0, parts: int = 1) -> dict:
+    """The arrays of a group, read while other threads check the digests of its files.
+
+    Args:
+      path: directory of the checkpoint.
+      group: of `grouped`.
+      abstract: ShapeDtypeStructs with the shardings to restore into.
+      digests: of the checkpoint.
+      part, parts: which files to check, as for `digest.check`.
+
+    Raises:
+      digest.DamagedError, or any other error of Orbax and TensorStore.
+    """
+    with (
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+        contextlib.closing(ocp.StandardCheckpointHandler()) as arrays,
+    ):
+        checking = pool.submit(digest.check, path, of_group(digests, group), part, parts)
+        try:
+            read = jax.block_until_ready(arrays.restore(path / group, args=ocp.args.StandardRestore(abstract)))
+        except Exception:
+            checking.result()  # names the file that is damaged, where one is
+            raise
+        checking.result()
+        return read
+
+
+# Errors that say nothing about a file: the network, the permissions, the limits or the memory were at fault.
+_PASSING = [
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.ENOMEM,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.EAGAIN,
+    errno.EBUSY,
+    errno.EINTR,
+    errno.ENOLCK,
+    errno.ENODEV,
+    errno.ENOTCONN,
+    errno.ECONNREFUSED,
+    errno.ECONNRESET,
+    errno.ECONNABORTED,
+    errno.EHOSTUNREACH,
+    errno.EHOSTDOWN,
+    errno.ENETUNREACH,
+    errno.ENETDOWN,
+    errno.ENETRESET,
+    errno.EPIPE,
+    errno.ESHUTDOWN,
+]
+_PASSING_WORDS = re.compile(
+    'PERMISSION_DENIED|UNAVAILABLE|RESOURCE_EXHAUSTED|DEADLINE_EXCEEDED|UNAUTHENTICATED|ABORTED|CANCELLED|Connection|'
+    + '|'.join(rf'OS error {number}\b|{re.escape(os.strerror(number))}' for number in _PASSING),
+)
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether a failed read says nothing about the files: it, or an error that it came from, is of the kinds above."""
+    pending, seen = [error], set()
+    while pending:
+        error = pending.pop()
+        if error is None or id(error) in seen:
+            continue
+        seen.add(id(error))
+        if isinstance(error, MemoryError | ConnectionError | TimeoutError):
+            return True
+        if isinstance(error, OSError) and error.errno is not None:
+            if error.errno in _PASSING:
+                return True
+        elif _PASSING_WORDS.search(str(error)):
+            return True
+        pending += [error.__cause__, error.__context__, *getattr(error, 'exceptions', ())]
+    return False
+
+
+def first_line(error: BaseException) -> str:
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    # TensorStore puts the place first and the reason last.
+    return text if len(text) <= 300 else f'{text[:100]} ... {text[-200:]}'
+
+
+# ---- writing ---------------------------------------------------------------
+
+
+class Save:
+    """A checkpoint that is being written; returns from its constructor once the state is copied from the devices.
+
+    Every process creates it, at the same place, and they agree whether all of it was written.
+
+    Args:
+      directory: of the checkpoints.
+      step, state, data_position, config: what is saved.
+      eval_loss: of this step, if it is known.
+      on_commit: called by process 0 once the checkpoint is complete.
+      handler: of Orbax, for the arrays.
+      save_args: tree of ocp.SaveArgs like the state.
+
+    Attributes:
+      problem: why it failed, alike in all processes; '' while it has not.
+      error: what failed in this process, or None.
+    """
+
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        step: int,
+        state: dict,
+        data_position: dict | None,
+        config: Config,
+        eval_loss: float | None = None,
+        on_commit=lambda: None,
+        handler=None,
+        save_args: dict | None = None,
+    ):
+        self.step, self.problem, self.error = step, '', None
+        self._directory, self._on_commit = directory, on_commit
+        # A name that no other run uses, not even one that lost the workdir and does not know it yet.
+        self._partial = directory / processes.broadcast_from_0(f'{step}-{secrets.token_hex(4)}{PARTIAL}')
+        self._handler = handler or ocp.PyTreeCheckpointHandler()
+        self._groups = grouped(state)
+        self._topic = f'save/{next(_save_numbers)}'
+        self._agreement = preemption.PreemptionSync(f'{self._topic}/failed')
+        self._thread = threading.Thread(target=self._write_and_agree, name='save a checkpoint')
+        texts = {'data.json': json.dumps(data_position), 'config.json': config_lib.to_json(config)}
+        problem = ''
+        if processes.is_coordinator():
+            problem = self._attempt(lambda: self._make_directory(texts, eval_loss))
+        self.problem = processes.broadcast_from_0(problem)
+        if not self.problem:
+            self._copy_problem = self._attempt(lambda: self._copy(state, save_args))
+            self._thread.start()
+
+    def has_ended(self) -> bool:
+        """Whether it is written, or has failed; failures are reported to all processes at the same call.
+
+        It is called before each step by every process, until it returns True.
+        """
+        if self._thread.is_alive():
+            return bool(self._agreement.should_stop(0))
+        return not self.problem or bool(self._agreement.should_stop(1))
+
+    def result(self) -> str:
+        """Waits until it is written. Returns why it failed, alike in all processes; '' where it did not."""
+        if self._thread.ident is not None:
+            self._thread.join()
+        return self.problem
+
+    def _attempt(self, action) -> str:
+        """Why an action failed; '' where it did not."""
+        try:
+            action()
+        except Exception as error:  # Orbax and TensorStore raise many kinds for a failed write.
+            self.error = error
+            return first_line(error) + processes.process_label()
+        return ''
+
+    def _make_directory(self, texts: dict, eval_loss: float | None) -> None:
+        for group in self._groups:
+            (self._partial / group).mkdir(parents=True)
+        for name, text in texts.items():
+            (self._partial / name).write_text(text)
+        if eval_loss is not None:
+            digest.write_json(self._partial / 'metrics.json', {'eval_loss': float(eval_loss)})
+
+    def _copy(self, state: dict, save_args: dict | None) -> None:
+        self._futures = []
+        layouts = grouped(save_args) if save_args else {}
+        for group, part in self._groups.items():
+            args = ocp.args.PyTreeSave(part, layouts.get(group))
+            # In a thread of its own, because a notebook's thread has an event loop that is running already.
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                saving = self._handler.async_save(epath.Path(self._partial / group), args=args)
+                self._futures += pool.submit(asyncio.run, saving).result()
+        self._groups = dict.fromkeys(self._groups)  # the arrays on the devices are not kept
+
+    def _write_and_agree(self) -> None:
+        digests = {}
+        problem = self._copy_problem or self._attempt(lambda: digests.update(self._finish_arrays()))
+        try:
+            written = processes.gather_at_0({'problem': problem, 'digests': digests}, f'{self._topic}/written')
+            if processes.is_coordinator():
+                problem = next((one['problem'] for one in written if one['problem']), '')
+                for one in written:
+                    digests |= one['digests']
+                problem = problem or self._attempt(lambda: self._commit(digests))
+                if problem:
+                    shutil.rmtree(self._partial, ignore_errors=True)  # its space serves the next attempt
+            self.problem = processes.broadcast_from_0(problem, f'{self._topic}/result')
+        except jax.errors.JaxRuntimeError as error:  # another process is lost; this one will be ended too
+            self.problem = first_line(error)
+
+    def _finish_arrays(self) -> dict[str, list]:
+        """Waits for the arrays of this process. Returns their digests, made while the files are in memory."""
+        for future in self._futures:
+            future.result()
+        own = f'process_{jax.process_index() if processes.is_multiprocess() else 0}'
+        names = [name for name in _files_in(self._partial) if any(part.endswith(own) for part in name.split('/'))]
+        return digest.of_files(self._partial, names)
+
+    def _commit(self, digests: dict[str, list]) -> None:
+        for group in self._groups:
+            self._handler.finalize(epath.Path(self._partial / group))
+        rest = [name for name in _files_in(self._partial) if name not in digests and name != 'metrics.json']
+        digests |= digest.of_files(self._partial, rest)
+        digest.write_json(self._partial / 'digests.json', {'format': FORMAT, 'step': self.step, 'files': digests})
+        self._partial.rename(self._directory / str(self.step))
+        if problem := self._attempt(self._on_commit):
+            log.warning('after checkpoint %s: %s', self._directory / str(self.step), problem)
+
+
+def steps_in(directory: pathlib.Path) -> list[int]:
+    """Steps of the complete checkpoints, oldest first; [] where there is no directory."""
+    try:
+        names = os.listdir(directory)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(int(name) for name in names if name.isascii() and name.isdigit())
+
+
+def _files_in(directory: pathlib.Path) -> list[str]:
+    return sorted(path.relative_to(directory).as_posix() for path in directory.rglob('*') if path.is_file())
+
+
+def not_written(directory: pathlib.Path, problem: str) -> str:
+    return f'a checkpoint could not be written to {directory}: {problem}; the last complete one stays usable'
+
+
+@contextlib.contextmanager
+def one_line_errors(directory: pathlib.Path):
+    """Turns the error of a failed write into a CheckpointError."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(not_written(directory, first_line(error))) from error
