@@ -55,11 +55,11 @@ def requests(kind, *arguments):
 
 
 class Letters:
-    """A tokenizer that joins 'th', to show what happens at the boundary; end of document 1."""
+    """A tokenizer that joins 'th', to show what happens at the boundary; documents begin and end with 1."""
 
-    vocab_size, eos_id = 264, 1
+    vocab_size, eos_id, begin_id = 264, 1, 1
 
-    def encode_batch(self, texts):
+    def encode_batch(self, texts, *, special_tokens=False):
         return [np.frombuffer(text.replace('th', '\x02').encode(), np.uint8) for text in texts]
 
 
@@ -103,7 +103,7 @@ def test_real_tokens_are_divided_as_the_harness_divides_them(harness, name):
 
     class Dividing(harness.TemplateLM):
         def tok_encode(self, string, add_special_tokens=None):
-            return tokenizer.encode_batch([string])[0].tolist()
+            return tokenizer.encode_batch([string], special_tokens=True)[0].tolist()
 
         eot_token_id = generate_until = loglikelihood_rolling = _loglikelihood_tokens = None
 
@@ -114,7 +114,7 @@ def test_real_tokens_are_divided_as_the_harness_divides_them(harness, name):
     ]
     divided = [Dividing()._encode_pair(*case) for case in cases]
     assert harness.encode_pairs(tokenizer, cases) == [
-        ([tokenizer.eos_id, *context], continuation) for context, continuation in divided
+        ([tokenizer.begin_id, *context], continuation) for context, continuation in divided
     ]
 
 

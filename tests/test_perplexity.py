@@ -135,7 +135,10 @@ def test_scalings_differ_only_beyond_the_training_length(config, params, spans):
     by = {(result['rope_scaling'], result['length']): result for result in results}
     assert len(by) == 8
     within = {scaling: by[scaling, TRAINED]['nats_per_token'] for scaling in perplexity.SCALINGS}
-    assert within['dynamic'] == within['length'] == within['none'] != within['linear']
+    assert within['length'] == within['none']
+    # The frequencies of 'dynamic' are computed on the device, in float32.
+    assert within['dynamic'] == pytest.approx(within['none'], rel=1e-6)
+    assert within['linear'] != pytest.approx(within['none'], rel=1e-5)
     beyond = {by[scaling, 4 * TRAINED]['buckets'][-1]['nats_per_token'] for scaling in perplexity.SCALINGS}
     assert len(beyond) == 4
     # The length scale acts on the tokens beyond the training length alone.
