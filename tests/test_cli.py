@@ -161,12 +161,15 @@ def test_one_name_for_one_thing():
 
 
 def test_every_error_of_the_package_is_a_user_error():
+    caught = {'WorkerLostError'}  # by the training loop, which opens a new loader
     seen = set()
     for module in pkgutil.walk_packages(transxssm_jax.__path__, 'transxssm_jax.'):
         if module.name == 'transxssm_jax.evals.harness':
             continue
         for name, value in vars(importlib.import_module(module.name)).items():
             if inspect.isclass(value) and issubclass(value, Exception) and value.__module__ == module.name:
+                if name in caught:
+                    continue
                 assert issubclass(value, UserError), f'{module.name}.{name}'
                 assert value.exit_code in list(ExitCode), name
                 seen.add(name)
@@ -220,7 +223,7 @@ def test_an_error_becomes_an_exit_code_and_one_line(error, code, message, capsys
 
 def test_codes_of_errors_and_of_work():
     from transxssm_jax.planning.topology import DoesNotFitError
-    from transxssm_jax.training.loop import NotFiniteError
+    from transxssm_jax.training.health import NotFiniteError
 
     assert cli.explain(NotFiniteError('nan')) == (ExitCode.NOT_FINITE, 'nan')
     assert cli.explain(DoesNotFitError('big', [])) == (ExitCode.DOES_NOT_FIT, 'big')
