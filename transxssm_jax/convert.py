@@ -26,8 +26,9 @@ import re
 from transxssm_jax import config as config_lib
 from transxssm_jax.cli import Flag
 from transxssm_jax.model import parameters
-from transxssm_jax.pytorch.checkpoint_format import DTYPES, ConvertError
-from transxssm_jax.pytorch.conversion import export_published, import_published
+from transxssm_jax.pytorch.conversion import export_pytorch, import_pytorch
+from transxssm_jax.pytorch.fields import ConvertError
+from transxssm_jax.pytorch.files import DTYPES
 
 IMPORT = cli.Command(
     'transxssm_jax.convert import',
@@ -67,10 +68,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _import(flags) -> None:
-    logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax warns of what it leaves out beside _Lazy leaves
-    source = import_published(flags.source, flags.workdir, tokenizer=flags.tokenizer, overrides=flags.overrides)
+    logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax warns of what it leaves out beside LazyArrays
+    source = import_pytorch(flags.source, flags.workdir, tokenizer=flags.tokenizer, overrides=flags.overrides)
     print(
-        f'imported {len(source.tensors)} tensors, {parameters.count_params(source.model):,} parameters, into '
+        f'imported {len(source.tensors)} tensors, {parameters.count_params(source.config.model):,} parameters, into '
         f'{flags.workdir} as step 0'
     )
     for name in source.unused:
@@ -79,7 +80,7 @@ def _import(flags) -> None:
 
 def _export(flags) -> None:
     logging.getLogger('absl').setLevel(logging.ERROR)
-    notes = export_published(
+    notes = export_pytorch(
         flags.workdir,
         flags.output,
         step=flags.step,
