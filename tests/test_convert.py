@@ -786,13 +786,18 @@ def test_the_optimizer_begins_as_its_own_init_says(tmp_path, monkeypatch):
         np.testing.assert_allclose(found, value, rtol=1e-6)
 
 
-def test_what_each_output_depends_on():
+def test_a_function_is_cut_into_one_for_each_output():
+    table = jnp.arange(2.0)
+
     def function(tree):
         product = tree['a'] * tree['b']
-        return [jnp.zeros_like(tree['c']), product + 1, tree['c'], jax.jit(jnp.sin)(tree['b'])]
+        return [jnp.zeros_like(tree['c']), product + table, tree['c'], jax.jit(jnp.sin)(tree['b']), 3.0]
 
-    found = arrays.dependencies(function, {name: jnp.ones(2) for name in 'abc'})
-    assert found == [[], ['a', 'b'], ['c'], ['b']]
+    tree = {name: np.full(2, i + 1.0, np.float32) for i, name in enumerate('abc')}
+    outputs = arrays.each_output(function, jax.eval_shape(lambda tree: tree, tree))
+    assert [keys for keys, _ in outputs] == [[], ['a', 'b'], ['c'], ['b'], []]
+    for (keys, compute), expected in zip(outputs, function(tree), strict=True):
+        np.testing.assert_array_equal(compute(*(tree[key] for key in keys)), expected)
 
 
 def test_an_import_takes_the_lease_of_the_workdir(tmp_path, capsys):

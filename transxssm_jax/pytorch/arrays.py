@@ -1,12 +1,12 @@
 """Step 0 of an imported run, written array by array: a checkpoint whose state is never in memory as a whole."""
 
 import dataclasses
-import functools
 import math
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import jax
+import jax.extend
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
@@ -93,39 +93,45 @@ def _init_opt_state(config: Config, params: dict[Path, LazyArray]) -> dict:
     tx = optimizer.make_optimizer(config)
     abstract = {path: jax.ShapeDtypeStruct(array.shape, array.dtype) for path, array in params.items()}
 
-    def leaves_of(params):
-        return jax.tree.leaves(optimizer.init(tx, nnx.traversals.unflatten_mapping(params)))
+    def init(params):
+        return optimizer.init(tx, nnx.traversals.unflatten_mapping(params))
 
-    def make(number: int, inputs: list[Path]) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
-        # What it does not depend on may have any value: no array of it is made under jit.
-        zeros = {path: functools.partial(jax.numpy.zeros, leaf.shape, leaf.dtype) for path, leaf in abstract.items()}
+    def lazy(shape, keys, function):
+        def layers() -> Layers:
+            value = np.asarray(function(*(params[path].read() for path in keys)))
+            for index in np.ndindex(value.shape[:2] if value.ndim > 2 else ()):
+                yield index, value[index]
 
-        def leaf(given):
-            return leaves_of({path: given[path] if path in given else zero() for path, zero in zeros.items()})[number]
+        return LazyArray(shape.shape, np.dtype(shape.dtype), layers)
 
-        value = np.asarray(jax.jit(leaf)({path: params[path].read() for path in inputs}))
-        for index in np.ndindex(value.shape[:2] if value.ndim > 2 else ()):
-            yield index, value[index]
-
-    shapes, tree = jax.tree.flatten(
-        jax.eval_shape(lambda params: optimizer.init(tx, params), nnx.traversals.unflatten_mapping(abstract))
-    )
-    inputs = dependencies(leaves_of, abstract)
+    shapes, tree = jax.tree.flatten(jax.eval_shape(init, abstract))
     return tree.unflatten(
-        LazyArray(shape.shape, np.dtype(shape.dtype), functools.partial(make, number, inputs[number]))
-        for number, shape in enumerate(shapes)
+        lazy(shape, *output) for shape, output in zip(shapes, each_output(init, abstract), strict=True)
     )
 
 
-def dependencies(function, arguments: dict) -> list[list]:
-    """For every output of function(arguments): the keys of the arguments that its value depends on."""
-    jaxpr = jax.make_jaxpr(function)(arguments).jaxpr
-    keys = [path[0].key for path, _ in jax.tree_util.tree_leaves_with_path(arguments)]
+def each_output(function, arguments: dict) -> list[tuple[list, Callable]]:
+    """A function of several arrays, cut into one function for each array that it returns.
+
+    Args:
+      function: of a dict of arrays; returns a tree of arrays.
+      arguments: the dict, or the shapes of its arrays.
+
+    Returns:
+      (keys of the arguments that an output depends on, function of these alone that computes it), for every output.
+    """
+    closed = jax.make_jaxpr(function)(arguments)
+    jaxpr = closed.jaxpr
+    names = [path[0].key for path, _ in jax.tree_util.tree_leaves_with_path(arguments)]
     found = []
     for output in jaxpr.outvars:
-        needed = {id(output)}
+        needed, equations = {id(output)}, []
         for equation in reversed(jaxpr.eqns):
             if any(id(variable) in needed for variable in equation.outvars):
                 needed |= {id(variable) for variable in equation.invars}
-        found.append([key for key, variable in zip(keys, jaxpr.invars, strict=True) if id(variable) in needed])
+                equations.insert(0, equation)
+        inputs = {name: var for name, var in zip(names, jaxpr.invars, strict=True) if id(var) in needed}
+        reduced = jaxpr.replace(eqns=equations, invars=list(inputs.values()), outvars=[output], debug_info=None)
+        compute = jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(reduced, closed.consts))
+        found.append((list(inputs), lambda *values, compute=compute: compute(*values)[0]))
     return found

@@ -85,7 +85,7 @@ def import_pytorch(
         changes['data.path'], files = _tokenizer_for_import(source, tokenizer, workdir)
     config = config_lib.replace(source.config, changes)
     ours, theirs = config.model, source.config.model
-    if ours.layer_pattern != theirs.layer_pattern or shapes_of(ours) != shapes_of(theirs):
+    if ours != theirs and (ours.layer_pattern != theirs.layer_pattern or shapes_of(ours) != shapes_of(theirs)):
         raise ConvertError('--config.model.*: sizes and kinds of layers are those of the weights; leave them out')
     with lease.hold(workdir):
         _check_unused(workdir)  # another run may have had the lease in between
