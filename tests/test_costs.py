@@ -25,6 +25,8 @@ from transxssm_jax import config as config_lib
 from transxssm_jax.config import Model
 from transxssm_jax.data.packing import Epochs, pack_row
 from transxssm_jax.model import attention, costs, parameters, ssd
+from transxssm_jax.model.mixers import MIXERS
+from transxssm_jax.model.ssd import SCAN_CHUNK
 
 L = 64
 
@@ -131,7 +133,7 @@ def test_attention_by_enumeration():
 @pytest.mark.parametrize('groups', [1, 2, 4])
 def test_scan_by_enumeration(groups):
     model = small_config(model_num_ssd_groups=groups).model
-    H, P, N, G, Q = model.num_heads, model.head_dim, model.d_state, groups, costs.SCAN_CHUNK
+    H, P, N, G, Q = model.num_heads, model.head_dim, model.d_state, groups, SCAN_CHUNK
     work = 0
     for token in range(Q):  # one chunk; the others are alike
         for _source in range(token + 1):
@@ -166,7 +168,9 @@ def test_the_large_config():
 
 
 def test_an_unknown_kind_is_an_error_that_names_the_file():
-    with pytest.raises(NotImplementedError, match=r"'mamba2' state no costs, only ssd, attention .*model/costs.py"):
+    with pytest.raises(
+        NotImplementedError, match=r"no mixer is called 'mamba2', only ssd, attention .*model/mixers.py"
+    ):
         costs.costs_of(small_config().model, 'mamba2')
 
 
@@ -183,7 +187,7 @@ def test_layers_are_counted_by_kind():
 
 
 @pytest.mark.parametrize('remat', costs.REMAT)
-@pytest.mark.parametrize('kind', costs.COSTS)
+@pytest.mark.parametrize('kind', MIXERS)
 def test_saved_bytes_are_those_of_the_traced_step(kind, remat):
     """They are all that a traced layer keeps; but the chunked scan keeps more states than it must, and 'none' more of all."""
     config = small_config(

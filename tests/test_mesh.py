@@ -24,11 +24,11 @@ def test_any_axis_takes_what_is_left(axis):
     [
         (
             dict(mesh_data=1, mesh_context=8, data_seq_len=40),
-            'data.seq_len=40 must be divisible by mesh.context=8 x 2 pieces of attention; try 32 or 48',
+            'data.seq_len=40 must be divisible by 2 x mesh.context=8; try 32 or 48',
         ),
         (
-            dict(mesh_data=1, mesh_context=8, data_seq_len=36, model_attention_period=0),
-            'data.seq_len=36 must be divisible by mesh.context=8; try 32 or 40',
+            dict(mesh_data=1, mesh_context=8, data_seq_len=8),
+            'data.seq_len=8 must be divisible by 2 x mesh.context=8; try 16',
         ),
         (
             dict(mesh_data=3, mesh_context=2),

@@ -26,7 +26,7 @@ from pallas_kernels.attention.decode import decode_attention, write_token
 from pallas_kernels.ssd.api import rotary_ssd, rotary_ssd_step
 from transxssm_jax.config import Model
 from transxssm_jax.model import layers, rope
-from transxssm_jax.model.language_model import MIXERS
+from transxssm_jax.model.mixers import mixer_of
 from transxssm_jax.parallel import collectives
 
 Weights = dict  # of one layer or one map: arrays by name
@@ -332,7 +332,7 @@ class PackedBlock:
                 f'layers of kind {kind!r} have no form for decoding; add one to inference/packed.py'
             )
         self.model, self.kind, self.mixer = model, kind, PACKED[kind](model)
-        self.rope_width = MIXERS[kind].rope_width(model)
+        self.rope_width = mixer_of(kind).rope_width(model)
 
     def pack(self, params: dict) -> Weights:
         """Packed weights from the parameters of one block, not stacked."""

@@ -10,19 +10,17 @@ from jaxtyping import Array, Float, Int, Int32
 
 from transxssm_jax.config import Model
 from transxssm_jax.model import layers, rope
-from transxssm_jax.model.attention import Attention, save_attention_residuals
-from transxssm_jax.model.ssd import SSD_STATES, RotarySSD
+from transxssm_jax.model.attention import save_attention_residuals
+from transxssm_jax.model.mixers import mixer_of
+from transxssm_jax.model.ssd import SSD_STATES
 from transxssm_jax.parallel import collectives
-
-# The mixers by their word in model.layer_pattern.
-MIXERS = {'ssd': RotarySSD, 'attention': Attention}
 
 
 class Block(nnx.Module):
     """x = w1 * x + mixer(x);  x = w2 * x + mlp(x). Mixer and MLP begin with their norm."""
 
     def __init__(self, model: Model, kind: str, *, rngs: nnx.Rngs):
-        self.mixer = MIXERS[kind](model, rngs=rngs)
+        self.mixer = mixer_of(kind)(model, rngs=rngs)
         self.mixer_residual = layers.LearnedResidual(model.d_model)
         self.mlp = layers.SwiGLU(model, rngs=rngs)
         self.mlp_residual = layers.LearnedResidual(model.d_model)
@@ -83,7 +81,7 @@ class LanguageModel(nnx.Module):
         if positions_BL is None:
             positions_BL = positions(tokens_BL)
         side_inputs = {
-            kind: rope.side_inputs(self.model, MIXERS[kind].rope_width(self.model), positions_BL, rope_length_B)
+            kind: rope.side_inputs(self.model, mixer_of(kind).rope_width(self.model), positions_BL, rope_length_B)
             for kind in self.layers
         }
         x_BLD = embed(self.embedding[...], tokens_BL, self.model.dtype)

@@ -4,6 +4,8 @@ It has no convolution, no gate and no D skip.
 Shape legend: B batch, L length, D model, H heads, P head width, G groups, N state.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,10 +16,15 @@ from pallas_kernels.ssd.api import STATES_NAME as SSD_STATES
 from pallas_kernels.ssd.context import rotary_ssd_in_context
 from transxssm_jax.config import Model
 from transxssm_jax.model import layers
+from transxssm_jax.model.layer_costs import FLOAT32, STATE_INTERVAL, LayerCosts, dtype_bytes
 from transxssm_jax.model.rope import Rope
 from transxssm_jax.parallel import collectives
 
 __all__ = ['SSD_STATES', 'RotarySSD']
+
+# Chunk length at which the scan's FLOPs are counted: the least-work figures of the kernel contract use it, and it keeps
+# MFU comparable between chunk sizes.
+SCAN_CHUNK = 128
 
 
 class RotarySSD(nnx.Module):
@@ -48,6 +55,34 @@ class RotarySSD(nnx.Module):
     def rope_width(model: Model) -> int:
         """B and C rotate over the state."""
         return model.d_state
+
+    @staticmethod
+    def costs(model: Model) -> LayerCosts:
+        """Costs of one layer; the scan is counted in chunks of SCAN_CHUNK tokens.
+
+        Q chunk length.
+        """
+        D, H, P, N, G, Q = (
+            model.d_model, model.num_heads, model.head_dim, model.d_state, model.num_ssd_groups, SCAN_CHUNK,
+        )  # fmt: skip
+        size = dtype_bytes(model)
+        state = FLOAT32 * H * P * N
+        return LayerCosts(
+            in_proj_flops=2 * D * (H * P + 2 * G * N + H),  # x; B and C; dt
+            out_proj_flops=2 * H * P * D,
+            # Scores and scores times x over half a chunk; state in and state out.
+            kernel_flops=lambda attended: G * N * Q + H * P * Q + 4 * H * N * P,
+            kernel_efficiency=0.115,  # H100, 8 x 4096 at 1.3B: 21 layers forward and backward in 27 ms
+            context_flops=2 * 2 * H * P * N,  # what the state before a shard adds to y, and its gradient
+            mixer_in_bytes=size * (H * P + 2 * G * N) + FLOAT32 * H,
+            mixer_out_bytes=size * H * P,
+            residual_bytes=size * H * P * N / STATE_INTERVAL,
+            state_bytes=state,
+            cache_bytes=0,
+            handed_over='states',
+            # The prefix scan over shards passes one state on in each of its rounds, forward and backward.
+            context_bytes=lambda shards, tokens: 2 * state * math.ceil(math.log2(shards)),
+        )
 
     def __call__(
         self,

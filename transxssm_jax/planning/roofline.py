@@ -13,7 +13,8 @@ import numpy as np
 from pallas_kernels.chips import Chip, Tpu
 from transxssm_jax.config import Config, Model
 from transxssm_jax.model import costs, parameters
-from transxssm_jax.model.costs import BFLOAT16, FLOAT32, row_attended
+from transxssm_jax.model.costs import row_attended
+from transxssm_jax.model.layer_costs import BFLOAT16, FLOAT32
 from transxssm_jax.parallel import mesh
 
 
