@@ -24,7 +24,7 @@ from small import small_config
 
 from transxssm_jax import config as config_lib
 from transxssm_jax import convert
-from transxssm_jax.model import language_model
+from transxssm_jax.model import mixers
 from transxssm_jax.model.parameters import split_model
 from transxssm_jax.parallel import mesh
 from transxssm_jax.pytorch import arrays, conversion, files
@@ -240,10 +240,10 @@ def test_import_then_export_gives_the_same_bytes(tmp_path, name, capsys):
     assert len(paths) > 3 and {path.name for path in paths} == set(index['weight_map'].values())
     read = {}
     for path in paths:
-        part = load_file(path)
-        assert all(index['weight_map'][name] == path.name for name in part)
-        assert len(part) == 1 or sum(value.nbytes for value in part.values()) <= 50_000
-        read |= part
+        content = load_file(path)
+        assert all(index['weight_map'][name] == path.name for name in content)
+        assert len(content) == 1 or sum(value.nbytes for value in content.values()) <= 50_000
+        read |= content
         with safe_open(path, 'numpy') as handle:
             assert handle.metadata() == {'format': 'pt'}
     same_bytes(tensors, read)
@@ -496,7 +496,7 @@ def test_files_that_are_not_there_or_broken_are_refused(tmp_path, capsys):
     index.write_text('{"weight_map": {"model.word_embed.weight": 3}}')
     refused('must hold a weight_map of names of files', *imports)
     index.write_text(listed.replace('model.word_embed.weight', 'model.word_embed.wait'))
-    refused('lacks tensor model.word_embed.wait, which model.safetensors.index.json places there', *imports)
+    refused('lacks tensor model.word_embed.wait, which model.safetensors.index.json lists in it', *imports)
     (source / 'config.json').write_text('{')
     refused('is not JSON', *imports)
     assert not workdir.exists()
@@ -818,7 +818,7 @@ def test_an_import_takes_the_lease_of_the_workdir(tmp_path, capsys):
 def test_a_mixer_that_the_format_has_not_is_named(tmp_path, monkeypatch, capsys):
     config = small_config()
     save_run(tmp_path / 'run', config, {5: random_params(config)})
-    monkeypatch.setitem(language_model.MIXERS, 'mamba2', language_model.MIXERS['ssd'])
+    monkeypatch.setitem(mixers.MIXERS, 'mamba2', mixers.MIXERS['ssd'])
     monkeypatch.setattr(config_lib.Model, 'layer_pattern', property(lambda model: ('mamba2', 'attention')))
     assert run('export', f'--workdir={tmp_path / "run"}', f'--output={tmp_path / "out"}') == 2
     error = capsys.readouterr().err

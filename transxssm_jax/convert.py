@@ -7,8 +7,12 @@
 An imported workdir is a run at step 0: generate, the evaluations and train take
 it. Its config.py is the config file to train on with; settings that a
 checkpoint is bound to (data.seq_len, data.global_batch, ...) are given at the
-import. Its published.json keeps what checkpoints have no place for, so that an
+import. Its published.json keeps what a checkpoint cannot hold, so that an
 export gives the values back bit for bit.
+
+An export holds the settings of its run in config.json under the key
+transxssm_jax, which PyTorch's code ignores, so that an import of it is the same
+model again, with its dtype, its groups and its biases.
 
 One stacked array of ours is in memory at a time, and one tensor; no PyTorch.
 Exit codes: 0 done; 2 wrong input or a failed write, with one line.

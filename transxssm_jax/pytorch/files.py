@@ -93,7 +93,7 @@ class PytorchCheckpoint:
         for name, file in listed.items():
             if found.get(name) != file:
                 raise ConvertError(
-                    f'{self.directory / file} lacks tensor {name}, which {INDEX} places there; fetch both again'
+                    f'{self.directory / file} lacks tensor {name}, which {INDEX} lists in it; fetch both again'
                 )
         return found
 
