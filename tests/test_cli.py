@@ -220,7 +220,7 @@ def test_an_error_becomes_an_exit_code_and_one_line(error, code, message, capsys
 
 def test_codes_of_errors_and_of_work():
     from transxssm_jax.planning.topology import DoesNotFitError
-    from transxssm_jax.training.loop import NotFiniteError
+    from transxssm_jax.training.health import NotFiniteError
 
     assert cli.explain(NotFiniteError('nan')) == (ExitCode.NOT_FINITE, 'nan')
     assert cli.explain(DoesNotFitError('big', [])) == (ExitCode.DOES_NOT_FIT, 'big')

@@ -55,8 +55,10 @@ COMMAND = cli.Command(
 )
 
 
-class WorkerLostError(RuntimeError):
+class WorkerLostError(cli.UserError, RuntimeError):
     """A worker process of the loader was killed; a new loader that starts at the same step goes on."""
+
+    exit_code = cli.ExitCode.TERMINATED
 
 
 class Loader:

@@ -13,12 +13,14 @@ import pathlib
 
 import xxhash
 
+from transxssm_jax import cli
+
 BLOCK_BYTES = 64 << 20
 PIECE_BYTES = 4 << 20  # read at a time
 _BLANK = '0' * 32  # stands for a digest in the text that the digest is of
 
 
-class DamagedError(ValueError):
+class DamagedError(cli.UserError, ValueError):
     """A file is not what was written; the message is one line and names the file."""
 
 
