@@ -2,9 +2,9 @@
 # Trains once for every combination of settings, one after another here, or each as a SLURM job. Called again, it goes on
 # with what has not finished.
 #
-# launch/sweep.sh --out=runs/sweep [OPTIONS] optimizer.learning_rate=1e-4,3e-4 data.seed=0,1 -- --config=CONFIG [FLAGS]
+# launch/sweep.sh --output=runs/sweep [OPTIONS] optimizer.learning_rate=1e-4,3e-4 data.seed=0,1 -- --config=CONFIG [FLAGS]
 #
-#   --out=DIR             each run's workdir is DIR/SETTING=VALUE,... of the settings that vary
+#   --output=DIR          each run's workdir is DIR/SETTING=VALUE,... of the settings that vary
 #   --slurm='OPTIONS'     submit every run by launch/slurm.sh OPTIONS, e.g. --slurm='--nodes=1 --time=8:00:00'
 #   --python=PATH         Python for runs here (default .venv/bin/python)
 #   --dry-run             print the commands instead of running them
@@ -18,7 +18,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 out='' slurm='' by_slurm=no python=.venv/bin/python varied=()
 while [ $# -gt 0 ]; do
     case $1 in
-        --out=*) out=${1#*=} ;;
+        --output=*) out=${1#*=} ;;
         --slurm=*) slurm=${1#*=} by_slurm=yes ;;
         --slurm) by_slurm=yes ;;
         --python=*) python=${1#*=} ;;
@@ -32,7 +32,7 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-[ -n "$out" ] || refuse "--out=DIR is missing"
+[ -n "$out" ] || refuse "--output=DIR is missing"
 [ ${#varied[@]} -gt 0 ] || refuse "no setting varies"
 check_training "$@" --workdir=
 

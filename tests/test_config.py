@@ -109,7 +109,7 @@ def test_a_resolved_config_is_locked(path):
         ({'model.num_heads': 7}, 'model.d_model=128 must be divisible by model.num_heads=7; try 112 or 224'),
         ({'model.num_kv_heads': 3}, 'model.num_heads=8 must be divisible by model.num_kv_heads=3; try 6 or 9'),
         ({'model.num_ssd_groups': 5}, 'model.num_heads=8 must be divisible by model.num_ssd_groups=5; try 5 or 10'),
-        ({'model.num_layers': 12}, 'model.num_layers=12 must be divisible by layers a module=8; try 8 or 16'),
+        ({'model.num_layers': 12}, 'model.num_layers=12 must be divisible by layers per period=8; try 8 or 16'),
         ({'model.num_layers': 4}, 'try 8'),
         ({'model.num_heads': 16, 'model.num_kv_heads': 1, 'model.num_ssd_groups': 1}, '= 8 must be a multiple of 16'),
         ({'model.d_state': 24}, 'model.d_state=24 must be a multiple of 16; try 32'),

@@ -435,6 +435,10 @@ REFUSED = {
         'lm_head.weight differs from model.word_embed.weight',
     ),
     'another model': (dict(model_type='llama'), 'model_type="llama" is another model'),
+    'a number for a model': (dict(model_type=3), 'model_type=3 is another model'),
+    'absurd depth': (dict(num_hidden_layers=2**63), 'model.num_layers=9223372036854775808 must be at most 4096'),
+    'absurd period': (dict(num_hidden_layers=10**10, attn_layer_period=10**10), 'must be at most 4096'),
+    'a list for a kind': (dict(rope_scaling={'type': ['linear']}), 'rope_scaling.rope_type=["linear"] is not computed'),
     'activation': (dict(hidden_act='gelu'), 'hidden_act="gelu" is not computed here'),
     'scaling': (
         dict(rope_scaling={'rope_type': 'yarn', 'factor': 2.0}),

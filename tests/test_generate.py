@@ -336,6 +336,28 @@ def test_a_conversation_goes_on_after_ctrl_c_and_mistakes(workdir, monkeypatch, 
     assert err.count('\n') == 1 and 'at most 31' in err
 
 
+def test_a_terminal_is_told_how_to_leave(workdir, monkeypatch, capsys):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(Generator, '_pieces', lambda self, row, sampling: iter(['.']))
+    monkeypatch.setattr('sys.stdin', Terminal('To be\n'))
+    code, out, err = call(capsys, f'--workdir={workdir}', '--interactive')
+    assert (code, err) == (0, '')
+    first, *rest = out.splitlines()
+    assert 'Ctrl-D ends' in first and ''.join(rest) == '> To be.> '
+
+
+def test_only_a_line_feed_ends_a_prompt(workdir, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(Generator, '_pieces', lambda self, row, sampling: iter([f'<{len(row.prompt)}>']))
+    text = 'a\u2028b'
+    for name, content in (('in.jsonl', f'{{"prompt": "{text}"}}\r\n'), ('in.txt', f'\ufeff{text}\n')):
+        (tmp_path / name).write_bytes(content.encode())
+        code, out, err = call(capsys, f'--workdir={workdir}', f'--prompts={tmp_path / name}')
+        assert (code, out, err) == (0, f'{text}<5>\n', '')
+
+
 @pytest.mark.parametrize(
     'arguments, message',
     [
@@ -354,6 +376,11 @@ def test_a_conversation_goes_on_after_ctrl_c_and_mistakes(workdir, monkeypatch, 
         (['--interactive', '--output=x.jsonl'], '--output is for'),
         (['--prompts=/nowhere'], '/nowhere'),
         (['--prompt=a', '--config.mesh.tensor=16'], '8 devices'),
+        (['--prompt=a', '--config.mesh.fsdp=2'], 'mesh.fsdp=2 must be 1'),
+        (['--prompt=a', '--config.model.d_mlp=64'], 'model.d_mlp is '),
+        (['--prompt=a', '--config.model.rope_scaling=long'], 'not one of the choices'),
+        (['--prompt=a', '--config.model.d_modle=64'], 'did you mean model.d_model?'),
+        (['--prompt=a', '--seed=4294967296'], 'must be at most 4294967295'),
         (['--prompt=a', '--config.mesh.tensor=4'], 'model.num_heads=2 must be divisible by mesh.tensor=4'),
     ],
 )
@@ -370,9 +397,10 @@ def test_wrong_input_gets_one_line_and_exit_code_2(workdir, capsys, arguments, m
         ('{"prompt": "a"}\n{"text": "b"}\n', 'line 2'),
         ('not json\n', 'line 1'),
         ('{"prompt": 3}\n', 'line 1'),
+        (b'{"prompt": "\xff"}\n', 'is not UTF-8 (byte 12)'),
     ],
 )
 def test_wrong_files_of_prompts_are_named(workdir, tmp_path, capsys, lines, message):
-    (tmp_path / 'in.jsonl').write_text(lines)
+    (tmp_path / 'in.jsonl').write_bytes(lines if isinstance(lines, bytes) else lines.encode())
     code, _, err = call(capsys, f'--workdir={workdir}', f'--prompts={tmp_path / "in.jsonl"}')
     assert code == 2 and err.count('\n') == 1 and message in err

@@ -22,7 +22,7 @@ REQUIRED = {
     'tpu_vm': ['--name=books', '--zone=us-west4-a', '--accelerator=v5litepod-256'],
     'gke': ['--cluster=pod', '--name=books', '--tpu_type=v5p-256'],
     'slurm': [],
-    'sweep': ['--out=/runs/sweep', 'optimizer.learning_rate=1e-4,3e-4'],
+    'sweep': ['--output=/runs/sweep', 'optimizer.learning_rate=1e-4,3e-4'],
 }
 
 
@@ -84,10 +84,10 @@ def test_counts_are_checked():
     refused(call('slurm', '--nodes=2x'), '--nodes=2x')
     refused(call('tpu_vm', *REQUIRED['tpu_vm'], '--spot', '--reservation=r'), 'exclude each other')
     refused(call('tpu_vm', '--name=a', '--zone=z', '--accelerator=v9-8'), '--runtime=VERSION')
-    refused(call('sweep', '--out=/o', 'learning_rate=1'), 'SETTING=VALUE')
-    refused(call('sweep', '--out=/o'), 'no setting varies')
-    refused(call('sweep', '--out=/o', 'data.path=/a,/b'), 'data.path=/a,/b must be without spaces and /')
-    refused(call('sweep', '--out=/o', 'model.remat=full, none'), 'model.remat=full, none must be without')
+    refused(call('sweep', '--output=/o', 'learning_rate=1'), 'SETTING=VALUE')
+    refused(call('sweep', '--output=/o'), 'no setting varies')
+    refused(call('sweep', '--output=/o', 'data.path=/a,/b'), 'data.path=/a,/b must be without spaces and /')
+    refused(call('sweep', '--output=/o', 'model.remat=full, none'), 'model.remat=full, none must be without')
     refused(call('tpu_vm', *REQUIRED['tpu_vm'], '--mount=gs://b'), '--mount=gs://b must be the name of a bucket')
 
 
@@ -487,7 +487,7 @@ def test_sweep_goes_on_after_a_failure_and_stops_when_told(tmp_path):
         (tmp_path / 'log').write_text('')
         result = call(
             'sweep',
-            '--out=/runs',
+            '--output=/runs',
             f'--python={tmp_path}/python',
             'data.seed=0,1,2',
             training=['--config=a.py'],

@@ -407,10 +407,12 @@ def test_a_setting_that_was_refused_does_not_bind_the_workdir(config, tmp_path):
 
 def test_missing_arguments_are_refused(config, tmp_path):
     refused(call(['train', f'--workdir={tmp_path}']), '--config=PATH is missing')
-    refused(call(['train', f'--config={config}']), '--workdir=DIR is missing')
+    refused(call(['train', f'--config={config}']), '--workdir is missing, e.g. --workdir=runs/a')
     refused(call(arguments(config.parent / 'smal.py', tmp_path)), 'no such file; did you mean', 'small.py')
     refused(call([*arguments(config, tmp_path), 'train.steps=3']), 'unexpected argument train.steps=3')
-    refused(call(['train', f'--config={config}', f'--wrkdir={tmp_path}']), "Unknown command line flag 'wrkdir'")
+    refused(
+        call(['train', f'--config={config}', f'--wrkdir={tmp_path}']), 'unknown flag --wrkdir; did you mean --workdir?'
+    )
 
 
 def test_help_lists_every_setting():

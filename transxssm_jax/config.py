@@ -47,13 +47,13 @@ class Model(Section):
     d_mlp: int = setting(6144, 'Inner width F of the SwiGLU MLP.', minimum=1, maximum=1 << 22, of_checkpoint=True)
     attention_period: int = setting(
         8,
-        'Layers in a module, one of them attention; 1: attention everywhere, 0: nowhere.',
+        'Layers in a period, one of them attention; 1: attention everywhere, 0: nowhere.',
         minimum=0,
         maximum=1 << 12,
         of_checkpoint=True,
     )
     attention_offset: int = setting(
-        7, 'Place of the attention layer within its module.', minimum=0, maximum=1 << 12, of_checkpoint=True
+        7, 'Index of the attention layer within its period.', minimum=0, maximum=1 << 12, of_checkpoint=True
     )
     rope_theta: float = setting(10000.0, 'Base of the rotary frequencies.', minimum=1.0, of_checkpoint=True)
     rope_scaling: str = setting(
@@ -65,7 +65,7 @@ class Model(Section):
     use_bias: bool = setting(False, 'Whether linear maps have biases.', of_checkpoint=True)
     use_dt_bias: bool = setting(
         True,
-        'Whether dt = softplus(u W + bias) has a bias a head, which alone can start dt in [dt_min, dt_max].',
+        'Whether dt = softplus(u W + bias) has a bias per head, which alone can start dt in [dt_min, dt_max].',
         of_checkpoint=True,
     )
     dt_min: float = setting(0.001, 'Least step size at initialisation (with a dt bias).')
@@ -80,9 +80,9 @@ class Model(Section):
         'What the backward pass recomputes: nothing, whole layers, all but matmul outputs, or all but those that are dear.',
         choices=('none', 'full', 'dots', 'hybrid'),
     )
-    ssd_implementation: str = setting('auto', 'Scan implementation; auto picks the fastest that serves.')
-    ssd_chunk_size: int = setting(0, 'Tokens a chunk of the scan; 0 picks by device.', minimum=0, maximum=1 << 16)
-    attention_implementation: str = setting('auto', 'Attention implementation; auto picks the fastest that serves.')
+    ssd_implementation: str = setting('auto', "Scan implementation; 'auto' picks the fastest that serves.")
+    ssd_chunk_size: int = setting(0, 'Tokens per chunk of the scan; 0 picks by device.', minimum=0, maximum=1 << 16)
+    attention_implementation: str = setting('auto', "Attention implementation; 'auto' picks the fastest that serves.")
 
     @property
     def head_dim(self) -> int:
@@ -298,7 +298,7 @@ def resolve(config: Config) -> Config:
     _divides('model.d_model', model.d_model, 'model.num_heads', model.num_heads, step=16 * model.num_heads)
     _divides('model.num_heads', model.num_heads, 'model.num_kv_heads', model.num_kv_heads)
     _divides('model.num_heads', model.num_heads, 'model.num_ssd_groups', model.num_ssd_groups)
-    _divides('model.num_layers', model.num_layers, 'layers a module', len(model.layer_pattern))
+    _divides('model.num_layers', model.num_layers, 'layers per period', len(model.layer_pattern))
     if model.head_dim % 16:
         raise ConfigError(
             f'model.d_model={model.d_model} / model.num_heads={model.num_heads} = {model.head_dim} '

@@ -18,33 +18,15 @@ import tqdm
 from flax import nnx
 
 from transxssm_jax import config as config_lib
-from transxssm_jax.config import Config, Model
+from transxssm_jax.config import Config
 from transxssm_jax.data.manifest import DataError
-<<<<<<< HEAD
-from transxssm_jax.data.tokenizer import JsonTokenizer, load_tokenizer
-from transxssm_jax.data.vocabulary import check_tokenizer
-from transxssm_jax.pytorch.checkpoint_format import (
-    ConvertError,
-    Published,
-    Tensor,
-    Writer,
-    published_config,
-    published_model,
-    shapes_of,
-    tensors_of,
-)
-from transxssm_jax.training import checkpoint
-from transxssm_jax.training.step import init_state
-
-MEMORY = 'published.json'
-=======
 from transxssm_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, load_tokenizer
+from transxssm_jax.data.vocabulary import check_tokenizer
 from transxssm_jax.pytorch import arrays
 from transxssm_jax.pytorch.fields import ConvertError, fields_of, pytorch_model
 from transxssm_jax.pytorch.files import PytorchCheckpoint, Writer
 from transxssm_jax.pytorch.tensors import Path, Tensor, check_exportable, shapes_of, spell_out, tensors_of
 from transxssm_jax.training import checkpoint, checkpoint_files, lease
->>>>>>> h-pytorch
 
 MEMORY = 'published.json'  # in a workdir: what of its import a checkpoint has no place for
 TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json')
@@ -150,11 +132,7 @@ def _tokenizer_for_import(
             raise
         source.unused.append(f'tokenizer.json ({error})')
         return '', {}
-<<<<<<< HEAD
-    check_tokenizer(loaded, source.model.vocab_size, f'tokenizer {path}')
-=======
-    _check_tokenizer(path, loaded, source.config.model)
->>>>>>> h-pytorch
+    check_tokenizer(loaded, source.config.model.vocab_size, f'tokenizer {path}')
     if path == 'byte' or pathlib.Path(path).is_dir():
         return path if path == 'byte' else str(pathlib.Path(path).absolute()), {}
     return str(workdir / TOKENIZER_FILES[0]), _tokenizer_files(path, loaded)
@@ -172,32 +150,6 @@ def _tokenizer_files(path: str, tokenizer: JsonTokenizer) -> dict[str, bytes]:
     }
     content = beside.read_bytes() if beside.exists() else (json.dumps(settings, indent=2) + '\n').encode()
     return dict(zip(TOKENIZER_FILES, (tokenizer.content, content)))
-
-
-<<<<<<< HEAD
-def _save(workdir: pathlib.Path, state: dict, config: Config) -> None:
-    """Step 0 in the layout of checkpoint.Checkpoints, from _Lazy leaves."""
-    # A chunk of the file holds one layer, so that no more than it is encoded at a time; small arrays are one chunk.
-    layers = {leaf: leaf.nbytes // math.prod(leaf.shape[:2]) for leaf in jax.tree.leaves(state) if len(leaf.shape) > 2}
-    layouts = jax.tree.map(
-        lambda leaf: (
-            ocp.SaveArgs(chunk_byte_size=layers[leaf], shard_axes=(0, 1))
-            if layers.get(leaf, 0) >= 1 << 20
-            else ocp.SaveArgs()
-        ),
-        state,
-    )
-    types = ocp.type_handlers.create_type_handler_registry((_Lazy, _LazyHandler()))
-    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=types)
-    checkpoint.write_first(workdir, state, config, handler, layouts)
-=======
-def _check_tokenizer(name: str, tokenizer, model: Model) -> None:
-    if tokenizer.vocab_size > model.vocab_size:
-        raise ConvertError(
-            f'tokenizer {name} has {tokenizer.vocab_size} ids, more than the {model.vocab_size} of the model; '
-            'give the tokenizer that it was trained with'
-        )
->>>>>>> h-pytorch
 
 
 def _config_file(config: Config, title: str) -> str:
@@ -251,24 +203,12 @@ def export_pytorch(
     fields = fields_of(config, memory['config'], dtype)
     loaded = _tokenizer_for_export(tokenizer, config, notes)
     files = {}
-<<<<<<< HEAD
-    if tokenizer:
-        loaded = load_tokenizer(tokenizer)
-        if not isinstance(loaded, JsonTokenizer):
-            raise ConvertError(
-                f'--tokenizer={tokenizer} is the byte tokenizer, which has no file to export; leave it out'
-            )
-        check_tokenizer(loaded, model.vocab_size, f'tokenizer {tokenizer}')
-        files = _tokenizer_files(tokenizer, loaded)
-        fields['eos_token_id'] = loaded.eos_id
-=======
     if loaded:
         name = tokenizer or config.data.path
-        _check_tokenizer(name, loaded, model)
+        check_tokenizer(loaded, model.vocab_size, f'tokenizer {name}')
         fields |= {'bos_token_id': loaded.begin_id, 'eos_token_id': loaded.eos_id}
         if isinstance(loaded, JsonTokenizer):
             files = _tokenizer_files(name, loaded)
->>>>>>> h-pytorch
     files['config.json'] = (json.dumps(fields, indent=2, sort_keys=True) + '\n').encode()
     if ours.num_ssd_groups != model.num_ssd_groups:
         notes.append(f'B and C of {ours.num_ssd_groups} groups are repeated for each of {model.num_heads} heads')
