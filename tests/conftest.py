@@ -5,6 +5,11 @@ halves compilation and changes no result beyond rounding.
 """
 
 import os
+import signal
+
+# A shell's background jobs ignore Ctrl-C, and processes inherit that: tests send it to the processes that they start.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + (

@@ -159,15 +159,15 @@ def settings_of(seeds, limit):
 
 
 def run(decoder, state, sampling, steps, stop=(), limit=L):
-    plan, numbers = sampling.plan(decoder.model.vocab_size), sampling.numbers()
+    flags, values = sampling.flags(decoder.model.vocab_size), sampling.values()
     state, tokens = decoder.run(
         state,
         settings_of(range(4), limit),
         np.array(stop, np.int32),
         np.zeros(4, bool),
         np.int32(steps),
-        plan=plan,
-        numbers=numbers,
+        flags=flags,
+        values=values,
         block=16,
     )
     return state, np.asarray(tokens)
@@ -221,9 +221,9 @@ def test_blocks_of_steps_stop_where_rows_do():
 def test_a_step_neither_copies_caches_nor_weights():
     decoder, rows, length = decoder_of(num_layers=4), 4, 4096
     state = decoder.empty(rows, length)
-    plan, numbers = GREEDY.plan(96), GREEDY.numbers()
+    flags, values = GREEDY.flags(96), GREEDY.values()
     memory = (
-        decoder.run_function(state, plan, 16)
+        decoder.run_function(state, flags, 16)
         .lower(
             decoder.weights,
             state,
@@ -231,7 +231,7 @@ def test_a_step_neither_copies_caches_nor_weights():
             np.zeros(1, np.int32),
             np.zeros(rows, bool),
             np.int32(8),
-            numbers,
+            values,
         )
         .compile()
         .memory_analysis()

@@ -1,7 +1,8 @@
-"""Generation: what is chosen, what ends a text, that batches change nothing, and the command."""
+"""Generation: what ends a text, that batches change nothing, and the command."""
 
 import functools
 import io
+import itertools
 import json
 
 import jax
@@ -12,10 +13,12 @@ from flax import nnx
 from small import small_config
 
 from transxssm_jax import generate
+from transxssm_jax.data.manifest import DataError
 from transxssm_jax.data.tokenizer import ByteTokenizer
-from transxssm_jax.inference.completion import NO_TOKEN, Row
-from transxssm_jax.inference.generator import Generator, bucket
-from transxssm_jax.inference.sampling import GREEDY, InputError, Sampling, choose
+from transxssm_jax.inference.generator import Generator
+from transxssm_jax.inference.padding import padded_length
+from transxssm_jax.inference.prompt import encode_prompts, with_begin
+from transxssm_jax.inference.sampling import InputError, Sampling, fold_seed
 from transxssm_jax.model import parameters
 from transxssm_jax.training import checkpoint
 
@@ -61,17 +64,21 @@ def completions(generator, prompts):
     return generator.generate(prompts, max_tokens=12, sampling=RANDOM, stop_tokens=(), seeds=range(5))
 
 
+def tokens_of(text):
+    return encode_prompts(ByteTokenizer(), [text])[0]
+
+
 def test_greedy_takes_the_likeliest_token_of_the_forward_pass(config, params, generator, prompts):
     [completion] = generator.generate(prompts[4:5], max_tokens=10, stop_tokens=())
     row = np.concatenate([prompts[4], completion.tokens])
     logits = nnx.merge(parameters.split_model(config.model)[0], params).logits(row[None].astype(np.int32))[0]
     np.testing.assert_array_equal(completion.tokens, logits[len(prompts[4]) - 1 : -1, :257].argmax(-1))
-    assert completion.finish == 'length'
+    assert completion.finish_reason == 'length'
 
 
 def test_a_text_depends_on_its_prompt_and_seed_alone(generator, prompts, completions):
     assert [len(completion.tokens) for completion in completions] == [12] * 5
-    [alone] = generator.generate(prompts[3:4], max_tokens=12, sampling=RANDOM, stop_tokens=(), seeds=3)
+    [alone] = generator.generate(prompts[3:4], max_tokens=12, sampling=RANDOM, stop_tokens=(), seeds=[3])
     np.testing.assert_array_equal(alone.tokens, completions[3].tokens)
     # Another order and other neighbours, in other batches:
     order = [4, 0, 3, 1]
@@ -86,12 +93,59 @@ def test_a_text_depends_on_its_prompt_and_seed_alone(generator, prompts, complet
     assert len({tuple(completion.tokens) for completion in same_prompt}) == 3
 
 
+def test_prompts_and_samples_share_no_random_numbers(generator, prompts):
+    settings = dict(max_tokens=12, sampling=RANDOM, stop_tokens=())
+    same = generator.generate([prompts[0]] * 4, seeds=7, **settings)
+    assert len({tuple(completion.tokens) for completion in same}) == 4
+    # The text of a prompt depends on its index, not on the prompts around it.
+    others = generator.generate([prompts[3], prompts[0], prompts[1]], seeds=7, **settings)
+    np.testing.assert_array_equal(others[1].tokens, same[1].tokens)
+    [second] = generator.generate([prompts[0]], seeds=[fold_seed(7, 1)], **settings)
+    np.testing.assert_array_equal(second.tokens, same[1].tokens)
+
+
+def test_completions_come_as_they_end(generator, prompts):
+    came = generator.completions(prompts, max_tokens=20, stop_tokens=())
+    order, lengths = zip(*((i, len(completion.tokens)) for i, completion in came))
+    assert sorted(order) == [0, 1, 2, 3, 4] and order[-1] == 2, 'the shortest prompt is in the last batch'
+    assert dict(zip(order, lengths)) == {i: min(20, MAX_LENGTH - len(prompt)) for i, prompt in enumerate(prompts)}
+
+
+def test_rows_begin_with_the_begin_token_once():
+    begin = ByteTokenizer().eos_id
+    np.testing.assert_array_equal(tokens_of('ab'), [begin, 97, 98])
+    np.testing.assert_array_equal(tokens_of(''), [begin])
+    np.testing.assert_array_equal(with_begin(ByteTokenizer(), tokens_of('ab')), tokens_of('ab'))
+    np.testing.assert_array_equal(tokens_of('a\ud800b'), [begin, *'a\ufffdb'.encode()])
+
+
+class Marked(ByteTokenizer):
+    """Bytes, one of which is a special token that texts leave out."""
+
+    def __init__(self, special):
+        self.special_ids = {'<|eot_id|>': special}
+
+    def decode(self, ids):
+        return super().decode([i for i in ids if i not in self.special_ids.values()])
+
+
+def test_a_stop_string_that_is_a_special_token_stops(config, params, prompts, generator, monkeypatch):
+    [whole] = generator.generate(prompts[1:2], max_tokens=12, stop_tokens=())
+    stop = int(whole.tokens[5])
+    monkeypatch.setattr(generator, 'tokenizer', Marked(stop))
+    [completion] = generator.generate(prompts[1:2], max_tokens=12, stop_strings=['<|eot_id|>', 'never'])
+    np.testing.assert_array_equal(completion.tokens, whole.tokens[: whole.tokens.tolist().index(stop)])
+    assert completion.finish_reason == 'stop_token'
+    with pytest.raises(InputError, match=r"stop_strings: 'a<\|eot_id\|>' joins the special token"):
+        generator.generate(prompts[1:2], max_tokens=12, stop_strings=['a<|eot_id|>'])
+
+
 def test_stop_tokens_end_a_completion(generator, prompts, completions):
     whole = completions[1].tokens
     stop = int(whole[5])
-    [completion] = generator.generate(prompts[1:2], max_tokens=12, sampling=RANDOM, stop_tokens=(stop, 300), seeds=1)
+    [completion] = generator.generate(prompts[1:2], max_tokens=12, sampling=RANDOM, stop_tokens=(stop, 300), seeds=[1])
     np.testing.assert_array_equal(completion.tokens, whole[: list(whole).index(stop)])
-    assert completion.finish == 'stop_token'
+    assert completion.finish_reason == 'stop_token'
 
 
 def test_stop_strings_cut_the_text_exactly(generator, prompts):
@@ -99,7 +153,7 @@ def test_stop_strings_cut_the_text_exactly(generator, prompts):
     [whole] = generator.generate(prompts[1:2], **printable)
     stop = whole.text[3:5]
     [completion] = generator.generate(prompts[1:2], stop_strings=[whole.text[7:9], stop, 'never'], **printable)
-    assert completion.text == whole.text[: whole.text.find(stop)] and completion.finish == 'stop_string'
+    assert completion.text == whole.text[: whole.text.find(stop)] and completion.finish_reason == 'stop_string'
     np.testing.assert_array_equal(completion.tokens, whole.tokens[: len(completion.tokens)])
     assert ByteTokenizer().decode(completion.tokens).startswith(completion.text)
     assert not ByteTokenizer().decode(completion.tokens[:-1]).startswith(completion.text) or not completion.text
@@ -108,7 +162,7 @@ def test_stop_strings_cut_the_text_exactly(generator, prompts):
 
 def test_max_length_ends_a_completion(generator, prompts):
     [completion] = generator.generate(prompts[1:2], max_tokens=100, stop_tokens=())
-    assert len(completion.tokens) == MAX_LENGTH - len(prompts[1]) and completion.finish == 'length'
+    assert len(completion.tokens) == MAX_LENGTH - len(prompts[1]) and completion.finish_reason == 'length'
 
 
 def test_a_stream_joins_to_the_text(generator, prompts, completions):
@@ -116,143 +170,11 @@ def test_a_stream_joins_to_the_text(generator, prompts, completions):
     assert ''.join(pieces) == completions[1].text and len(pieces) > 1
 
 
-# ---- text ------------------------------------------------------------------
-
-
-class SpaceDropping:
-    """A tokenizer of words that, like many, writes no space before the first."""
-
-    words = ['a', 'b', 'c']
-
-    def decode(self, ids):
-        return ' '.join(self.words[i] for i in ids)
-
-
-def test_the_space_between_prompt_and_completion_is_kept():
-    row = Row(SpaceDropping(), np.array([0, 1]), 3, (), (), 0)
-    row.extend(np.array([2, 0, NO_TOKEN]))
-    assert (row.text, row.finish) == (' c a', '')
-    row.extend(np.array([1, NO_TOKEN, NO_TOKEN]))
-    assert (row.text, row.finish) == (' c a b', 'length')
-
-
-@pytest.mark.parametrize('text', ['é€😀!', 'plain', '\ufffd?'])
-def test_characters_and_stop_strings_are_shown_whole(text):
-    data = np.frombuffer(text.encode(), np.uint8)
-    row = Row(ByteTokenizer(), np.array([65]), 100, (), ('STOP',), 0)
-    shown = ['']
-    for byte in data:
-        row.extend(np.array([byte]))
-        shown.append(row.settled_text())
-    assert all(text.startswith(piece) for piece in shown) and shown[-1] == text
-    for byte in b' ST':
-        row.extend(np.array([byte]))
-    assert row.settled_text() == text + ' '
-    row.extend(np.frombuffer(b'OP more', np.uint8))
-    assert row.settled_text() == row.text == text + ' ' and row.finish == 'stop_string'
-    assert bytes(row.tokens) == text.encode() + b' '
-
-
-def test_a_text_that_ends_within_a_character_says_so():
-    row = Row(ByteTokenizer(), np.array([65]), 2, (), (), 0)
-    row.extend(np.frombuffer('€'.encode()[:2], np.uint8))
-    assert row.finish == 'length' and row.settled_text() == '\ufffd'
-
-
-# ---- the choice ------------------------------------------------------------
-
-V, PADDED = 40, 48
-LOGITS = 2 * np.random.default_rng(3).standard_normal(PADDED).astype(np.float32)
-LOGITS[V:] = 50.0  # rows that pad the vocabulary must never be chosen, however likely
-SEEN = np.random.default_rng(4).random(PADDED) < 0.4
-
-
-def oracle(sampling):
-    """Probabilities of the tokens, by sorting."""
-    logits = LOGITS[:V].astype(np.float64)
-    if sampling.repetition_penalty != 1:
-        penalty = np.where(logits > 0, 1 / sampling.repetition_penalty, sampling.repetition_penalty)
-        logits = np.where(SEEN[:V], logits * penalty, logits)
-    if sampling.temperature == 0:
-        return np.eye(V)[logits.argmax()]
-    logits = logits / sampling.temperature
-    order = np.argsort(-logits)
-    if sampling.top_k:
-        order = order[: sampling.top_k]
-    p = np.exp(logits[order])
-    p /= p.sum()
-    if sampling.top_p < 1:
-        count = np.searchsorted(np.cumsum(p), sampling.top_p) + 1
-        order, p = order[:count], p[:count]
-    kept = p >= sampling.min_p * p[0]
-    probabilities = np.zeros(V)
-    probabilities[order[kept]] = p[kept] / p[kept].sum()
-    return probabilities
-
-
-@pytest.mark.parametrize(
-    'sampling',
-    [
-        GREEDY,
-        RANDOM,
-        Sampling(0.5),
-        Sampling(1.0, top_k=1),
-        Sampling(1.5, top_k=7),
-        Sampling(1.0, top_p=0.6),
-        Sampling(0.7, top_p=1e-6),
-        Sampling(1.0, min_p=0.1),
-        Sampling(1.0, repetition_penalty=1.7),
-        Sampling(0.0, repetition_penalty=2.5),
-        Sampling(1.2, top_k=12, top_p=0.8, min_p=0.05, repetition_penalty=1.3),
-        Sampling(1.0, top_k=V),
-    ],
-    ids=str,
-)
-def test_tokens_are_chosen_with_the_probabilities_of_the_definition(sampling):
-    draws = 6000
-    plan, numbers = sampling.plan(V), sampling.numbers()
-    keys = jax.random.split(jax.random.key(0), draws)
-    run = jax.jit(
-        lambda logits, keys, seen: choose(
-            plan, numbers, jnp.broadcast_to(logits, (draws, PADDED)), keys, jnp.broadcast_to(seen, (draws, PADDED))
-        )
-    )
-    counts = np.bincount(np.asarray(run(LOGITS, keys, SEEN)), minlength=PADDED)
-    expected = oracle(sampling)
-    assert not counts[V:].any() and not counts[:V][expected == 0].any()
-    deviations = (counts[:V] - draws * expected) / np.sqrt(draws * expected * (1 - expected) + 1)
-    assert np.abs(deviations).max() < 4.5, deviations
-
-
-def test_a_threshold_takes_equals_too():
-    sampling = Sampling(1.0, top_k=2)
-    run = jax.jit(lambda logits, keys: choose(sampling.plan(4), sampling.numbers(), logits, keys, None))
-    chosen = run(np.tile(np.float32([1, 3, 1, -2]), (500, 1)), jax.random.split(jax.random.key(0), 500))
-    assert set(np.asarray(chosen).tolist()) == {0, 1, 2}
-
-
-@pytest.mark.parametrize(
-    'settings',
-    [
-        dict(temperature=-1.0),
-        dict(top_k=-1),
-        dict(top_p=0.0),
-        dict(top_p=1.1),
-        dict(min_p=1.0),
-        dict(repetition_penalty=0.0),
-        dict(temperature=float('nan')),
-    ],
-)
-def test_settings_out_of_range_are_named(settings):
-    [(name, value)] = settings.items()
-    with pytest.raises(InputError, match=f'{name}={value} must be'):
-        Sampling(**settings)
-
-
 @pytest.mark.parametrize('length', [1, 31, 32, 33, 100, 128, 129, 1000, 4096, 4097])
-def test_sizes_are_rounded_up_by_a_quarter_at_most(length):
-    assert length <= bucket(length) <= max(32, 1.25 * length) and bucket(bucket(length)) == bucket(length)
-    assert bucket(length) % 8 == 0
+def test_lengths_are_padded_to_few_sizes(length):
+    assert length <= padded_length(length) <= max(48, 1.5 * length)
+    assert padded_length(padded_length(length)) == padded_length(length) and padded_length(length) % 16 == 0
+    assert len({padded_length(i) for i in range(1, length + 1)}) <= max(1, 2 * (length.bit_length() - 5) + 1)
 
 
 # ---- wrong input -----------------------------------------------------------
@@ -280,7 +202,7 @@ def test_wrong_requests_are_named(generator, prompt, settings, message):
 
 def test_a_tokenizer_that_does_not_fit_is_refused(params):
     config = small_config(model_vocab_size=256)
-    with pytest.raises(InputError, match='257 tokens, more than model.vocab_size=256'):
+    with pytest.raises(DataError, match='the tokenizer has 257 ids, more than model.vocab_size=256; give the tok'):
         Generator(params, config, ByteTokenizer())
     with pytest.raises(InputError, match='batch=0'):
         Generator(params, config, batch=0)
@@ -325,7 +247,7 @@ def test_a_prompt_is_continued_on_the_terminal(workdir, generator, capsys):
     code, out, err = call(
         capsys, f'--workdir={workdir}', '--prompt=To be', '--max_tokens=9', '--seed=5', '--temperature=1'
     )
-    [expected] = generator.generate([np.frombuffer(b'To be', np.uint8)], max_tokens=9, sampling=RANDOM, seeds=5)
+    [expected] = generator.generate([tokens_of('To be')], max_tokens=9, sampling=RANDOM, seeds=5)
     assert (code, err) == (0, '') and out == 'To be' + expected.text + '\n'
 
 
@@ -343,31 +265,74 @@ def test_prompts_of_a_file_are_continued_in_a_file(workdir, generator, tmp_path,
     )
     assert (code, err) == (0, '') and out.startswith('2 completions')
     written = [json.loads(line) for line in (tmp_path / 'out.jsonl').read_text().splitlines()]
-    prompts = ['To be', 'or not']
-    expected = [
-        generator.generate([np.frombuffer(prompt.encode(), np.uint8)], max_tokens=9, sampling=RANDOM)[0]
-        for prompt in prompts
-    ]
+    expected = generator.generate([tokens_of('To be'), tokens_of('or not')], max_tokens=9, sampling=RANDOM)
     assert written == [
-        {'prompt': 'To be', 'id': 1, 'completion': expected[0].text, 'finish': 'length'},
-        {'prompt': 'or not', 'completion': expected[1].text, 'finish': 'length'},
+        {'prompt': 'To be', 'id': 1, 'completion': expected[0].text, 'finish_reason': 'length'},
+        {'prompt': 'or not', 'completion': expected[1].text, 'finish_reason': 'length'},
     ]
     # It is not written over:
     code, _, err = call(capsys, f'--workdir={workdir}', '--prompt=a', f'--output={tmp_path / "out.jsonl"}')
     assert code == 2 and 'exists' in err and err.count('\n') == 1
 
 
+def test_samples_of_the_same_prompt_differ_and_are_written_in_order(workdir, generator, tmp_path, capsys):
+    (tmp_path / 'in.jsonl').write_text('{"prompt": "a"}\n{"prompt": "longer \\ud800", "note": "\\ud800"}\n')
+    code, out, err = call(
+        capsys,
+        f'--workdir={workdir}',
+        f'--prompts={tmp_path / "in.jsonl"}',
+        f'--output={tmp_path / "out.jsonl"}',
+        '--max_tokens=9',
+        '--num_samples=3',
+        '--seed=4',
+        '--batch=4',
+        '--temperature=1',
+    )
+    assert (code, err) == (0, '') and out.startswith('6 completions')
+    written = [json.loads(line) for line in (tmp_path / 'out.jsonl').read_text().splitlines()]
+    assert [(line['prompt'], line['sample']) for line in written] == [
+        (prompt, sample) for prompt in ('a', 'longer \ufffd') for sample in range(3)
+    ]
+    assert len({line['completion'] for line in written}) == 6 and written[3]['note'] == '\ud800'
+    [expected] = generator.generate([tokens_of('a')], max_tokens=9, sampling=RANDOM, seeds=[fold_seed(4, 0, 2)])
+    assert written[2]['completion'] == expected.text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['in.jsonl', 'out.jsonl']
+
+
+def test_an_error_loses_no_completion_that_had_ended(workdir, monkeypatch, tmp_path, capsys):
+    of_generator = Generator.completions
+
+    def failing(self, prompts, **settings):
+        yield from itertools.islice(of_generator(self, prompts, **settings), 1)
+        raise OSError('the power is gone')
+
+    monkeypatch.setattr(Generator, 'completions', failing)
+    (tmp_path / 'in').write_text('a\nb\n')
+    code, _, err = call(
+        capsys, f'--workdir={workdir}', f'--prompts={tmp_path / "in"}', f'--output={tmp_path / "out"}', '--max_tokens=9'
+    )
+    assert code == 2 and 'the power is gone' in err
+    [line] = (tmp_path / 'out').read_text().splitlines()
+    assert json.loads(line)['prompt'] == 'a'
+
+
+def test_an_empty_prompt_begins_a_document(workdir, generator, capsys):
+    code, out, err = call(capsys, f'--workdir={workdir}', '--prompt=', '--max_tokens=9', '--temperature=0')
+    [expected] = generator.generate([np.array([ByteTokenizer().eos_id])], max_tokens=9)
+    assert (code, err, out) == (0, '', expected.text + '\n')
+
+
 def test_a_conversation_goes_on_after_ctrl_c_and_mistakes(workdir, monkeypatch, capsys):
-    def pieces(self, row, sampling):
-        yield f'<{len(row.prompt)}'
-        if row.prompt[0] == ord('!'):
+    def pieces(self, request, sampling):
+        yield f'<{len(request.prompt)}'
+        if request.prompt[1] == ord('!'):
             raise KeyboardInterrupt
         yield '>'
 
     monkeypatch.setattr(Generator, '_pieces', pieces)
     monkeypatch.setattr('sys.stdin', io.StringIO('! stop\n\n' + 'x' * MAX_LENGTH + '\nTo be\n'))
     code, out, err = call(capsys, f'--workdir={workdir}', '--interactive', '--max_tokens=9')
-    assert code == 0 and out == '! stop<6 [stopped]\nTo be<5>\n'
+    assert code == 0 and out == '! stop<7 [stopped]\nTo be<6>\n'
     assert err.count('\n') == 1 and 'at most 31' in err
 
 
@@ -397,8 +362,9 @@ def test_only_a_line_feed_ends_a_prompt(workdir, monkeypatch, tmp_path, capsys):
     'arguments, message',
     [
         (['--prompt=a', '--workdir=/nowhere'], 'does not exist'),
-        (['--prompt='], 'the prompt is empty'),
-        (['--prompt=' + 'x' * MAX_LENGTH], '32 tokens; at most 31'),
+        (['--prompt=' + 'x' * (MAX_LENGTH - 1)], '32 tokens; at most 31'),
+        (['--prompt=a', '--num_samples=0'], '--num_samples=0'),
+        (['--prompt=a', '--seed=-1'], 'seed=-1'),
         (['--prompt=a', '--step=5'], 'no checkpoint of step 5'),
         (['--prompt=a', '--tokenizer=/nowhere.json'], 'tokenizer /nowhere.json'),
         (['--prompt=a', '--temperature=-1'], 'temperature=-1.0 must be'),
@@ -430,7 +396,6 @@ def test_wrong_input_gets_one_line_and_exit_code_2(workdir, capsys, arguments, m
         ('', 'has no line'),
         ('{"prompt": "a"}\n{"text": "b"}\n', 'line 2'),
         ('not json\n', 'line 1'),
-        ('{"prompt": "a"}\n{"prompt": ""}\n', 'line 2: the prompt is empty'),
         ('{"prompt": 3}\n', 'line 1'),
         (b'{"prompt": "\xff"}\n', 'is not UTF-8 (byte 12)'),
     ],

@@ -60,11 +60,11 @@ def test_loss(golden):
 
 def test_an_imported_run_has_the_logits_and_exports_the_bytes(golden, tmp_path):
     _, _, expected, _ = golden
-    conversion.import_published(DIRECTORY, tmp_path / 'run')
+    conversion.import_pytorch(DIRECTORY, tmp_path / 'run')
     params, config = checkpoint.load_trained(tmp_path / 'run')
     model = nnx.merge(split_model(config.model)[0], params)
     np.testing.assert_allclose(model.logits(jnp.asarray(expected['input_ids'])), expected['logits'], atol=1e-4)
-    conversion.export_published(tmp_path / 'run', tmp_path / 'out')
+    conversion.export_pytorch(tmp_path / 'run', tmp_path / 'out')
     before, after = (load_file(directory / 'model.safetensors') for directory in (DIRECTORY, tmp_path / 'out'))
     assert before.keys() == after.keys()
     assert all(

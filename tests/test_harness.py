@@ -6,6 +6,7 @@ import json
 import pathlib
 import runpy
 import sys
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -47,15 +48,18 @@ def lm(harness):
 def requests(kind, *arguments):
     from lm_eval.api.instance import Instance
 
-    return [Instance(request_type=kind, doc={}, arguments=args, idx=i) for i, args in enumerate(arguments)]
+    return [
+        Instance(request_type=kind, doc={}, arguments=args, idx=i, metadata=('a_task', i, 1))
+        for i, args in enumerate(arguments)
+    ]
 
 
 class Letters:
-    """A tokenizer that joins 'th', to show what happens at the boundary; end of document 1."""
+    """A tokenizer that joins 'th', to show what happens at the boundary; documents begin and end with 1."""
 
-    vocab_size, eos_id = 264, 1
+    vocab_size, eos_id, begin_id = 264, 1, 1
 
-    def encode_batch(self, texts):
+    def encode_batch(self, texts, *, special_tokens=False):
         return [np.frombuffer(text.replace('th', '\x02').encode(), np.uint8) for text in texts]
 
 
@@ -76,19 +80,20 @@ def test_texts_are_divided_as_the_harness_divides_them(harness, lm):
     ]
     found = harness.encode_pairs(Letters(), cases)
     assert found == [
-        (ids('one'), ids(' two')),
-        (ids('one'), ids(' two')),
-        (ids('one'), ids(' \n two')),
+        ([1, *ids('one')], ids(' two')),
+        ([1, *ids('one')], ids(' two')),
+        ([1, *ids('one')], ids(' \n two')),
         ([1], ids('two')),
         ([1], ids('two')),
         ([1], ids(' two')),
-        (ids('t'), ids('e')),
-        (ids('t'), ids('h')),
-        (ids('one'), []),
+        ([1, *ids('t')], ids('e')),
+        ([1, *ids('t')], ids('h')),
+        ([1, *ids('one')], []),
     ]
     # The same as the harness's own models, where these serve the case.
     for case in [('one', ' two'), ('one \n', 'two é'), ('a', 'b')]:
-        assert harness.encode_pairs(ByteTokenizer(), [case]) == [lm._encode_pair(*case)]
+        context, continuation = lm._encode_pair(*case)
+        assert harness.encode_pairs(ByteTokenizer(), [case]) == [([256, *context], continuation)]
 
 
 @pytest.mark.skipif(not (SHARED / 'tokenizers').is_dir(), reason='needs ../shared/tokenizers')
@@ -98,7 +103,7 @@ def test_real_tokens_are_divided_as_the_harness_divides_them(harness, name):
 
     class Dividing(harness.TemplateLM):
         def tok_encode(self, string, add_special_tokens=None):
-            return tokenizer.encode_batch([string])[0].tolist()
+            return tokenizer.encode_batch([string], special_tokens=True)[0].tolist()
 
         eot_token_id = generate_until = loglikelihood_rolling = _loglikelihood_tokens = None
 
@@ -107,7 +112,10 @@ def test_real_tokens_are_divided_as_the_harness_divides_them(harness, name):
         for doc in read('hellaswag/validation.jsonl.gz', 50)
         for end, rest in (('', ' ' + doc['endings'][0]), (' ', doc['endings'][1]), ('\n\n', doc['endings'][2]))
     ]
-    assert harness.encode_pairs(tokenizer, cases) == [Dividing()._encode_pair(*case) for case in cases]
+    divided = [Dividing()._encode_pair(*case) for case in cases]
+    assert harness.encode_pairs(tokenizer, cases) == [
+        ([tokenizer.begin_id, *context], continuation) for context, continuation in divided
+    ]
 
 
 def test_the_model_is_registered_and_scores_texts(harness, lm):
@@ -120,7 +128,7 @@ def test_the_model_is_registered_and_scores_texts(harness, lm):
     ((whole, _),) = lm.scorer.score([(ids[:1], ids[1:])])
     assert rolling == whole and len(ids) > 64
     pair, empty = lm.loglikelihood(requests('loglikelihood', ('one ', 'two'), ('', 'two')), disable_tqdm=True)
-    for (total, greedy), ids in [(pair, (list(b'one'), list(b' two'))), (empty, ([256], list(b'two')))]:
+    for (total, greedy), ids in [(pair, ([256, *b'one'], list(b' two'))), (empty, ([256], list(b'two')))]:
         ((expected, expected_greedy),) = lm.scorer.score([ids])
         assert (total, greedy) == (pytest.approx(expected, rel=1e-5), expected_greedy)
 
@@ -135,7 +143,7 @@ def test_completions_stop_where_they_are_told(harness, lm):
     assert free and completion(context, until=['', free[3:5]], max_gen_toks=14) == free[: free.index(free[3:5])]
     assert free.startswith(completion(context, until=[], max_gen_toks=6))
     long = 'x' * 500 + context
-    assert completion(long, until=[], max_gen_toks=14) == completion(long[-50:], until=[], max_gen_toks=14)
+    assert completion(long, until=[], max_gen_toks=14) == completion(long[-49:], until=[], max_gen_toks=14)
     (after_nothing,) = lm.generator.generate([np.array([256])], max_tokens=14)
     assert completion('', until=[], max_gen_toks=14) == after_nothing.text
     settings = dict(until=[], max_gen_toks=12, do_sample=True, temperature=1.0, top_k=50)
@@ -146,8 +154,44 @@ def test_completions_stop_where_they_are_told(harness, lm):
         requests('generate_until', (context, settings), ('b', settings), (context, settings)), True
     )
     assert together[0] == again[0] != together[2] == again[2], 'a request has a seed of its own'
-    with pytest.raises(harness.InputError, match='a task generates 64 tokens, which must be below --max_length=64'):
-        completion(context, until=[], max_gen_toks=64)
+    with pytest.raises(harness.InputError, match='max_gen_toks=63 tokens, which must be at most --max_length=64 - 2'):
+        completion(context, until=[], max_gen_toks=63)
+
+
+def test_contexts_that_do_not_fit_keep_their_end_and_are_counted(harness, lm):
+    lm.cut_contexts.clear()
+    long = 'The beginning is lost. ' * 5 + 'The end stays'
+    kept = [256, *long.encode()[-60:]]
+    found = lm.loglikelihood(
+        requests('loglikelihood', (long, ' two'), (long[-60:], ' two'), (long[-59:], ' two')), True
+    )
+    expected = lm.scorer.score([(kept, list(b' two'))])
+    assert found[0] == found[1] == expected[0]
+    assert lm.cut_contexts == {'a_task': 1}
+    results = {'n-samples': {'a_task': {}, 'other': {}}, 'results': {'a_task': {'acc,none': 0.5}, 'other': {}}}
+    harness.add_cut_contexts(results, lm.cut_contexts)
+    assert results['cut_contexts'] == {'a_task': 1, 'other': 0}
+    assert results['results'] == {'a_task': {'acc,none': 0.5, 'cut_contexts,none': 1}, 'other': {}}
+
+
+class TaskOf:
+    """What check_tasks reads of a task."""
+
+    def __init__(self, output_type, unsafe=False, **generation_kwargs):
+        self.task_name, self.OUTPUT_TYPE, self.UNSAFE_CODE = f'{output_type}_task', output_type, unsafe
+        self.config = types.SimpleNamespace(generation_kwargs=generation_kwargs)
+
+
+def test_tasks_that_cannot_finish_are_refused_before_the_first_pass(harness, lm):
+    harness.check_tasks([TaskOf('multiple_choice'), TaskOf('generate_until', max_gen_toks=62)], lm, False)
+    with pytest.raises(harness.InputError, match='task generate_until_task generates max_gen_toks=63 tokens'):
+        harness.check_tasks([TaskOf('multiple_choice'), TaskOf('generate_until', max_gen_toks=63)], lm, False)
+    with pytest.raises(harness.InputError, match='generates max_gen_toks=256 tokens'):
+        harness.check_tasks([TaskOf('generate_until')], lm, False)  # the model's default
+    unsafe = TaskOf('generate_until', unsafe=True, max_gen_toks=9)
+    with pytest.raises(harness.InputError, match='generate_until_task runs code .* give --confirm_run_unsafe_code'):
+        harness.check_tasks([unsafe], lm, False)
+    harness.check_tasks([unsafe], lm, True)
 
 
 # ---- the paper's tasks -----------------------------------------------------
@@ -193,7 +237,9 @@ class OracleGenerator:
 
         texts = []
         for prompt in prompts:
-            answers = [answer for question, answer in self.facts if question in bytes(map(int, prompt))]
+            answers = [
+                answer for question, answer in self.facts if question in bytes(int(token) % 256 for token in prompt)
+            ]
             text = (answers[0] if answers else b' unknown').decode() + '\nQuestion: and so on?'
             texts.append(text[: min(text.index(stop) for stop in stop_strings if stop in text)])
         assert max_tokens == 256 and sampling.temperature == 0 and len(seeds) == len(prompts)
@@ -260,7 +306,7 @@ needs_tasks = pytest.mark.skipif(not TASKS.is_dir(), reason='needs ../shared/eva
 
 
 @needs_tasks
-def test_an_oracle_scores_one_on_every_task_of_the_paper(harness, lm, monkeypatch):
+def test_an_oracle_scores_one_on_every_task_of_the_paper(harness, lm, monkeypatch, tmp_path):
     facts = [tuple(text.encode() for text in fact(doc)) for path, fact in FACTS.values() for doc in read(path, SAMPLES)]
     results = evaluated(harness, lm, facts, list(FACTS), monkeypatch)
     scores = {
@@ -273,7 +319,8 @@ def test_an_oracle_scores_one_on_every_task_of_the_paper(harness, lm, monkeypatc
     assert scores == dict.fromkeys(scores, 1.0)
     assert results['results']['lambada_openai_local']['perplexity,none'] == pytest.approx(1, abs=1e-3)
     assert 'hellaswag_local' in harness.tables(results)
-    written = json.loads(harness.results_json(results))
+    harness.write_results(tmp_path / 'results.json', results)
+    written = json.loads((tmp_path / 'results.json').read_text())
     assert written['results']['piqa_local']['acc,none'] == 1 and len(written['samples']['piqa_local']) == SAMPLES
 
 
@@ -320,8 +367,13 @@ def test_the_command_prints_a_table_and_writes_results(harness, workdir, monkeyp
     )
     out = capsys.readouterr().out
     assert '|openbookqa_local|' in out.replace(' ', '') and 'acc_norm' in out
-    (path,) = (workdir / 'evals').glob('harness_*.json')
+    (path,) = (workdir / 'evals').glob('harness-step-3-*.json')
+    assert 'at step 3: tasks openbookqa_local, 2 questions each' in out and f'results go to {path}' in out
     results = json.loads(path.read_text())
+    made_by = results['made_by']
+    assert (made_by['workdir'], made_by['step'], len(made_by['config_digest'])) == (str(workdir), 3, 64)
+    assert '--tasks=openbookqa_local' in made_by['command'] and made_by['versions']['lm_eval'][0].isdigit()
+    assert results['cut_contexts'] == {'openbookqa_local': 0} and 'cut_contexts' not in out
     assert results['n-samples']['openbookqa_local'] == {'original': 500, 'effective': 2}
     assert results['config']['max_length'] == 320 and results['config']['model_num_parameters'] > 1000
     assert 'samples' not in results
@@ -346,7 +398,7 @@ def test_the_harness_makes_the_model_from_its_own_arguments(harness, workdir):
         (['--workdir={run}', '--tasks=piqa', '--tokenizer={tmp}/none.json'], 'none.json'),
         (
             ['--workdir={run}', '--tasks=piqa', '--tokenizer={tmp}/large.json'],
-            'the tokenizer has 300 tokens, more than model.vocab_size=264',
+            'large.json has 300 ids, more than model.vocab_size=264',
         ),
         (['--workdir={run}', '--tasks=piqa', '--tokenizer=byte', '--step=4'], 'has no checkpoint of step 4'),
         (['--workdir={run}', '--tasks=piqa', '--tokenizer=byte', '--include_path={tmp}/none'], 'no such directory'),
@@ -358,6 +410,7 @@ def test_the_harness_makes_the_model_from_its_own_arguments(harness, workdir):
             ['--workdir={run}', '--tasks=qqqqqqq', '--tokenizer=byte'],
             '--tasks=qqqqqqq: no such task; --include_path=DIR adds',
         ),
+        (['--workdir={run}', '--tasks=piqa', '--tokenizer=byte', '--output={tmp}/large.json'], 'large.json exists'),
         (['--workdir={run}', '--tasks=piqa', '--taks=1'], 'unknown flag --taks; did you mean --tasks?'),
         (
             ['--workdir={run}', '--tasks=broken', '--tokenizer=byte', '--include_path={tmp}/broken'],
@@ -365,7 +418,7 @@ def test_the_harness_makes_the_model_from_its_own_arguments(harness, workdir):
         ),
     ],
 )
-def test_wrong_input_is_said_in_one_line(harness, workdir, tmp_path, monkeypatch, capsys, arguments, message):
+def test_wrong_input_is_reported_in_one_line(harness, workdir, tmp_path, monkeypatch, capsys, arguments, message):
     import lm_eval.tasks
 
     folder = pathlib.Path(lm_eval.tasks.__file__).parent
@@ -408,7 +461,7 @@ def test_the_papers_tasks_have_their_usual_names(harness):
     assert set(names) <= set(TaskManager().all_tasks)
 
 
-def test_without_the_harness_the_command_says_what_to_install(monkeypatch, capsys):
+def test_without_the_harness_the_command_reports_what_to_install(monkeypatch, capsys):
     for name in ('lm_eval', 'lm_eval.api.model', 'lm_eval.api.registry', 'lm_eval.models.utils'):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, 'transxssm_jax.evals.harness', raising=False)

@@ -18,6 +18,7 @@ from transxssm_jax.config import ConfigError
 from transxssm_jax.evals import mqar
 from transxssm_jax.model import parameters
 from transxssm_jax.model.loss import IGNORED
+from transxssm_jax.parallel import mesh
 from transxssm_jax.training import step as step_lib
 
 CONFIG = pathlib.Path(__file__).parents[1] / 'configs' / 'recall.py'
@@ -60,7 +61,7 @@ def test_looking_up_the_pairs_answers_every_query():
         asked = np.flatnonzero(targets != IGNORED)
         assert sorted(tokens[asked].tolist()) == sorted(pairs) and asked.min() >= 8
         assert [pairs[key] for key in tokens[asked].tolist()] == targets[asked].tolist()
-        assert (np.delete(tokens[8:], asked - 8) >= 32).all(), 'noise looks like no key'
+        assert (np.delete(tokens[8:], asked - 8) >= 32).all(), 'no noise looks like a key'
     assert {name: value.dtype.name for name, value in batch.items()} == dict.fromkeys(
         ('tokens', 'targets', 'segment_ids', 'positions'), 'int32'
     )
@@ -82,8 +83,8 @@ def test_queries_come_early_in_any_order():
     asked = np.nonzero(batch['targets'] != IGNORED)[1].reshape(500, 4)
     assert np.median(asked) < 8 + 120 / 3 and asked.max() > 100
     first = batch['tokens'][np.arange(500), asked[:, 0]]
-    place = (batch['tokens'][:, 0:8:2] == first[:, None]).argmax(axis=1)
-    assert (np.bincount(place, minlength=4) > 80).all()
+    position = (batch['tokens'][:, 0:8:2] == first[:, None]).argmax(axis=1)
+    assert (np.bincount(position, minlength=4) > 80).all()
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,7 @@ def test_a_task_refuses(size, message):
 # ---- models ----------------------------------------------------------------
 
 
-def test_patterns_change_the_mixers_alone():
+def test_patterns_change_only_the_mixers():
     config = small_config()
     changed = {pattern: mqar.with_pattern(config, pattern) for pattern in mqar.PATTERNS}
     assert [changed[pattern].model.layer_pattern for pattern in ('hybrid', 'attention', 'ssd')] == [
@@ -130,12 +131,16 @@ def test_accuracy_is_of_the_queries():
         jax.jit(lambda tokens: jnp.argmax(nnx.merge(graph, params).logits(tokens), axis=-1))(batch['tokens'])
     )
     at = np.nonzero(batch['targets'] != IGNORED)[1].reshape(8, 4)
-    # An untrained model names none of them: half of the targets are set to what it names.
+    # An untrained model predicts none of them: half of the targets are set to its predictions.
     for i in range(8):
         batch['targets'][i, at[i, :2]] = likeliest[i, at[i, :2]]
     expected = (np.take_along_axis(likeliest, at, 1) == np.take_along_axis(batch['targets'], at, 1)).mean()
     assert 0.5 <= expected < 1
     assert float(jax.jit(mqar.accuracy_step(config))(params, batch, at)) == expected
+    for sizes in (dict(data=2, fsdp=2, tensor=2), dict(data=2, context=2, tensor=2)):
+        changed = config_lib.replace(config, {'mesh.data': 1} | {f'mesh.{name}': size for name, size in sizes.items()})
+        with jax.set_mesh(mesh.build(changed)):
+            assert float(jax.jit(mqar.accuracy_step(changed))(params, batch, at)) == expected
 
 
 # ---- the command -----------------------------------------------------------
@@ -147,7 +152,7 @@ def command(**settings):
 
 
 def test_the_command_trains_and_writes_a_table(tmp_path, capsys):
-    output = tmp_path / 'recall.json'
+    output = tmp_path / 'mqar.json'
     assert mqar.main(command(output=output)) == ExitCode.FINISHED
     out = capsys.readouterr().out
     assert '4 pairs in rows of 32 tokens' in out and 'one of the values shown 25.00%' in out
@@ -157,7 +162,11 @@ def test_the_command_trains_and_writes_a_table(tmp_path, capsys):
     assert (name, result['layers'], result['rows']) == ('hybrid', 'ssd attention', 8)
     assert [point['step'] for point in result['curve']] == [2, 4] and result['steps'] == 4
     assert 0 <= result['accuracy'] < 0.5 and 3 < result['curve'][0]['loss'] < 6
-    assert out.splitlines()[-1].split()[0] == 'hybrid' and out.splitlines()[-1].endswith(f'{result["accuracy"]:.2%}')
+    *_, line, last = out.splitlines()
+    assert line.split()[0] == 'hybrid' and line.endswith(f'{result["accuracy"]:.2%}')
+    assert last == f'results written to {output}' and len(written['config_digest']) == 64
+    assert f'--output={output}' in written['command']
+    assert mqar.main(command(output=output)) == ExitCode.WRONG_INPUT and 'exists' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -165,11 +174,11 @@ def test_the_command_trains_and_writes_a_table(tmp_path, capsys):
     [
         (dict(pattern='hybrid,mamba'), '--pattern=mamba is not one of the choices; known: attention, hybrid, ssd'),
         (dict(pairs=20), 'data.seq_len=32 is too short for --pairs=20'),
-        (dict(output='/nowhere/recall.json'), '--output=/nowhere/recall.json: its directory does not exist'),
+        (dict(output='/nowhere/mqar.json'), '--output=/nowhere/mqar.json: its directory does not exist'),
         (dict(patern='ssd'), 'unknown flag --patern; did you mean --pattern?'),
     ],
 )
-def test_wrong_input_is_said_in_one_line(capsys, settings, message):
+def test_wrong_input_is_reported_in_one_line(capsys, settings, message):
     assert mqar.main(command(**settings)) == ExitCode.WRONG_INPUT
     err = capsys.readouterr().err
     assert err.startswith('error: ') and message in err and len(err.splitlines()) == 1
@@ -198,12 +207,12 @@ def test_a_small_hybrid_learns_to_recall(tmp_path):
             sys.executable,
             '-m',
             'transxssm_jax.evals.mqar',
-            *command(output=tmp_path / 'recall.json'),
+            *command(output=tmp_path / 'mqar.json'),
             *(f'--config.{name}={value}' for name, value in more.items()),
         ],
         cwd=CONFIG.parents[1],
         env=environment,
         check=True,
     )
-    result = json.loads((tmp_path / 'recall.json').read_text())['results']['hybrid']
+    result = json.loads((tmp_path / 'mqar.json').read_text())['results']['hybrid']
     assert result['accuracy'] > 0.99 and result['rows'] == 256

@@ -12,7 +12,7 @@ from small import small_config
 from transxssm_jax.cli import ExitCode
 from transxssm_jax.data.manifest import DataError
 from transxssm_jax.data.tokenizer import ByteTokenizer
-from transxssm_jax.evals import needle, scoring
+from transxssm_jax.evals import heat_map, needle, scoring
 from transxssm_jax.inference.decode import Decoder
 from transxssm_jax.inference.generator import Generator
 from transxssm_jax.inference.sampling import InputError
@@ -28,7 +28,8 @@ def haystack(tmp_path_factory):
 
 
 def text_of(case):
-    return bytes(case.tokens.tolist()).decode()
+    assert case.tokens[0] == ByteTokenizer().eos_id, 'the begin token'
+    return bytes(case.tokens[1:].tolist()).decode()
 
 
 @pytest.mark.parametrize('depth', [0, 30, 100])
@@ -45,7 +46,7 @@ def test_a_needle_stands_at_its_depth_after_a_sentence(haystack, depth):
     assert bytes(question.tokens).decode().endswith(f'The secret number of {city} is')
     assert question.candidates[0] == question.answer and len(set(question.candidates)) == 4
     # Without needle and question it is the haystack, whole.
-    around = np.concatenate([case.tokens[:before], case.tokens[before + len(sentence) :]])
+    around = np.concatenate([case.tokens[1 : 1 + before], case.tokens[1 + before + len(sentence) :]])
     assert bytes(around.tolist()) in bytes(np.tile(haystack.tokens, 2).tolist())
 
 
@@ -147,12 +148,39 @@ def test_means_tables_and_heat_maps(tmp_path):
         '       50%     1.00     1.00',
     ]
     pytest.importorskip('matplotlib', reason='needs pip install -e .[eval]')
-    needle.heat_map(tmp_path / 'map.png', cells, 'generated', 'title')
+    heat_map.heat_map(tmp_path / 'map.png', cells, 'generated', 'title', chance=0.1)
     from PIL import Image
 
     pixels = np.asarray(Image.open(tmp_path / 'map.png').convert('RGB')).reshape(-1, 3).astype(int)
-    red, green = (np.abs(pixels - color).sum(1) < 12 for color in ((165, 0, 38), (0, 104, 55)))
-    assert red.mean() > 0.05 and green.mean() > 0.05
+    dark, bright, white, red = (
+        (np.abs(pixels - color).sum(1) < 12).sum() for color in ((68, 1, 84), (253, 231, 37), (255,) * 3, (255, 0, 0))
+    )
+    assert dark > 0.05 * len(pixels) and bright > 0.05 * len(pixels), 'the two ends of the scale'
+    assert white > 0.1 * len(pixels) and red > 30, 'the margin and the mark of chance'
+
+
+def test_numbers_in_the_cells_can_be_read():
+    matplotlib = pytest.importorskip('matplotlib', reason='needs pip install -e .[eval]')
+    for value in np.linspace(0, 1, 50):
+        luminance = heat_map.luminance(matplotlib.colormaps['viridis'](value))
+        text = 1.0 if luminance < 0.18 else 0.0
+        contrast = (max(luminance, text) + 0.05) / (min(luminance, text) + 0.05)
+        assert contrast > 4.4, (value, contrast)
+
+
+@pytest.mark.parametrize(
+    'text, found',
+    [
+        (' 12345.', True),
+        ('12345', True),
+        ('is 12345 and', True),
+        (' 123456', False),
+        ('012345', False),
+        ('1234', False),
+    ],
+)
+def test_an_answer_is_a_whole_number(text, found):
+    assert needle.contains_number(text, '12345') == found
 
 
 # ---- the command -----------------------------------------------------------
@@ -160,7 +188,7 @@ def test_means_tables_and_heat_maps(tmp_path):
 
 @pytest.fixture(scope='module')
 def workdir(tmp_path_factory):
-    return save_run(tmp_path_factory.mktemp('run') / 'run')
+    return save_run(tmp_path_factory.mktemp('run') / 'run', data_path='byte')
 
 
 def run(workdir, *arguments):
@@ -181,22 +209,26 @@ def test_the_command_writes_every_question_and_a_heat_map_of_each_score(workdir,
         '--needles=2',
         '--ask=all',
         '--candidates=3',
+        '--samples=2',
         f'--output={tmp_path}/results',
     )
     assert code == ExitCode.FINISHED
     record = json.loads((tmp_path / 'results' / 'results.json').read_text())
     assert [(cell['context_length'], cell['depth_percent'], cell['questions']) for cell in record['cells']] == [
-        (320, 0, 2),
-        (320, 100, 2),
+        (320, 0, 4),
+        (320, 100, 4),
     ]
-    assert len(record['results']) == 4
+    assert len(record['results']) == 8
+    assert (record['workdir'], record['step'], record['chance']['chosen']) == (str(workdir), 3, pytest.approx(1 / 3))
+    assert record['command'].endswith(f'--output={tmp_path}/results') and len(record['config_digest']) == 64
     for result in record['results']:
         assert (
             result['expected'] in result['needle'] and len(result['log_likelihoods']) == len(result['candidates']) == 3
         )
         assert 1 <= result['rank'] <= 3 and result['chosen'] == (result['rank'] == 1)
-        assert result['score'] == (result['expected'] in result['model_response'])
+        assert result['score'] == needle.contains_number(result['model_response'], result['expected'])
     assert 'by chance 0.33' in out and 'generated      320' in out
+    assert f'{workdir} at step 3: 4 haystacks (1 lengths x 2 depths x 2 samples) of 320 to 320 tokens' in out
     pytest.importorskip('matplotlib', reason='needs pip install -e .[eval]')
     assert all((tmp_path / 'results' / f'{score}.png').stat().st_size > 5000 for score in ('generated', 'chosen'))
 
@@ -211,9 +243,10 @@ def test_the_command_writes_every_question_and_a_heat_map_of_each_score(workdir,
         (['--haystack={tmp}/a.txt', '--depths=110'], '--depths=110.0 must be at most 100'),
         (['--haystack={tmp}/a.txt', '--needles=0'], '--needles'),
         (['--haystack={tmp}/a.txt', '--step=4'], 'has no checkpoint of step 4'),
+        (['--haystack={tmp}/a.txt', '--output={tmp}'], 'exists; name a new directory'),
     ],
 )
-def test_wrong_input_is_said_in_one_line(workdir, tmp_path, arguments, message):
+def test_wrong_input_is_reported_in_one_line(workdir, tmp_path, arguments, message):
     (tmp_path / 'a.txt').write_text('Some text. ' * 50)
     code, _, err = run(workdir, *(argument.format(tmp=tmp_path) for argument in arguments))
     assert code == ExitCode.WRONG_INPUT

@@ -15,7 +15,7 @@ from transxssm_jax.evals import scoring
 from transxssm_jax.model import parameters
 from transxssm_jax.parallel import mesh
 
-NINETY = types.SimpleNamespace(vocab_size=90)
+NINETY = types.SimpleNamespace(vocab_size=90, begin_id=7)
 
 
 @pytest.fixture(scope='module')
@@ -125,23 +125,9 @@ def test_long_texts_are_scored_by_windows_as_the_harness_cuts_them(model, scorer
     assert total == pytest.approx(sum(total for total, _ in by_forward(model, theirs)), abs=1e-3)
 
 
-def test_few_lengths_are_compiled_for():
-    assert {scoring.bucket(length) for length in range(1, 2049)} == {
-        32,
-        48,
-        64,
-        96,
-        128,
-        192,
-        256,
-        384,
-        512,
-        768,
-        1024,
-        1536,
-        2048,
-    }
-    assert all(scoring.bucket(length) >= length for length in range(1, 3000))
+def test_an_empty_context_stands_for_the_begin_token(scorer):
+    found, expected = scorer.score([([], [5, 6]), ([NINETY.begin_id], [5, 6])])
+    assert found == expected and found[0] < 0
 
 
 def test_the_batch_is_split_over_a_mesh(model, scorer):
@@ -167,8 +153,8 @@ def test_padding_leaves_dynamic_rope_alone(model):
     [
         (dict(max_length=0), 'max_length=0 must be at least 1'),
         (
-            dict(tokenizer=types.SimpleNamespace(vocab_size=97)),
-            'the tokenizer has 97 tokens, more than model.vocab_size=96',
+            dict(tokenizer=types.SimpleNamespace(vocab_size=97, begin_id=7)),
+            'the tokenizer has 97 ids, more than model.vocab_size=96',
         ),
     ],
 )

@@ -234,8 +234,8 @@ class Command:
     def parse(self, argv: Sequence[str]) -> types.SimpleNamespace:
         """The flags by name, with their defaults.
 
-        Also `given`, the names of those that were on the command line, and with settings `config_file` ('' if not
-        given) and `overrides` (dotted name -> what was typed), of which config.from_flags makes a config.
+        Also `argv` as given; `given`, the names of those that were on the command line; and with settings `config_file`
+        ('' if not given) and `overrides` (dotted name -> what was typed), of which config.from_flags makes a config.
 
         Raises:
           UsageError: an unknown, wrong or missing flag; the message is one line.
@@ -276,7 +276,11 @@ class Command:
                 raise UsageError(f'--{flag.name} is missing, e.g. --{flag.name}={flag.example}')
         defaults = {flag.name: flag.default for flag in self.flags}
         return types.SimpleNamespace(
-            **{**defaults, **values, 'given': frozenset(values), 'config_file': config_file, 'overrides': overrides}
+            **{**defaults, **values},
+            argv=tuple(argv),
+            given=frozenset(values),
+            config_file=config_file,
+            overrides=overrides,
         )
 
     def _unexpected(self, word: str) -> UsageError:

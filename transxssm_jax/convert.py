@@ -7,8 +7,12 @@
 An imported workdir is a run at step 0: generate, the evaluations and train take
 it. Its config.py is the config file to train on with; settings that a
 checkpoint is bound to (data.seq_len, data.global_batch, ...) are given at the
-import. Its published.json keeps what checkpoints have no place for, so that an
+import. Its published.json keeps what a checkpoint cannot hold, so that an
 export gives the values back bit for bit.
+
+An export holds the settings of its run in config.json under the key
+transxssm_jax, which PyTorch's code ignores, so that an import of it is the same
+model again, with its dtype, its groups and its biases.
 
 One stacked array of ours is in memory at a time, and one tensor; no PyTorch.
 Exit codes: 0 done; 2 wrong input or a failed write, with one line.
@@ -26,8 +30,9 @@ import re
 from transxssm_jax import config as config_lib
 from transxssm_jax.cli import Flag
 from transxssm_jax.model import parameters
-from transxssm_jax.pytorch.checkpoint_format import DTYPES, ConvertError
-from transxssm_jax.pytorch.conversion import export_published, import_published
+from transxssm_jax.pytorch.conversion import export_pytorch, import_pytorch
+from transxssm_jax.pytorch.fields import ConvertError
+from transxssm_jax.pytorch.files import DTYPES
 
 IMPORT = cli.Command(
     'transxssm_jax.convert import',
@@ -67,10 +72,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _import(flags) -> None:
-    logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax warns of what it leaves out beside _Lazy leaves
-    source = import_published(flags.source, flags.workdir, tokenizer=flags.tokenizer, overrides=flags.overrides)
+    logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax warns of what it leaves out beside LazyArrays
+    source = import_pytorch(flags.source, flags.workdir, tokenizer=flags.tokenizer, overrides=flags.overrides)
     print(
-        f'imported {len(source.tensors)} tensors, {parameters.count_params(source.model):,} parameters, into '
+        f'imported {len(source.tensors)} tensors, {parameters.count_params(source.config.model):,} parameters, into '
         f'{flags.workdir} as step 0'
     )
     for name in source.unused:
@@ -79,7 +84,7 @@ def _import(flags) -> None:
 
 def _export(flags) -> None:
     logging.getLogger('absl').setLevel(logging.ERROR)
-    notes = export_published(
+    notes = export_pytorch(
         flags.workdir,
         flags.output,
         step=flags.step,

@@ -1,14 +1,14 @@
 """Samples text from a trained model: python -m transxssm_jax.generate --workdir=DIR --prompt='Once upon a time'.
 
 Prompts are read from --prompt, from --prompts=FILE (a line each, or .jsonl with "prompt"), or, with --interactive, from
-the terminal. The text streams to the terminal, or goes to --output=FILE.jsonl.
+the terminal. The text streams to the terminal, or goes to --output=FILE.jsonl: each line is written as soon as its
+completion has ended, and at the end the lines are put in the order of the prompts. Ctrl-C ends a text of --interactive,
+Ctrl-D the program. Every prompt begins with the tokenizer's begin token; an empty prompt is that token alone.
 
 --config.a.b=value changes settings that the checkpoint is not bound to: --config.mesh.data=2 and --config.mesh.tensor=4
 shard prompts over 2 devices and heads over 4; --config.model.rope_scaling=linear serves beyond the training length.
 
-Exit codes: 0 done; 2 wrong input, with one line; 130 interrupted.
-
-Shape legend: B rows, L length.
+Exit codes: 0 done; 2 wrong input, reported in one line; 130 interrupted.
 """
 
 from transxssm_jax import cli
@@ -17,24 +17,20 @@ if __name__ == '__main__':
     cli.start('transxssm_jax.generate')
 
 import contextlib
+import itertools
 import json
 import logging
-import math
+import os
 import pathlib
 import sys
 
-import jax
-import numpy as np
-
 from transxssm_jax import config as config_lib
 from transxssm_jax.cli import Flag
-from transxssm_jax.config import Config, ConfigError
-from transxssm_jax.data.manifest import DataError
-from transxssm_jax.data.tokenizer import load_tokenizer
+from transxssm_jax.data.tokenizer import replace_surrogates
 from transxssm_jax.inference.generator import Generator
-from transxssm_jax.inference.sampling import InputError, Sampling
-from transxssm_jax.parallel import mesh
-from transxssm_jax.training import checkpoint
+from transxssm_jax.inference.prompt import encode_prompts
+from transxssm_jax.inference.sampling import InputError, Sampling, fold_seed
+from transxssm_jax.inference.trained_run import open_run
 
 SAMPLING = (
     Flag('temperature', 0.8, 'Divides the logits; 0: the likeliest token.'),
@@ -59,7 +55,14 @@ COMMAND = cli.Command(
         Flag('max_length', 0, 'Most tokens of prompt and completion; 0: data.seq_len of the run.', minimum=0),
         *SAMPLING,
         Flag('stop', (), 'Text that ends a completion; the flag may be given several times.', repeated=True),
-        Flag('seed', 0, 'The same seed gives the same text.', minimum=0, maximum=(1 << 32) - 1),
+        Flag(
+            'seed',
+            0,
+            'The same seed gives the same text for the same prompt at the same place.',
+            minimum=0,
+            maximum=(1 << 32) - 1,
+        ),
+        Flag('num_samples', 1, 'Completions of each prompt.', minimum=1),
         Flag('batch', 64, 'Prompts worked on at once.', minimum=1),
         Flag('tokenizer', '', 'byte, a JSON file or a prepared directory; empty: that of data.path.', is_path=True),
     ],
@@ -88,22 +91,23 @@ def _generate(flags) -> None:
         stop_strings=flags.stop,
         sampling=Sampling(**{flag.name: getattr(flags, flag.name) for flag in SAMPLING}),
     )
-    saved = checkpoint.load_config(flags.workdir, flags.step)
-    tokenizer = _tokenizer_of(saved, flags)
-    config = _config_here(saved, flags.overrides)
-    with _mesh_of(config):
-        params, _ = checkpoint.load_trained(flags.workdir, flags.step)
+    run = open_run(flags.workdir, flags.step, flags.tokenizer, overrides=flags.overrides)
+    with run.on_devices():
         generator = Generator(
-            params, config, tokenizer, max_length=flags.max_length, batch=min(flags.batch, len(records) or 1)
+            run.params,
+            run.config,
+            run.tokenizer,
+            max_length=flags.max_length,
+            batch=min(flags.batch, len(records) * flags.num_samples or 1),
         )
-        del params
+        del run
         if flags.interactive:
-            _converse(generator, request, flags.seed)
+            _converse(generator, request, flags)
         elif flags.output:
             _write(generator, records, request, flags)
         else:
-            for record in records:
-                _print_stream(generator, record['prompt'], request, flags.seed)
+            for i, record in enumerate(records):
+                _print_streams(generator, record['prompt'], i, request, flags)
 
 
 def given(flags, name: str) -> bool:
@@ -126,13 +130,8 @@ def _read_prompts(flags) -> list[dict]:
             except (ValueError, KeyError, TypeError):
                 raise InputError(f'{name}, line {i}: it must be an object with a text "prompt"') from None
         if not records:
-            raise InputError(f'{name} has no line; write a prompt a line')
-    for i, record in enumerate(records, start=1):
-        if not record['prompt']:
-            raise InputError(
-                f'{name}{f", line {i}" if flags.prompts else ""}: the prompt is empty; give some text to continue'
-            )
-    return records
+            raise InputError(f'{name} has no line; write one prompt per line')
+    return [record | {'prompt': replace_surrogates(record['prompt'])} for record in records]
 
 
 def _read_lines(name: str, path: str) -> list[str]:
@@ -145,71 +144,26 @@ def _read_lines(name: str, path: str) -> list[str]:
     return lines[:-1] if lines[-1] == '' else lines
 
 
-def _tokenizer_of(config: Config, flags):
-    source = flags.tokenizer or config.data.path
-    try:
-        return load_tokenizer(source)
-    except DataError as error:
-        raise DataError(
-            f'{error} (--tokenizer)'
-            if flags.tokenizer
-            else f'{error}: that is data.path of the run; give its tokenizer with --tokenizer'
-        ) from error
+def _print_streams(generator: Generator, text: str, index: int, request: dict, flags) -> None:
+    """Prints a prompt with each of its completions as it grows; `index` is the prompt's among the prompts."""
+    [tokens] = encode_prompts(generator.tokenizer, [text])
+    for sample in range(flags.num_samples):
+        pieces = generator.stream(tokens, seed=fold_seed(flags.seed, index, sample), **request)
+        print(text, end='', flush=True)
+        for piece in pieces:
+            print(piece, end='', flush=True)
+        print()
 
 
-def _config_here(saved: Config, overrides: dict[str, str]) -> Config:
-    """The run's config with the overrides of this command: one device unless its mesh is set.
-
-    Raises:
-      ConfigError: an unknown setting, or one that the checkpoint is bound to.
-    """
-    alone = {'mesh.data': 1, 'mesh.fsdp': 1, 'mesh.context': 1, 'mesh.tensor': 1, 'mesh.slices': 1}
-    # The batch of a training step is not ours; as many rows as devices divide by any mesh.
-    batch = {'data.global_batch': max(jax.device_count(), 1), 'train.accumulation_steps': 1}
-    config = config_lib.replace(saved, alone | overrides)
-    unfit = config_lib.unfit_for_checkpoint(saved, config)
-    if unfit:
-        raise ConfigError(f'--config.{unfit[0].replace(" in this config", "")}; it cannot be changed after training')
-    return config_lib.replace(config, batch)
-
-
-def _mesh_of(config: Config):
-    """The mesh of the settings, in use, or nothing for one device."""
-    for name in ('fsdp', 'context', 'slices'):
-        if getattr(config.mesh, name) != 1:
-            raise InputError(f'mesh.{name}={getattr(config.mesh, name)} must be 1 here; use mesh.data and mesh.tensor')
-    sizes = [getattr(config.mesh, name) for name in mesh.AXES]
-    if -1 in sizes:
-        return jax.set_mesh(mesh.build(config))
-    if (count := math.prod(sizes)) == 1:
-        return contextlib.nullcontext()
-    if count > jax.device_count():
-        shape = ' x '.join(f'mesh.{name}={size}' for name, size in zip(mesh.AXES, sizes))
-        raise InputError(f'{shape} must be at most the {jax.device_count()} devices that are here')
-    return jax.set_mesh(mesh.build(config, jax.devices()[:count]))
-
-
-def _encode(generator: Generator, text: str) -> np.ndarray:
-    return generator.tokenizer.encode_batch([text], special_tokens=True)[0]
-
-
-def _print_stream(generator: Generator, text: str, request: dict, seed: int) -> None:
-    pieces = generator.stream(_encode(generator, text), seed=seed, **request)
-    print(text, end='', flush=True)
-    for piece in pieces:
-        print(piece, end='', flush=True)
-    print()
-
-
-def _converse(generator: Generator, request: dict, seed: int) -> None:
-    """Each prompt is continued by itself, until the end of the input."""
+def _converse(generator: Generator, request: dict, flags) -> None:
+    """Continues each prompt by itself, until the end of the input."""
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):  # Python may be built without it
             import readline  # noqa: F401  input() then edits lines and recalls them
         print('Type a text to continue. Ctrl-C stops a completion, Ctrl-D ends.')
-    while True:
+    for index in itertools.count():
         try:
-            text = input('> ' if sys.stdin.isatty() else '')
+            text = replace_surrogates(input('> ' if sys.stdin.isatty() else ''))
         except EOFError:
             return
         except KeyboardInterrupt:
@@ -217,7 +171,7 @@ def _converse(generator: Generator, request: dict, seed: int) -> None:
             continue
         try:
             if text:
-                _print_stream(generator, text, request, seed)
+                _print_streams(generator, text, index, request, flags)
         except InputError as error:
             print(f'error: {error}', file=sys.stderr)
         except KeyboardInterrupt:
@@ -225,11 +179,29 @@ def _converse(generator: Generator, request: dict, seed: int) -> None:
 
 
 def _write(generator: Generator, records: list[dict], request: dict, flags) -> None:
-    completions = generator.generate(
-        [_encode(generator, record['prompt']) for record in records], seeds=flags.seed, **request
+    """Writes each completion as soon as it has ended, so that an error loses none; at the end, in the prompts' order."""
+    samples = range(flags.num_samples)
+    texts = [
+        (record | ({'sample': sample} if len(samples) > 1 else {}), fold_seed(flags.seed, i, sample))
+        for i, record in enumerate(records)
+        for sample in samples
+    ]
+    completions = generator.completions(
+        encode_prompts(generator.tokenizer, [record['prompt'] for record, _ in texts]),
+        seeds=[seed for _, seed in texts],
+        **request,
     )
-    with open(flags.output, 'x', encoding='utf-8') as file:
-        for record, completion in zip(records, completions):
-            values = record | {'completion': completion.text, 'finish': completion.finish}
-            file.write(json.dumps(values, ensure_ascii=False) + '\n')
-    print(f'{len(records)} completions in {flags.output}')
+    lines = {}
+    # In other fields of a record too JSON can spell what is no text; as it was spelled, it is written.
+    encoding = dict(encoding='utf-8', errors='backslashreplace')
+    with open(flags.output, 'x', **encoding) as file:
+        for i, completion in completions:
+            values = texts[i][0] | {'completion': completion.text, 'finish_reason': completion.finish_reason}
+            lines[i] = json.dumps(values, ensure_ascii=False) + '\n'
+            file.write(lines[i])
+            file.flush()
+    if list(lines) != sorted(lines):
+        ordered = pathlib.Path(f'{flags.output}.tmp')
+        ordered.write_text(''.join(lines[i] for i in sorted(lines)), **encoding)
+        os.replace(ordered, flags.output)
+    print(f'{len(lines)} completions in {flags.output}')

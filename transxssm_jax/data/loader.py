@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
@@ -34,6 +34,7 @@ from transxssm_jax.cli import Flag
 from transxssm_jax.data.manifest import DataError, Manifest, broken_shard, finished_splits, read_manifest
 from transxssm_jax.data.mixture import Mixture
 from transxssm_jax.data.packing import pack_row
+from transxssm_jax.data.vocabulary import check_size
 from transxssm_jax.data.workers import exit_with_parent
 
 _ENDLESS = 1 << 60  # steps of a run that repeats its data
@@ -205,11 +206,30 @@ def make_loader(
 def check_vocab(path, vocab_size: int) -> None:
     """Raises DataError where the data's tokenizer has ids that a model of `vocab_size` lacks."""
     need = read_manifest(path, finished_splits(path)[0]).tokenizer['vocab_size']  # one tokenizer for all splits
-    if need > vocab_size:
-        raise DataError(
-            f'the tokenizer of {path} has {need} ids, more than model.vocab_size={vocab_size}; '
-            f'raise it to at least {need} ({-(-need // 128) * 128} is a multiple of 128)'
-        )
+    check_size(
+        f'the tokenizer of {path}',
+        need,
+        vocab_size,
+        remedy=f'raise it to at least {need} ({-(-need // 128) * 128} is a multiple of 128)',
+    )
+
+
+def read_documents(path, split: str, *, at_least: int = 1) -> Iterator[np.ndarray]:
+    """Yields the tokens of each document of a split, in order, without packing: int32 [tokens], eos included.
+
+    Args:
+      path, split: what prepare.py wrote.
+      at_least: shorter documents are left out, and not read.
+
+    Raises DataError for data that is missing or broken.
+    """
+    manifest = read_manifest(path, split)
+    manifest.check_shards()
+    lengths = manifest.lengths()
+    documents = _Documents(manifest, lengths)
+    for document in np.flatnonzero(lengths >= at_least).tolist():
+        [tokens] = documents.read([(document, 0, int(lengths[document]))])
+        yield tokens[1:].astype(np.int32)  # without the begin token, which `read` puts first
 
 
 def check_batch(path, split: str, seq_len: int, global_batch: int) -> None:

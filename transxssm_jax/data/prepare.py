@@ -63,6 +63,7 @@ from transxssm_jax.data.mixture import whole_number_weights
 from transxssm_jax.data.shard_writer import ShardTask, result_path, write_shard
 from transxssm_jax.data.source import cut, list_files, parse_source
 from transxssm_jax.data.tokenizer import load_tokenizer
+from transxssm_jax.data.vocabulary import check_size
 from transxssm_jax.data.workers import exit_with_parent
 
 MIN_SHARD_BYTES = 4 << 20  # of text: seconds of work, what an interruption can lose
@@ -125,10 +126,13 @@ def prepare(arguments: types.SimpleNamespace) -> Manifest:
     """Prepares one split. Raises DataError, or OSError for a full disk and the like."""
     output, split = arguments.output, arguments.split
     tokenizer = load_tokenizer(arguments.tokenizer, arguments.eos, arguments.bos)
-    if arguments.vocab_size and tokenizer.vocab_size > arguments.vocab_size:
-        raise DataError(
-            f'--tokenizer={arguments.tokenizer} has {tokenizer.vocab_size} ids, more than '
-            f'--vocab_size={arguments.vocab_size}; raise it to at least {tokenizer.vocab_size}'
+    if arguments.vocab_size:
+        check_size(
+            f'--tokenizer={arguments.tokenizer}',
+            tokenizer.vocab_size,
+            arguments.vocab_size,
+            limit_name='--vocab_size',
+            remedy=f'raise it to at least {tokenizer.vocab_size}',
         )
     sources = [parse_source(argument) for argument in arguments.source]
     if len({bool(weight) for _, weight in sources}) > 1:

@@ -1,4 +1,4 @@
-"""Text <-> token ids. Every tokenizer has `encode_batch`, `decode`, `vocab_size`, `eos_id`, `begin_id`, `dtype`.
+"""Text <-> token ids. Every tokenizer has `encode_batch`, `decode`, `vocab_size`, `eos_id`, `begin_id`, `special_ids`, `dtype`.
 
 `encode_batch` adds no special tokens: prepare.py stores each document with
 `eos_id` at its end, and the loader feeds `begin_id` (the tokenizer's bos where
@@ -51,6 +51,7 @@ class ByteTokenizer:
 
     vocab_size = 257
     eos_id = begin_id = 256
+    special_ids = {}  # text -> id of the tokens that `decode` leaves out; eos has no text here
     dtype = np.dtype(np.uint16)
 
     def encode_batch(self, texts: list[str], *, special_tokens: bool = False) -> list[np.ndarray]:
@@ -96,6 +97,7 @@ class JsonTokenizer:
         self.vocab_size = max(vocabulary.values()) + 1
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
         special = {token.content: token_id for token_id, token in added.items()}
+        self.special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
         self.eos_token, self.eos_id = self._find_eos(vocabulary, special, eos)
         self.begin_token, self.begin_id = self._find_begin(vocabulary, special, bos)
 

@@ -146,8 +146,8 @@ def runner(decoder: Decoder, rows: int, context: int, steps: int, blocks: int):
             stop_T,
             done_B,
             np.int32(steps),
-            plan=sampling.plan(decoder.model.vocab_size),
-            numbers=sampling.numbers(),
+            flags=sampling.flags(decoder.model.vocab_size),
+            values=sampling.values(),
             block=steps,
         )
         return tokens_BT

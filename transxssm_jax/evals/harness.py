@@ -2,12 +2,15 @@
 
     python -m transxssm_jax.evals.harness --workdir=DIR --tasks=hellaswag,piqa [--num_fewshot=5] [--limit=100]
 
-Prints the harness's table and writes its results as JSON to WORKDIR/evals/. Tasks go by
-the harness's names ('mmlu*' takes all that match); --include_path=DIR adds
-task files of one's own. In Python, `TransXSSMLM` is a model for
-`lm_eval.simple_evaluate`, which knows it as 'transxssm' once this module is imported.
+Prints the harness's table and writes its results, and what made them, as JSON to --output, by default
+WORKDIR/evals/harness-step-STEP-TIME.json. Tasks have the harness's names ('mmlu*' takes all that match);
+--include_path=DIR adds task files of your own. In Python, `TransXSSMLM` is a model for `lm_eval.simple_evaluate`, where
+its name is 'transxssm' once this module is imported.
 
-Exit codes: 0 finished; 2 wrong input, with one line.
+Every context begins with the tokenizer's begin token, as rows of training do. A context longer than --max_length loses
+tokens after that; the row `cut_contexts` of the table counts them.
+
+Exit codes: 0 finished; 2 wrong input, reported in one line.
 """
 
 from transxssm_jax import cli
@@ -15,20 +18,22 @@ from transxssm_jax import cli
 if __name__ == '__main__':
     cli.start('transxssm_jax.evals.harness')
 
+import collections
 import difflib
 import json
 import logging
 import pathlib
-import time
 
-import numpy as np
 from tqdm import tqdm
 
 from transxssm_jax.cli import Flag
 from transxssm_jax.config import Config
-from transxssm_jax.evals.scoring import Scorer, load_run
+from transxssm_jax.evals import results as results_lib
+from transxssm_jax.evals.scoring import Scorer
 from transxssm_jax.inference.generator import Generator
-from transxssm_jax.inference.sampling import InputError, Sampling
+from transxssm_jax.inference.prompt import encode_prompts, with_begin
+from transxssm_jax.inference.sampling import InputError, Sampling, fold_seed
+from transxssm_jax.inference.trained_run import TrainedRun, open_run
 from transxssm_jax.model import parameters
 
 try:
@@ -38,8 +43,9 @@ try:
 except ModuleNotFoundError as error:
     raise cli.MissingPackageError(f'{error.name} is not installed; pip install -e .[eval]', name=error.name) from error
 
-GENERATED_TOGETHER = 64  # rows that are decoded at once
+GENERATED_TOGETHER = 64  # rows decoded at once
 SAMPLING = ('top_k', 'top_p', 'min_p', 'repetition_penalty')  # settings of a task that are passed on by name
+SEED = 0  # of tasks that sample
 
 COMMAND = cli.Command(
     'transxssm_jax.evals.harness',
@@ -61,7 +67,8 @@ COMMAND = cli.Command(
         Flag('max_length', 0, 'Most tokens shown at once; 0: data.seq_len.', minimum=0),
         Flag('batch_tokens', 32768, 'Tokens per batch, with padding.', minimum=1),
         Flag('log_samples', False, 'Whether the JSON holds every question and answer.'),
-        Flag('output', '', 'JSON file; empty: WORKDIR/evals/harness_TIME.json.', is_path=True),
+        Flag('output', '', 'New JSON file; empty: one in WORKDIR/evals.', is_path=True),
+        Flag('confirm_run_unsafe_code', False, 'Whether tasks may run code that the model writes.'),
     ],
 )
 
@@ -73,16 +80,20 @@ class TransXSSMLM(TemplateLM):
     Args:
       workdir: directory of the run.
       step: which checkpoint; -1: the newest.
-      tokenizer: `byte`, a tokenizers json file or a prepared directory; '': that of the training data.
+      tokenizer: 'byte', a tokenizers json file or a prepared directory; '': that of the training data.
       max_length: most tokens shown at once, prompt and completion; 0: data.seq_len.
-      batch_tokens: tokens a batch, padding included.
-      max_gen_toks: most tokens to generate where a task does not say.
-      ignored: what lm_eval passes to every model: batch_size, device, ... Batches are made by batch_tokens,
-        devices are those of jax.
+      batch_tokens: tokens per batch, padding included.
+      max_gen_toks: most tokens to generate for a task that does not set it.
+      ignored: what lm_eval passes to every model: batch_size, device, ... The size of a batch follows from
+        batch_tokens, devices are those of jax.
+
+    Attributes:
+      run: the checkpoint; None for a model made by `of`.
+      cut_contexts: task -> number of requests whose context did not fit in max_length.
 
     Raises:
-      CheckpointError, DataError: no such run or tokenizer.
-      InputError: the tokenizer has more tokens than the model, or a number is below 1.
+      CheckpointError, DataError: no such run or tokenizer, or the tokenizer is another one than that of the run.
+      InputError: a number is below 1.
     """
 
     def __init__(
@@ -96,7 +107,9 @@ class TransXSSMLM(TemplateLM):
         max_gen_toks: int = 256,
         **ignored,
     ):
-        self._start(*load_run(workdir, step, tokenizer), max_length, batch_tokens, max_gen_toks)
+        run = open_run(workdir, step, tokenizer)
+        self._start(run.params, run.config, run.tokenizer, max_length, batch_tokens, max_gen_toks)
+        self.run = run
 
     @classmethod
     def of(
@@ -109,7 +122,7 @@ class TransXSSMLM(TemplateLM):
         batch_tokens: int = 32768,
         max_gen_toks: int = 256,
     ) -> 'TransXSSMLM':
-        """A model from parameters as `checkpoint.load_trained` gives them; the rest as above."""
+        """A model from parameters as `checkpoint.load_trained` returns them; the rest as above."""
         lm = cls.__new__(cls)
         lm._start(params, config, tokenizer, max_length, batch_tokens, max_gen_toks)
         return lm
@@ -119,11 +132,13 @@ class TransXSSMLM(TemplateLM):
         self.params, self.config, self.tokenizer = params, config, tokenizer
         self.max_length, self.max_gen_toks = max_length or config.data.seq_len, max_gen_toks
         self.scorer = Scorer(params, config, tokenizer, max_length=self.max_length, batch_tokens=batch_tokens)
+        self.run: TrainedRun | None = None
+        self.cut_contexts = collections.Counter()
         self._generator = None
 
     @property
     def generator(self) -> Generator:
-        """Made when a task first generates: it holds weights of its own."""
+        """Made when a task first generates, because it has its own copy of the weights."""
         if self._generator is None:
             self._generator = Generator(
                 self.params, self.config, self.tokenizer, max_length=self.max_length, batch=GENERATED_TOGETHER
@@ -137,18 +152,26 @@ class TransXSSMLM(TemplateLM):
         return self.tokenizer.eos_id
 
     @property
+    def prefix_token_id(self) -> int:
+        """The begin token of the tokenizer, which every row of training begins with."""
+        return self.tokenizer.begin_id
+
+    @property
     def tokenizer_name(self) -> str:
         about = self.tokenizer.describe()
         return f'{about["kind"]}-{about["sha256"][:16]}'
 
     def tok_encode(self, string: str, add_special_tokens=None, **kwargs) -> list[int]:
-        """Token ids; special tokens are never added (`loglikelihood` puts the end-of-document token before an empty context)."""
-        return self.tokenizer.encode_batch([string])[0].tolist()
+        """Token ids of a text, with none added; a special token that the text spells becomes its id."""
+        return self.tokenizer.encode_batch([string], special_tokens=True)[0].tolist()
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, is_greedy) of each request's (context, continuation)."""
         texts = [request.args for request in requests]
-        pairs = encode_pairs(self.tokenizer, texts)
+        pairs = [
+            (self._fit(context, len(continuation) - 1, request.task_name), continuation)
+            for request, (context, continuation) in zip(requests, encode_pairs(self.tokenizer, texts))
+        ]
         return self._loglikelihood_tokens(
             [(text, *pair) for text, pair in zip(texts, pairs)], disable_tqdm=disable_tqdm
         )
@@ -161,9 +184,10 @@ class TransXSSMLM(TemplateLM):
         return results
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood in nats of each request's (text,), the end-of-document token before it; long texts by windows."""
+        """Log-likelihood in nats of each request's (text,) after the begin token; long texts are scored in windows."""
         texts = [request.args[0] for request in requests]
-        pairs = [([self.prefix_token_id], ids.tolist()) for ids in self.tokenizer.encode_batch(texts)]
+        rows = [with_begin(self.tokenizer, ids).tolist() for ids in self.tokenizer.encode_batch(texts)]
+        pairs = [(row[:1], row[1:]) for row in rows]
         with tqdm(total=len(requests), desc='loglikelihood_rolling', disable=disable_tqdm, smoothing=0) as bar:
             totals = [total for total, _ in self.scorer.score(pairs, bar.update)]
         for text, total in zip(texts, totals):
@@ -173,12 +197,12 @@ class TransXSSMLM(TemplateLM):
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """The completion of each request's (context, settings): `until`, `max_gen_toks`, `temperature`, ...
 
-        A context too long to leave room for max_gen_toks loses its beginning.
+        A context too long to leave room for max_gen_toks loses its first tokens, the begin token excepted.
 
         Raises:
-          InputError: a task asks for as many tokens as max_length or more.
+          InputError: a task asks for so many tokens that no context fits in max_length.
         """
-        contexts = self.tokenizer.encode_batch([request.args[0] for request in requests])
+        rows = encode_prompts(self.tokenizer, [request.args[0] for request in requests])
         groups = {}  # settings -> requests that can be decoded together
         for index, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
@@ -186,27 +210,39 @@ class TransXSSMLM(TemplateLM):
         with tqdm(total=len(requests), desc='generate_until', disable=disable_tqdm, smoothing=0) as bar:
             for key, members in groups.items():
                 settings = normalize_gen_kwargs(json.loads(key), self.max_gen_toks)
-                room = self.max_length - settings['max_gen_toks']
-                if room < 1:
-                    raise InputError(
-                        f'a task generates {settings["max_gen_toks"]} tokens, which must be below '
-                        f'--max_length={self.max_length}; raise it'
-                    )
-                members.sort(key=lambda index: -len(contexts[index]))
+                self.check_max_gen_toks(requests[members[0]].task_name, settings['max_gen_toks'])
+                prompts = {i: self._fit(rows[i], settings['max_gen_toks'], requests[i].task_name) for i in members}
+                members.sort(key=lambda index: -len(prompts[index]))
                 for first in range(0, len(members), GENERATED_TOGETHER):
                     batch = members[first : first + GENERATED_TOGETHER]
                     completions = self.generator.generate(
-                        [contexts[i][-room:] if len(contexts[i]) else np.array([self.prefix_token_id]) for i in batch],
+                        [prompts[i] for i in batch],
                         max_tokens=settings['max_gen_toks'],
                         sampling=_sampling(settings),
                         stop_strings=[stop for stop in settings['until'] if stop],
-                        seeds=batch,
+                        seeds=[fold_seed(SEED, i) for i in batch],
                     )
                     for index, completion in zip(batch, completions):
                         texts[index] = completion.text
                         self.cache_hook.add_partial('generate_until', requests[index].args, completion.text)
                     bar.update(len(batch))
         return texts
+
+    def check_max_gen_toks(self, task: str | None, max_gen_toks: int) -> None:
+        """Raises InputError if a task generates so many tokens that no context fits before them."""
+        if max_gen_toks > self.max_length - 2:
+            raise InputError(
+                f'task {task} generates max_gen_toks={max_gen_toks} tokens, which must be at most '
+                f'--max_length={self.max_length} - 2; raise --max_length or leave the task out'
+            )
+
+    def _fit(self, context, room: int, task: str | None):
+        """The context, without its first tokens (but with the begin token) if it and `room` tokens exceed max_length."""
+        most = max(self.max_length - max(room, 0), 1)
+        if len(context) <= most:
+            return context
+        self.cut_contexts[task] += 1
+        return with_begin(self.tokenizer, context[len(context) - most + 1 :]) if most > 1 else context[-1:]
 
     def get_model_info(self) -> dict:
         """What lm_eval records of the model."""
@@ -219,30 +255,30 @@ class TransXSSMLM(TemplateLM):
 
 
 def encode_pairs(tokenizer, texts: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
-    """Token ids of (context, continuation), as lm_eval's own models divide them.
+    """Token ids of (context, continuation), as lm_eval's own models divide them, after the begin token.
 
     Spaces that end a context begin the continuation; context and continuation are
-    encoded as one text, and the continuation is what comes after as many tokens as the
-    context has alone. Before an empty context stands the end-of-document token.
+    encoded as one text, and the continuation is what follows as many tokens as the
+    context alone has.
     """
     moved = []
     for context, continuation in texts:
         kept = context.rstrip()
         moved.append((kept, context[len(kept) :] + continuation))
-    # Contexts come as often as they have continuations: each text is encoded once.
+    # A context is repeated for each of its continuations: each text is encoded once.
     distinct = list({text for kept, rest in moved for text in (kept, kept + rest, rest)})
-    ids = dict(zip(distinct, tokenizer.encode_batch(distinct)))
+    ids = dict(zip(distinct, tokenizer.encode_batch(distinct, special_tokens=True)))
     pairs = []
     for kept, rest in moved:
         if kept:
             context, continuation = ids[kept], ids[kept + rest][len(ids[kept]) :]
-            # Where the continuation melts into the context's last token there is nothing to divide.
+            # If the continuation merges into the context's last token, there is nothing to divide.
             continuation = continuation if len(continuation) or not rest else ids[rest]
-        elif len(ids[rest]) and ids[rest][0] == tokenizer.eos_id:
+        elif len(ids[rest]) and ids[rest][0] == tokenizer.begin_id:
             context, continuation = ids[rest][:1], ids[rest][1:]
         else:
-            context, continuation = [tokenizer.eos_id], ids[rest]
-        pairs.append(([int(i) for i in context], [int(i) for i in continuation]))
+            context, continuation = [], ids[rest]
+        pairs.append((with_begin(tokenizer, context).tolist(), [int(i) for i in continuation]))
     return pairs
 
 
@@ -268,7 +304,7 @@ def load_tasks(names: list[str], include_path: list[str]) -> dict:
     for path in include_path:
         if not pathlib.Path(path).is_dir():
             raise InputError(f'--include_path={path}: no such directory')
-    # The harness's own index is of thousands of files: it is read only where a name is not found without it.
+    # The harness's own index has thousands of files: it is read only if a name is not found without it.
     manager = TaskManager(include_path=include_path, include_defaults=False) if include_path else None
     if manager is None or not all(manager.match_tasks([name]) for name in names):
         manager = TaskManager(include_path=include_path or None)
@@ -292,6 +328,34 @@ def load_tasks(names: list[str], include_path: list[str]) -> dict:
     return {'tasks': tasks, 'task_manager': manager}
 
 
+def check_tasks(tasks: list, lm: TransXSSMLM, confirm_run_unsafe_code: bool) -> None:
+    """Refuses tasks that the harness or the model would refuse after others have been evaluated.
+
+    Raises:
+      InputError: a task runs code that the model writes and that was not confirmed, or generates too many tokens.
+    """
+    singles = [
+        task for member in tasks for task in (member.get_all_tasks() if hasattr(member, 'get_all_tasks') else [member])
+    ]
+    for task in singles:
+        name = task.task_name if hasattr(task, 'task_name') else task.config.task
+        if getattr(task, 'UNSAFE_CODE', False) and not confirm_run_unsafe_code:
+            raise InputError(
+                f'--tasks: {name} runs code that the model writes (unsafe_code); give --confirm_run_unsafe_code to allow it'
+            )
+        if task.OUTPUT_TYPE == 'generate_until':
+            settings = normalize_gen_kwargs(task.config.generation_kwargs or {}, lm.max_gen_toks)
+            lm.check_max_gen_toks(name, settings['max_gen_toks'])
+
+
+def add_cut_contexts(results: dict, cut_contexts: dict[str, int]) -> None:
+    """Records how many contexts were cut: for every task in 'cut_contexts', and as a row of the table where any was."""
+    results['cut_contexts'] = {task: cut_contexts.get(task, 0) for task in results['n-samples']}
+    for task, count in results['cut_contexts'].items():
+        if count:
+            results['results'][task]['cut_contexts,none'] = count
+
+
 def tables(results: dict) -> str:
     """The harness's table of tasks and, where there are groups, of groups."""
     from lm_eval.utils import make_table
@@ -311,9 +375,6 @@ def _evaluate(flags) -> None:
     logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
     from lm_eval.evaluator import simple_evaluate
 
-    path = pathlib.Path(flags.output or time.strftime(f'{flags.workdir}/evals/harness_%Y-%m-%dT%H-%M-%S.json'))
-    if flags.output and not path.absolute().parent.is_dir():
-        raise InputError(f'--output={flags.output}: its directory does not exist; make it first')
     lm = TransXSSMLM(
         flags.workdir,
         step=flags.step,
@@ -321,21 +382,31 @@ def _evaluate(flags) -> None:
         max_length=flags.max_length,
         batch_tokens=flags.batch_tokens,
     )
+    path = results_lib.choose_output(flags.output, lm.run, 'harness')
+    loaded = load_tasks(list(flags.tasks), list(flags.include_path))
+    check_tasks(loaded['tasks'], lm, flags.confirm_run_unsafe_code)
+    print(
+        f'harness for {flags.workdir} at step {lm.run.step}: tasks {",".join(flags.tasks)}, '
+        f'{flags.limit or "all"} questions each, at most {lm.max_length:,} tokens at once; results go to {path}',
+        flush=True,
+    )
     results = simple_evaluate(
         lm,
-        **load_tasks(list(flags.tasks), list(flags.include_path)),
+        **loaded,
+        confirm_run_unsafe_code=flags.confirm_run_unsafe_code,
         limit=flags.limit or None,
         log_samples=flags.log_samples,
         num_fewshot=None if flags.num_fewshot < 0 else flags.num_fewshot,
     )
+    add_cut_contexts(results, lm.cut_contexts)
     print(tables(results))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(results_json(results))
+    made_by = results_lib.of_run(lm.run, COMMAND.module, flags.argv, packages=('lm_eval', 'datasets'))
+    write_results(path, results | {'made_by': made_by})
     print(f'results written to {path}')
 
 
-def results_json(results: dict) -> str:
-    """Results as the harness writes them to its own files."""
+def write_results(path: pathlib.Path, results: dict) -> None:
+    """Writes results as the harness writes them to its own files."""
     from lm_eval.utils import handle_non_serializable
 
-    return json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False) + '\n'
+    results_lib.write_json(path, results, default=handle_non_serializable)

@@ -1,10 +1,10 @@
-"""Multi-query associative recall: python -m transxssm_jax.evals.mqar --config=configs/recall.py [--pattern=attention,ssd].
+"""Multi-query associative recall (MQAR): python -m transxssm_jax.evals.mqar --config=configs/recall.py [--pattern=attention,ssd].
 
 A row shows pairs of a key and its value, then asks for every key once, among
-noise: where a key comes the second time its value is to be predicted (the task of
+noise: where a key appears the second time, its value is to be predicted (the task of
 Zoology, arXiv:2312.04927). The answer is not shown, so that the values left over
-do not give the last ones away. It takes exact recall of many things at once, which
-is what a state of fixed size finds hard and attention does not.
+do not give the last ones away. The task needs exact recall of many things at once, which
+is hard for a state of fixed size and easy for attention.
 
     tokens   k1 v1 k2 v2 k3 v3 k2  . k3  .  . k1  .  .      . is noise
     targets                    v2    v3       v1
@@ -15,7 +15,7 @@ of a row is data.seq_len, tokens are of model.vocab_size.
 
 Exit codes: 0 finished; 2 wrong input; 3 the loss is not finite.
 
-Shape legend: B batch, L length, D model, V vocabulary, P pairs, S places after the pairs.
+Shape legend: B batch, L length, D model, V vocabulary, P pairs, S positions after the pairs.
 """
 
 from transxssm_jax import cli
@@ -24,9 +24,7 @@ if __name__ == '__main__':
     cli.start('transxssm_jax.evals.mqar')
 
 import dataclasses
-import json
 import math
-import pathlib
 import sys
 import time
 
@@ -39,15 +37,17 @@ from tqdm import tqdm
 from transxssm_jax import config as config_lib
 from transxssm_jax.cli import Flag
 from transxssm_jax.config import Config, ConfigError
+from transxssm_jax.evals import results as results_lib
 from transxssm_jax.model import parameters
+from transxssm_jax.model.language_model import to_logits
 from transxssm_jax.model.loss import IGNORED
 from transxssm_jax.parallel import mesh
 from transxssm_jax.training import step as step_lib
 from transxssm_jax.training.health import NotFiniteError
 
-TRAIN, EVAL, FINAL = 0, 1, 2  # streams of rows that share nothing
+TRAIN, EVAL, FINAL = 0, 1, 2  # independent streams of rows
 
-# What each pattern does to a config; 'hybrid' is the config's own.
+# The settings of model.* that each pattern changes; 'hybrid' is the config's own.
 PATTERNS = {
     'hybrid': {},
     'attention': {'attention_period': 1, 'attention_offset': 0},
@@ -61,7 +61,7 @@ COMMAND = cli.Command(
         Flag('pattern', ('hybrid',), "Patterns to train: 'hybrid', 'attention', 'ssd'.", choices=tuple(PATTERNS)),
         Flag('pairs', 0, 'Keys per row; 0: an eighth of data.seq_len.', minimum=0),
         Flag('target', 0.995, 'Accuracy that ends a training; above 1: none does.'),
-        Flag('output', '', 'JSON file to write; empty: none.', is_path=True),
+        Flag('output', '', 'New JSON file; empty: none.', is_path=True),
     ],
     settings=config_lib.describe,
 )
@@ -69,16 +69,16 @@ COMMAND = cli.Command(
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What a row looks like.
+    """How rows are made.
 
     Keys are drawn from 1 .. vocab_size/2 - 1, values and noise from the upper
-    half, so that a key occurs twice in a row and nothing else looks like one.
+    half, so that a key appears twice in a row and nothing else looks like a key.
 
     Attributes:
       vocab_size: V.
-      length: L, tokens a row.
-      pairs: P, keys a row, each asked for once.
-      alpha: queries come soon after the pairs rather than late: the s-th place is chosen in proportion to s^(alpha - 1).
+      length: L, tokens per row.
+      pairs: P, keys per row, each asked for once.
+      alpha: skews queries towards the pairs: the s-th position after them is drawn in proportion to s^(alpha - 1).
 
     Raises:
       ConfigError: the row is too short for its pairs, or the vocabulary for its keys.
@@ -110,14 +110,14 @@ class Task:
 
         Returns:
           tokens, targets, segment_ids, positions: int32 [B, L], as a train step
-          takes them; targets are IGNORED but where a key is asked for, P times a row.
+          takes them; targets are IGNORED except where a key is asked for, P times per row.
         """
         rng = np.random.default_rng([seed, stream, step])
         half, pairs = self.vocab_size // 2, self.pairs
         keys_BP = 1 + _largest(rng, rng.random((rows, half - 1), np.float32), pairs)
         values_BP = rng.integers(half, self.vocab_size, (rows, pairs))
         weight_S = np.arange(1, self.length - 2 * pairs + 1) ** (self.alpha - 1)
-        # The largest of u^(1/weight) are a choice by weight without repetition.
+        # The largest of u^(1/weight) are a weighted sample without replacement (Efraimidis and Spirakis 2006).
         at_BP = 2 * pairs + _largest(rng, np.log(rng.random((rows, len(weight_S)))) / weight_S, pairs)
 
         tokens_BL = rng.integers(half, self.vocab_size, (rows, self.length))
@@ -135,7 +135,7 @@ class Task:
 
 
 def _largest(rng, x_BS, count):
-    """int [B, count]: where each row is largest, in random order: any key may be asked for first."""
+    """int [B, count]: indices of each row's largest values, in random order, so that any key may be asked for first."""
     return rng.permuted(np.argpartition(x_BS, -count, axis=1)[:, -count:], axis=1)
 
 
@@ -143,7 +143,7 @@ def with_pattern(config: Config, pattern: str) -> Config:
     """The config with the mixers of one of PATTERNS.
 
     Raises:
-      ConfigError: no such pattern, or 'hybrid' of a config that has one kind of layer only.
+      ConfigError: no such pattern, or 'hybrid' of a config with only one kind of layer.
     """
     if pattern not in PATTERNS:
         raise ConfigError(f'--pattern={pattern} must be one of {", ".join(PATTERNS)}, or several with commas')
@@ -157,35 +157,37 @@ def with_pattern(config: Config, pattern: str) -> Config:
 
 
 def accuracy_step(config: Config):
-    """The function (params, batch) -> float32 share of the targets that the highest logit names; P targets a row."""
+    """The function (params, batch, at_BP) -> accuracy, float32: the share of targets whose logit is the highest.
+
+    at_BP is where the P targets of each row are, int32.
+    """
     graph, _ = parameters.split_model(config.model)
 
-    def step(params, batch, at_BP):
+    def of_block(params, batch, at_BP):
         model = nnx.merge(graph, params)
         hidden_BLD = model(batch['tokens'], segment_ids_BL=batch['segment_ids'], positions_BL=batch['positions'])
-        hidden_BPD = jnp.take_along_axis(hidden_BLD, at_BP[..., None], axis=1)
-        logits_BPV = jnp.einsum(
-            'BPD,VD->BPV', hidden_BPD, model.head_VD.astype(hidden_BPD.dtype), preferred_element_type=jnp.float32
-        )
-        answers_BP = jnp.take_along_axis(batch['targets'], at_BP, axis=1)
-        return jnp.mean(jnp.argmax(logits_BPV, axis=-1) == answers_BP)
+        logits_BPV = to_logits(jnp.take_along_axis(hidden_BLD, at_BP[..., None], axis=1), model.head_VD)
+        return jnp.argmax(logits_BPV, axis=-1) == jnp.take_along_axis(batch['targets'], at_BP, axis=1)
 
-    return step
+    rows = ('batch', None)  # whole, because a target may be anywhere in its row
+    batch_axes = dict.fromkeys(('tokens', 'targets', 'segment_ids', 'positions'), rows)
+    is_right_BP = parameters.on_shards(of_block, config.model, (batch_axes, rows), rows)
+    return lambda params, batch, at_BP: jnp.mean(is_right_BP(params, batch, at_BP))
 
 
-def train(config: Config, task: Task, *, target: float, say=print) -> dict:
+def train(config: Config, task: Task, *, target: float, report=print) -> dict:
     """Trains a model on the task until an evaluation reaches the target accuracy, or for train.steps.
 
     Args:
-      config: rows a step, optimizer, model; evaluates every train.eval_every_steps
+      config: model, optimizer and rows per step; evaluates every train.eval_every_steps
         on train.eval_batches batches (0: one) that are never trained on.
       target: accuracy that ends the training; above 1: none does.
-      say: is given a line for every evaluation.
+      report: called with one line for every evaluation.
 
     Returns:
       'layers' (e.g. 'ssd attention'), 'parameters', 'steps', 'seconds' (with
       compilation), 'accuracy' and 'rows' (of a last evaluation on rows of its own), and
-      'curve': a list of {'step', 'loss' (of the step, in nats a value), 'accuracy'}.
+      'curve': a list of {'step', 'loss' (of the step, in nats per target), 'accuracy'}.
 
     Raises:
       NotFiniteError: naming the step.
@@ -222,9 +224,9 @@ def train(config: Config, task: Task, *, target: float, say=print) -> dict:
         with bar:
             metrics = {}
             for step in range(1, settings.steps + 1):
-                unsettled = metrics
+                pending_metrics = metrics
                 state, metrics = train_step(state, jax.device_put(batch(TRAIN, step), batch_sharding))
-                _check_finite(step - 1, unsettled)  # waits for the step before, so that few are under way at a time
+                _check_finite(step - 1, pending_metrics)  # waits for the step before, so that few are in flight
                 bar.update()
                 if step < settings.steps and not (settings.eval_every_steps and step % settings.eval_every_steps == 0):
                     continue
@@ -233,7 +235,7 @@ def train(config: Config, task: Task, *, target: float, say=print) -> dict:
                     {'step': step, 'loss': float(metrics['loss']), 'accuracy': accuracy(EVAL, step * eval_batches)}
                 )
                 bar.clear()
-                say(
+                report(
                     f'step {step:6d}   loss {curve[-1]["loss"]:7.4f}   accuracy {curve[-1]["accuracy"]:7.2%}   '
                     f'{time.perf_counter() - started:6.1f} s'
                 )
@@ -261,7 +263,7 @@ def _check_finite(step: int, metrics: dict) -> None:
 
 
 def table(results: dict[str, dict]) -> str:
-    """Results by pattern, a line each."""
+    """Results by pattern, one line each."""
     lines = [f'{"pattern":10s} {"parameters":>12s} {"steps":>7s} {"seconds":>8s} {"accuracy":>9s}']
     lines += [
         f'{pattern:10s} {result["parameters"]:12,d} {result["steps"]:7d} {result["seconds"]:8.1f} '
@@ -280,17 +282,23 @@ def _compare(flags) -> None:
     config = config_lib.from_flags(flags)
     task = Task(config.model.vocab_size, config.data.seq_len, flags.pairs or config.data.seq_len // 8)
     configs = {name: with_pattern(config, name) for name in flags.pattern}
-    if flags.output and not pathlib.Path(flags.output).absolute().parent.is_dir():
-        raise ConfigError(f'--output={flags.output}: its directory does not exist; make it first')
+    path = results_lib.choose_output(flags.output, None, 'mqar') if flags.output else None
     print(
+        f'{len(configs)} patterns, at most {config.train.steps:,} steps each: '
         f'{task.pairs} pairs in rows of {task.length} tokens, {task.vocab_size} words; '
         f'a guess is right {2 / task.vocab_size:.2%} of the time, one of the values shown {1 / task.pairs:.2%}'
     )
     results = {}
     for name, changed in configs.items():
         print(f'{name}: {" ".join(changed.model.layer_pattern)}', flush=True)
-        results[name] = train(changed, task, target=flags.target, say=lambda line: print(line, flush=True))
+        results[name] = train(changed, task, target=flags.target, report=lambda line: print(line, flush=True))
     print(table(results))
-    if flags.output:
-        record = {'task': dataclasses.asdict(task), 'results': results, 'config': dataclasses.asdict(config)}
-        pathlib.Path(flags.output).write_text(json.dumps(record, indent=1) + '\n')
+    if path:
+        record = {
+            **results_lib.of_command(config, COMMAND.module, flags.argv),
+            'task': dataclasses.asdict(task),
+            'results': results,
+            'config': dataclasses.asdict(config),
+        }
+        results_lib.write_json(path, record)
+        print(f'results written to {path}')

@@ -1,17 +1,18 @@
 """Needle in a haystack: python -m transxssm_jax.evals.needle --workdir=DIR --haystack=FILE --lengths=1024,2048,4096.
 
-Sentences that give secret numbers are put into a long text at several depths, and the model is asked for
-them at its end. An answer counts in two ways: whether the text that the model goes on
-with holds the number, and where the number ranks by log-likelihood among other numbers, some
-of which stand in the text too; a small base model shows something in the second long before the first.
+Sentences that give secret numbers are put into a long text at several depths, and the model is asked for the numbers
+at the end of the text. An answer is scored twice: 'generated' is whether the model's completion contains the number as
+a whole, and 'chosen' is whether the number is the likeliest of several candidates, some of which are in the text too;
+a small base model shows something in the second long before the first.
 
-Every haystack is read once; question, candidates and completion go on from its state. Writes
-results.json (every question and the means of each length x depth) and a heat map of each
-score, generated.png and chosen.png (pip install -e .[eval] brings matplotlib), to --output.
+Every haystack is read once; question, candidates and completion continue from the state after it. Writes results.json
+(every question, the means of each length and depth, and what made them) and a heat map of each score, generated.png
+and chosen.png (pip install -e .[eval] brings matplotlib), to a new directory: --output, by default
+WORKDIR/evals/needle-step-STEP-TIME.
 
-Exit codes: 0 finished; 2 wrong input, with one line.
+Exit codes: 0 finished; 2 wrong input, reported in one line.
 
-Shape legend: B rows, C candidate answers, T tokens of a candidate, V vocabulary.
+Shape legend: B rows, C candidate answers, V vocabulary.
 """
 
 from transxssm_jax import cli
@@ -20,8 +21,7 @@ if __name__ == '__main__':
     cli.start('transxssm_jax.evals.needle')
 
 import dataclasses
-import json
-import pathlib
+import re
 import sys
 
 import jax
@@ -32,12 +32,16 @@ from tqdm import tqdm
 from transxssm_jax.cli import Flag
 from transxssm_jax.data import source
 from transxssm_jax.data.manifest import DataError
-from transxssm_jax.evals.scoring import bucket, load_run
-from transxssm_jax.inference.completion import Row
+from transxssm_jax.evals import results as results_lib
+from transxssm_jax.evals.heat_map import heat_map, table
+from transxssm_jax.inference.completion import Request
 from transxssm_jax.inference.decode import Decoder
+from transxssm_jax.inference.padding import padded_length
+from transxssm_jax.inference.prompt import with_begin
 from transxssm_jax.inference.sampling import InputError
+from transxssm_jax.inference.trained_run import open_run
 
-CITIES = (
+CITIES = [
     'Lisbon',
     'Nairobi',
     'Oslo',
@@ -62,12 +66,12 @@ CITIES = (
     'Kyoto',
     'Malaga',
     'Denver',
-)
+]
 NEEDLE = ' The secret number of {city} is {number}.'
 QUESTION = '\n\nQuestion: What is the secret number of {city}?\nAnswer: The secret number of {city} is'
 ANSWER = ' {number}'
 DIGITS = 5
-ROOM = DIGITS + 3  # tokens for an answer: at most one a byte, and two to see what comes after
+ROOM = DIGITS + 3  # tokens for an answer: at most one per byte, and two to see what follows it
 ENDS_OF_SENTENCES = ('.', '!', '?', '\n')
 
 COMMAND = cli.Command(
@@ -88,20 +92,32 @@ COMMAND = cli.Command(
         ),
         Flag('needles', 1, 'Needles per haystack.', minimum=1, maximum=len(CITIES)),
         Flag('ask', 'one', "'one' asks for the first needle, 'all' for each.", choices=('one', 'all')),
-        Flag('samples', 1, 'Haystacks of each length and depth.', minimum=1),
-        Flag('candidates', 10, 'Numbers that the answer is ranked among; those of other needles are.', minimum=2),
+        Flag('samples', 5, 'Haystacks of each length and depth.', minimum=1),
+        Flag(
+            'candidates',
+            10,
+            'Numbers that the answer is ranked among; those of the other needles are among them.',
+            minimum=2,
+        ),
         Flag('step', -1, 'Step of the checkpoint; -1: the newest.', minimum=-1),
         Flag('tokenizer', '', 'byte, a JSON file or a prepared directory; empty: that of the run.', is_path=True),
         Flag('seed', 0, 'Seed of haystacks and numbers.', minimum=0),
-        Flag('output', '', 'Directory; empty: WORKDIR/evals/needle.', is_path=True),
+        Flag('output', '', 'New directory; empty: one in WORKDIR/evals.', is_path=True),
     ],
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """tokens: after the haystack; needle: the sentence that answers it; depth: where that stands, in percent;
-    answer: the number; candidates: numbers to rank, the answer first."""
+    """A question about one needle.
+
+    Attributes:
+      tokens: to read after the haystack.
+      needle: the sentence that answers the question.
+      depth: of the needle, in percent of the haystack.
+      answer: the number.
+      candidates: numbers to rank, the answer first.
+    """
 
     tokens: list[int]
     needle: str
@@ -112,7 +128,7 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A haystack with its needles, int32 tokens, and what is asked of it."""
+    """A haystack with its needles, int32 tokens that begin with the begin token, and the questions about it."""
 
     length: int
     depth: float
@@ -127,7 +143,7 @@ class Haystack:
     Args:
       spec: a text, jsonl or parquet file, a directory or a pattern, as data.prepare reads it.
       tokenizer: of the model.
-      num_tokens: how many tokens to read, if there are as many; the text is repeated where there are not.
+      num_tokens: most tokens to read; a shorter text is repeated.
 
     Raises:
       DataError: no such source, or it has no text.
@@ -159,8 +175,9 @@ class Haystack:
     ) -> Case:
         """One haystack with its needles: a pure function of its arguments.
 
-        The first needle stands at `depth`, the others at even steps from there to the end; each is moved back to the
-        end of a sentence. With the longest question and ROOM tokens for the answer, the whole is `length` tokens.
+        The first needle stands at `depth` (percent), the others at even steps from there to the end; each is moved back
+        to the end of a sentence. With begin token, the longest question and ROOM tokens for the answer, the whole is
+        `length` tokens.
 
         Raises:
           InputError: length is too short for needles and question.
@@ -173,7 +190,7 @@ class Haystack:
         sentences = [NEEDLE.format(city=city, number=number) for city, number in zip(cities, numbers)]
         encoded = [encode(sentence) for sentence in sentences]
         asked = [encode(QUESTION.format(city=city)) for city in cities]
-        fill = length - sum(map(len, encoded)) - max(map(len, asked)) - ROOM
+        fill = length - 1 - sum(map(len, encoded)) - max(map(len, asked)) - ROOM
         if fill < needles:
             raise InputError(
                 f'--lengths={length} is too short for {needles} needle(s), question and answer, which take '
@@ -183,13 +200,13 @@ class Haystack:
         index = np.arange(first, first + fill) % len(self.tokens)
         depths = [depth + (100 - depth) * i / needles for i in range(needles)]
         ends = np.concatenate([[0], 1 + np.flatnonzero(self._is_end[index])])
-        places = [
+        positions = [
             fill if d == 100 else int(ends[np.searchsorted(ends, fill * d / 100, side='right') - 1]) for d in depths
         ]
         parts, previous = [], 0
-        for place, needle in zip(places, encoded):
-            parts += [self.tokens[index[previous:place]], needle]
-            previous = place
+        for position, needle in zip(positions, encoded):
+            parts += [self.tokens[index[previous:position]], needle]
+            previous = position
         parts.append(self.tokens[index[previous:]])
         questions = [
             Question(
@@ -201,7 +218,7 @@ class Haystack:
             )
             for i in range(needles if ask == 'all' else 1)
         ]
-        return Case(length, depth, sample, np.concatenate(parts).astype(np.int32), questions)
+        return Case(length, depth, sample, with_begin(self.tokenizer, np.concatenate(parts)), questions)
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode_batch([text])[0].tolist()
@@ -235,20 +252,20 @@ class Reader:
 
     def read(self, case: Case) -> dict:
         """The decoder's state after a haystack."""
-        state = self.decoder.empty(1, bucket(case.length))
-        tokens_BL = np.zeros((1, bucket(len(case.tokens))), np.int32)
+        state = self.decoder.empty(1, padded_length(case.length))
+        tokens_BL = np.zeros((1, padded_length(len(case.tokens))), np.int32)
         tokens_BL[0, : len(case.tokens)] = case.tokens
         return self.decoder.prefill(
             state, tokens_BL, np.array([len(case.tokens)], np.int32), np.array([case.length], np.int32)
         )
 
     def answer(self, state: dict, case: Case, question: Question) -> dict:
-        """What the model says to a question after a haystack's state, which stays as it is.
+        """The model's answer to a question after a haystack; the haystack's state is not changed.
 
         Returns:
-          'response' (text of the likeliest tokens), 'generated' (1.0 where it holds the answer),
+          'response' (text of the likeliest tokens), 'generated' (1.0 if it contains the answer),
           'log_likelihoods' (nats, of each candidate), 'rank' (of the answer among them, from 1),
-          'chosen' (1.0 where that is 1).
+          'chosen' (1.0 if the rank is 1).
         """
         length = np.array([case.length], np.int32)
         state = self._copies(state, 1)
@@ -263,7 +280,7 @@ class Reader:
         rank = 1 + sum(score >= scores[0] for score in scores[1:])
         return {
             'response': text,
-            'generated': float(question.answer in text),
+            'generated': float(contains_number(text, question.answer)),
             'log_likelihoods': scores,
             'rank': rank,
             'chosen': float(rank == 1),
@@ -282,12 +299,17 @@ class Reader:
         return totals_C.tolist()
 
     def _generate(self, state, question, length):
-        row = Row(self.tokenizer, np.array(question.tokens, np.int32), ROOM, (self.tokenizer.eos_id,), (), 0)
-        while not row.finish:
+        request = Request(self.tokenizer, np.array(question.tokens, np.int32), ROOM, (self.tokenizer.eos_id,))
+        while not request.finish_reason:
             token_B = np.asarray(self._likeliest(state['logits_BV']))
-            row.extend(token_B)
+            request.extend(token_B)
             state = self.decoder.step(state, token_B, length)
-        return row.completion().text
+        return request.text
+
+
+def contains_number(text: str, number: str) -> bool:
+    """Whether a text contains a number that is not part of a longer one: 12345, but not 123456."""
+    return bool(re.search(rf'(?<!\d){number}(?!\d)', text))
 
 
 def means(results: list[dict]) -> list[dict]:
@@ -304,41 +326,6 @@ def means(results: list[dict]) -> list[dict]:
         }
         for (length, depth), members in cells.items()
     ]
-
-
-def heat_map(path: pathlib.Path, cells: list[dict], score: str, title: str) -> None:
-    """A PNG of a score, 0 (red) to 1 (green), by length and depth; cells are those of `means`."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    lengths = sorted({cell['context_length'] for cell in cells})
-    depths = sorted({cell['depth_percent'] for cell in cells})
-    grid = np.full((len(depths), len(lengths)), np.nan)
-    for cell in cells:
-        grid[depths.index(cell['depth_percent']), lengths.index(cell['context_length'])] = cell[score]
-    figure = Figure(figsize=(2.5 + 0.8 * len(lengths), 1.8 + 0.45 * len(depths)), layout='constrained')
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    image = axes.imshow(grid, cmap='RdYlGn', vmin=0, vmax=1, aspect='auto')
-    axes.set(title=title, xlabel='tokens', ylabel='depth of the needle, %')
-    axes.set_xticks(range(len(lengths)), [f'{length:,}' for length in lengths])
-    axes.set_yticks(range(len(depths)), [f'{depth:g}' for depth in depths])
-    for (row, column), value in np.ndenumerate(grid):
-        axes.text(column, row, '-' if np.isnan(value) else f'{value:.2f}', ha='center', va='center', fontsize=8)
-    figure.colorbar(image, ax=axes)
-    figure.savefig(path, dpi=120)
-
-
-def table(cells: list[dict], score: str) -> str:
-    """A score by depth (rows) and length (columns)."""
-    lengths = sorted({cell['context_length'] for cell in cells})
-    values = {(cell['depth_percent'], cell['context_length']): cell[score] for cell in cells}
-    lines = [f'{score:>10s}' + ''.join(f'{length:>9,d}' for length in lengths)]
-    lines += [
-        f'{depth:>9g}%' + ''.join(f'{values[depth, length]:9.2f}' for length in lengths)
-        for depth in sorted({depth for depth, _ in values})
-    ]
-    return '\n'.join(lines)
 
 
 # ---- the command -----------------------------------------------------------
@@ -380,41 +367,51 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _evaluate(flags) -> None:
-    params, config, found = load_run(flags.workdir, flags.step, flags.tokenizer)
-    haystack = Haystack(flags.haystack, found, 4 * max(flags.lengths))
-    cases = [
-        (length, depth, sample)
-        for length in sorted(set(flags.lengths))
-        for depth in sorted(set(flags.depths))
-        for sample in range(flags.samples)
-    ]
+    lengths, depths = sorted(set(flags.lengths)), sorted(set(flags.depths))
+    if not (lengths and depths):
+        raise InputError(f'--{"depths" if lengths else "lengths"} is empty; give at least one number')
+    opened = open_run(flags.workdir, flags.step, flags.tokenizer)
+    folder = results_lib.choose_output(flags.output, opened, 'needle', suffix='')
+    haystack = Haystack(flags.haystack, opened.tokenizer, 4 * max(lengths))
+    cases = [(length, depth, sample) for length in lengths for depth in depths for sample in range(flags.samples)]
     settings = dict(needles=flags.needles, ask=flags.ask, candidates=flags.candidates, seed=flags.seed)
-    for length in set(flags.lengths):
-        haystack.case(length, 0, 0, **settings)  # one too short is said now
-    reader = Reader(Decoder(params, config), found)
-    del params
+    for length in lengths:
+        haystack.case(length, 0, 0, **settings)  # refuses one that is too short before the work
+    made_by = results_lib.of_run(opened, COMMAND.module, flags.argv)
+    model = f'{flags.workdir} at step {opened.step}'
+    print(
+        f'needle in a haystack for {model}: {len(cases)} haystacks ({len(lengths)} lengths x '
+        f'{len(depths)} depths x {flags.samples} samples) of {lengths[0]:,} to {lengths[-1]:,} tokens, '
+        f'{sum(case[0] for case in cases):,} in all; results go to {folder}',
+        flush=True,
+    )
+    reader = Reader(Decoder(opened.params, opened.config), opened.tokenizer)
+    del opened
     results = run(reader, haystack, cases, settings, progress=sys.stderr.isatty())
     cells = means(results)
     for score in ('generated', 'chosen'):
         print(table(cells, score))
-    chance = 1 / max(flags.candidates, flags.needles)
-    print(f'chosen: the answer is the likeliest of the candidates, by chance {chance:.2f}')
-    folder = pathlib.Path(flags.output or f'{flags.workdir}/evals/needle')
-    folder.mkdir(parents=True, exist_ok=True)
+    count = max(flags.candidates, flags.needles)
+    print(f'chosen: the answer is the likeliest of {count} candidates, by chance {1 / count:.2f}')
     record = {
-        'model': flags.workdir,
+        **made_by,
+        'model': model,
         'haystack': flags.haystack,
         'settings': settings,
+        'chance': {'generated': 0.0, 'chosen': 1 / count},
         'cells': cells,
         'results': results,
     }
-    (folder / 'results.json').write_text(json.dumps(record, indent=1, ensure_ascii=False) + '\n')
+    folder.mkdir()
+    results_lib.write_json(folder / 'results.json', record)
     try:
-        for score, title in (
-            ('generated', 'the completion holds the answer'),
-            ('chosen', 'the answer is the likeliest'),
+        for score, meaning, chance in (
+            ('generated', 'the completion contains the answer', None),
+            ('chosen', f'the answer is the likeliest of {count} candidates', 1 / count),
         ):
-            heat_map(folder / f'{score}.png', cells, score, title)
+            by_chance = f' (by chance {chance:.2f})' if chance else ' (by chance 0)'
+            title = f'{model}\n{meaning}{by_chance}\nmean of {cells[0]["questions"]} questions per cell'
+            heat_map(folder / f'{score}.png', cells, score, title, chance)
     except ModuleNotFoundError as error:
         print(f'no heat maps: {error.name} is not installed; pip install -e .[eval]', file=sys.stderr)
     print(f'results written to {folder}')

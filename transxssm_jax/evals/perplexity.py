@@ -3,20 +3,19 @@
     python -m transxssm_jax.evals.perplexity --workdir=DIR [--step=N] [--data=DIR] [--split=validation]
         [--lengths=1x,2x,4x,8x] [--rope_scaling=none,linear,dynamic,length] [--documents=long|joined]
 
-Held-out text is cut into windows of each length, which start with an empty
-state and position 0. Every length scores the same text, so that a difference
-between two lengths is one of context, not of text. 1x is the training length,
-data.seq_len of the run.
+Held-out text is cut into windows of each length, as rows of training are: each window starts with an empty state and
+position 0, its first input is the tokenizer's begin token at the start of a document and the token before the window
+elsewhere, and each of its tokens is scored. Every length scores the same text, so that a difference between two
+lengths is one of context, not of text. 1x is the training length, data.seq_len of the run.
 
---documents=long, as in papers on long context, takes documents of at least the
-longest length and cuts each from its start; the rest of it is left out.
---documents=joined lays all documents end to end, each with its end-of-document
-token, and cuts that; state, attention and positions run on over the ends,
-although a model trained here has never seen that. It tells whether a model
-stays stable where there are no long documents, not what it makes of context.
+--documents=long, as in papers on long context, takes documents of at least the longest length and cuts each from its
+start; the rest of the document is left out. --documents=joined joins all documents, each with its end-of-document
+token, and cuts the joined text; state, attention and positions continue across the ends of documents, although the
+model was never trained so. It shows whether a model stays stable where there are no long documents, not how well it
+uses context.
 
-Prints a table and writes JSON (--output). Memory grows with the window's
-length alone: logits exist for train.loss_chunk_tokens tokens at a time.
+Prints a table and writes JSON to --output, by default WORKDIR/evals/perplexity-step-STEP-TIME.json. Memory grows only
+with the window's length: logits exist for train.loss_chunk_tokens tokens at a time.
 
 Shape legend: B windows, L length, D model, V vocabulary, T tokens of a chunk.
 """
@@ -26,7 +25,6 @@ from transxssm_jax import cli
 if __name__ == '__main__':
     cli.start('transxssm_jax.evals.perplexity')
 
-import json
 import logging
 import math
 import pathlib
@@ -42,16 +40,17 @@ from flax import nnx
 from transxssm_jax import config as config_lib
 from transxssm_jax.cli import Flag
 from transxssm_jax.config import Config, ConfigError
-from transxssm_jax.data.loader import check_vocab, make_loader
+from transxssm_jax.data.loader import read_documents
 from transxssm_jax.data.manifest import DataError, read_manifest
-from transxssm_jax.data.tokenizer import load_tokenizer
+from transxssm_jax.evals import results as results_lib
 from transxssm_jax.evals.scoring import log_likelihoods
+from transxssm_jax.inference.trained_run import open_run
+from transxssm_jax.model import parameters
 from transxssm_jax.model.loss import IGNORED
-from transxssm_jax.model.parameters import split_model
+from transxssm_jax.parallel import collectives
 from transxssm_jax.training import checkpoint
 
 SCALINGS = ('none', 'linear', 'dynamic', 'length')
-ROW_TOKENS = 8192  # read at a time
 
 COMMAND = cli.Command(
     'transxssm_jax.evals.perplexity',
@@ -67,15 +66,18 @@ COMMAND = cli.Command(
         Flag('documents', 'long', 'How text becomes windows, see above.', choices=('long', 'joined')),
         Flag('windows', 16, 'Most windows of the longest length; 0: all there are.', minimum=0),
         Flag('batch', 1, 'Windows at once.', minimum=1),
-        Flag('output', '', 'JSON file; empty: perplexity.json in the workdir.', is_path=True),
+        Flag('output', '', 'New JSON file; empty: one in WORKDIR/evals.', is_path=True),
     ],
 )
 
 
-def token_losses(hidden_BLD: jax.Array, head_VD: jax.Array, targets_BL: jax.Array, chunk_tokens: int) -> jax.Array:
+def token_losses(
+    hidden_BLD: jax.Array, head_VD: jax.Array, targets_BL: jax.Array, *, vocab_size: int, chunk_tokens: int
+) -> jax.Array:
     """Cross-entropy of every position in nats, float32 [B, L]; 0 where the target is IGNORED.
 
-    Logits are made for chunk_tokens tokens at a time from operands of hidden's dtype, as in loss.py.
+    Logits are computed for chunk_tokens tokens at a time from operands of hidden's dtype, as in loss.py. Within a
+    shard_map hidden and targets are this device's rows, and head_VD its shard.
     """
     x_TD, target_T = hidden_BLD.reshape(-1, hidden_BLD.shape[-1]), targets_BL.reshape(-1)
     chunk = min(chunk_tokens, len(target_T))
@@ -86,7 +88,7 @@ def token_losses(hidden_BLD: jax.Array, head_VD: jax.Array, targets_BL: jax.Arra
 
     def one_chunk(inputs):
         x_TD, target_T = inputs
-        log_likelihood_T, _ = log_likelihoods(x_TD, weights_VD, jnp.maximum(target_T, 0), len(weights_VD))
+        log_likelihood_T, _ = log_likelihoods(x_TD, weights_VD, jnp.maximum(target_T, 0), vocab_size)
         return jnp.where(target_T == IGNORED, 0.0, -log_likelihood_T)
 
     nll_T = jax.lax.map(one_chunk, (x_TD.reshape(-1, chunk, x_TD.shape[-1]), target_T.reshape(-1, chunk)))
@@ -94,33 +96,47 @@ def token_losses(hidden_BLD: jax.Array, head_VD: jax.Array, targets_BL: jax.Arra
 
 
 def losses_by_position(
-    params: dict, config: Config, spans: np.ndarray, length: int, *, batch: int = 1, advance=lambda tokens: None
+    params: dict,
+    config: Config,
+    spans: tuple[np.ndarray, np.ndarray],
+    length: int,
+    *,
+    batch: int = 1,
+    advance=lambda tokens: None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Loss at every position of windows of one length.
+    """Loss at every position of windows of one length, on the mesh in use (jax.set_mesh) or one device without one.
 
     Args:
-      params, config: from checkpoint.load_trained; config.model.rope_* say how positions are scaled.
-      spans: int32 [texts, at least length] tokens; each text gives as many whole windows as it has.
-      batch: windows at once.
+      params, config: of a run; config.model.rope_* are how positions are scaled.
+      spans: tokens and targets of texts, as from `read_spans`, int32 [texts, at least length]; each text gives as many
+        whole windows as it has.
+      batch: windows at once; rounded up to a multiple of the devices that share the rows.
       advance: called with the number of tokens that are done.
 
     Returns:
-      (nats, counts): float64 and int64 [length], sums over the windows. A window's last token is
-      counted where its text goes on.
+      (nats, counts): float64 and int64 [length], sums over the windows.
     """
-    windows, rest = spans.shape[1] // length, spans.shape[1] % length
-    tokens_BL = spans[:, : windows * length].reshape(-1, length)
-    targets = np.concatenate([spans[:, 1:], np.full_like(spans[:, :1], IGNORED)], axis=1)
-    targets_BL = targets[:, : spans.shape[1] - rest].reshape(-1, length)
+    shards = collectives.num_shards('batch')
+    batch = -(-batch // shards) * shards
+    covered = spans[0].shape[1] // length * length
+    tokens_BL, targets_BL = (side[:, :covered].reshape(-1, length) for side in spans)
     padding = -len(tokens_BL) % batch
     tokens_BL = np.pad(tokens_BL, ((0, padding), (0, 0)))
     targets_BL = np.pad(targets_BL, ((0, padding), (0, 0)), constant_values=IGNORED)
-    graph, _ = split_model(config_lib.replace(config, {'model.remat': 'none'}).model)
+    graph, _ = parameters.split_model(config_lib.replace(config, {'model.remat': 'none'}).model)
 
-    @jax.jit
-    def losses(params, tokens_BL, targets_BL):
+    def of_block(params, tokens_BL, targets_BL):
         model = nnx.merge(graph, params)
-        return token_losses(model(tokens_BL), model.head_VD, targets_BL, config.train.loss_chunk_tokens)
+        return token_losses(
+            model(tokens_BL),
+            model.head_VD,
+            targets_BL,
+            vocab_size=config.model.vocab_size,
+            chunk_tokens=config.train.loss_chunk_tokens,
+        )
+
+    rows = ('batch', None)
+    losses = jax.jit(parameters.on_shards(of_block, config.model, (rows, rows), rows))
 
     nats_L, counts_L = np.zeros(length), np.zeros(length, np.int64)
     for start in range(0, len(tokens_BL), batch):
@@ -132,7 +148,7 @@ def losses_by_position(
 
 
 def bucket_edges(length: int, training_length: int) -> list[int]:
-    """Positions at which buckets begin and the last ends: quarters and halves of the training length, then doublings."""
+    """Positions between buckets: a quarter, a half and all of the training length, then doublings, from 0 to the length."""
     edges = [training_length // 4, training_length // 2, training_length]
     while edges[-1] < length:
         edges.append(2 * edges[-1])
@@ -160,16 +176,20 @@ def _summary(nats_L: np.ndarray, counts_L: np.ndarray, start: int, stop: int) ->
 # ---- text ------------------------------------------------------------------------
 
 
-def read_spans(path: pathlib.Path | str, split: str, length: int, *, documents: str, count: int) -> np.ndarray:
+def read_spans(
+    path: pathlib.Path | str, split: str, length: int, *, begin: int, documents: str, count: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Held-out text in spans of one length, in the order of the split.
 
     Args:
       path, split: prepared data.
-      documents: 'long' or 'joined', see above.
+      length: tokens of a span.
+      begin: the input whose target is the first token of a document.
+      documents: 'long' or 'joined', see the module's docstring.
       count: most spans; 0: all.
 
     Returns:
-      int32 [spans, length].
+      (tokens, targets), each int32 [spans, length].
 
     Raises:
       DataError: the split has no such span.
@@ -185,42 +205,35 @@ def read_spans(path: pathlib.Path | str, split: str, length: int, *, documents: 
             f'{path} has {lengths.sum(dtype=np.int64)} tokens in split {split!r}, less than one window of {length}; '
             'lower --lengths'
         )
+    texts = _shifted(path, split, begin, at_least=length if documents == 'long' else 1)
+    if documents == 'joined':
+        texts = _joined(texts, length)
     spans = []
-    for document in _documents(path, split) if documents == 'long' else _joined(path, split, length):
-        spans += [document[i * length : (i + 1) * length] for i in range(len(document) // length)]
+    for text in texts:
+        spans += [text[:, i : i + length] for i in range(0, text.shape[1] // length * length, length)]
         if count and len(spans) >= count:
             break
-    return np.stack(spans[: count or None])
+    tokens, targets = np.stack(spans[: count or None], axis=1)
+    return tokens, targets
 
 
-def _rows(path, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(stored tokens, whether the document ends with it) of the split, a row after another."""
-    with make_loader(path, split, seq_len=ROW_TOKENS, global_batch=1, seed=0, shuffle=False, repeat=False) as loader:
-        for batch in loader:
-            kept = batch['segment_ids'][0] > 0
-            tokens = batch['targets'][0][kept]  # the inputs hold the begin token in place of eos
-            yield tokens, tokens == loader.eos_id
+def _shifted(path, split: str, begin: int, *, at_least: int) -> Iterator[np.ndarray]:
+    """Tokens and targets of each document, int32 [2, length]."""
+    for targets in read_documents(path, split, at_least=at_least):
+        yield np.stack([np.concatenate([[begin], targets[:-1]]), targets]).astype(np.int32)
 
 
-def _documents(path, split: str) -> Iterator[np.ndarray]:
-    held = []
-    for tokens, ends in _rows(path, split):
-        start = 0
-        for stop in np.flatnonzero(ends) + 1:
-            yield np.concatenate([*held, tokens[start:stop]])
-            held, start = [], stop
-        held.append(tokens[start:])
-
-
-def _joined(path, split: str, length: int) -> Iterator[np.ndarray]:
-    """All tokens, in pieces of `length`; a rest is dropped."""
-    held = np.zeros(0, np.int32)
-    for tokens, _ in _rows(path, split):
-        held = np.concatenate([held, tokens])
-        whole = len(held) // length * length
-        if whole:
-            yield held[:whole]
-            held = held[whole:]
+def _joined(documents: Iterator[np.ndarray], length: int) -> Iterator[np.ndarray]:
+    """Documents end to end, in multiples of `length` tokens; the last tokens that do not fill one are dropped."""
+    held, size = [], 0
+    for document in documents:
+        held.append(document)
+        size += document.shape[1]
+        if size >= length:
+            joined = np.concatenate(held, axis=1)
+            whole = size // length * length
+            yield joined[:, :whole]
+            held, size = [joined[:, whole:]], size - whole
 
 
 # ---- the command -----------------------------------------------------------------
@@ -229,16 +242,19 @@ def _joined(path, split: str, length: int) -> Iterator[np.ndarray]:
 def evaluate(
     params: dict,
     config: Config,
-    spans: np.ndarray,
+    spans: tuple[np.ndarray, np.ndarray],
     *,
     lengths: list[int],
     scalings: list[str],
     factor: float,
     batch: int,
 ) -> list[dict]:
-    """One result for each scaling and length, with its buckets; shows a progress bar."""
+    """One result for each scaling and length, with its buckets; shows a progress bar.
+
+    Arguments as `losses_by_position`; factor is model.rope_factor of the scalings that have one.
+    """
     training_length, results = config.data.seq_len, []
-    total = len(scalings) * sum(spans.shape[0] * (spans.shape[1] // length * length) for length in lengths)
+    total = len(scalings) * sum(spans[0].shape[0] * (spans[0].shape[1] // length * length) for length in lengths)
     with tqdm.tqdm(total=total, desc='perplexity', unit=' tokens', unit_scale=True, disable=None) as bar:
         for scaling in scalings:
             changed = scaled(config, scaling, factor)
@@ -251,7 +267,7 @@ def evaluate(
                     {
                         'rope_scaling': scaling,
                         'length': length,
-                        'windows': spans.shape[0] * (spans.shape[1] // length),
+                        'windows': spans[0].shape[0] * (spans[0].shape[1] // length),
                         **{name: total_of[name] for name in ('tokens', 'nats_per_token', 'perplexity')},
                         'buckets': [_summary(nats_L, counts_L, *edges[i : i + 2]) for i in range(len(edges) - 1)],
                     }
@@ -260,6 +276,7 @@ def evaluate(
 
 
 def table(results: list[dict], training_length: int) -> str:
+    """One line for each bucket and each whole length of `evaluate`'s results."""
     lines = [
         f'{"rope scaling":>12} {"length":>8} {"positions":>17} {"tokens":>11} {"nats/token":>11} {"perplexity":>11}'
     ]
@@ -289,22 +306,6 @@ def _parse_lengths(parts: tuple[str, ...], training_length: int) -> list[int]:
     return sorted(lengths)
 
 
-def _check_tokenizer(path: str, split: str, config: Config) -> None:
-    check_vocab(path, config.model.vocab_size)
-    if not config.data.path:
-        return
-    try:
-        trained = load_tokenizer(config.data.path).describe()
-    except DataError:
-        return  # what it was trained on is not here
-    given = read_manifest(path, split).tokenizer
-    if (given['kind'], given['sha256']) != (trained['kind'], trained['sha256']):
-        raise DataError(
-            f'{path} was prepared with another tokenizer than the one of the run ({config.data.path}); prepare the '
-            'text with that one'
-        )
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command; see the module's docstring. Returns its exit code."""
     return cli.run(COMMAND, _evaluate, argv)
@@ -314,20 +315,26 @@ def _evaluate(flags) -> None:
     logging.getLogger('absl').setLevel(logging.ERROR)
     if flags.rope_factor and flags.rope_factor < 1:
         raise ConfigError(f'--rope_factor={flags.rope_factor} must be at least 1')
-    params, config = checkpoint.load_trained(flags.workdir, flags.step)
-    lengths = _parse_lengths(flags.lengths, config.data.seq_len)
+    lengths = _parse_lengths(flags.lengths, checkpoint.load_config(flags.workdir, flags.step).data.seq_len)
+    run = open_run(flags.workdir, flags.step, flags.data, flag='--data')
+    config = run.config
+    output = results_lib.choose_output(flags.output, run, 'perplexity')
     data = flags.data or config.data.path
-    if not data:
-        raise ConfigError('the run names no data; give --data=DIR (python -m transxssm_jax.data.prepare)')
     split = flags.split or next(iter(config.data.eval_split_names), 'validation')
-    _check_tokenizer(data, split, config)
-    spans = read_spans(data, split, lengths[-1], documents=flags.documents, count=flags.windows)
-    factor = flags.rope_factor or config.model.rope_factor
-    results = evaluate(
-        params, config, spans, lengths=lengths, scalings=list(flags.rope_scaling), factor=factor, batch=flags.batch
+    spans = read_spans(
+        data, split, lengths[-1], begin=run.tokenizer.begin_id, documents=flags.documents, count=flags.windows
     )
+    scalings, factor = list(flags.rope_scaling), flags.rope_factor or config.model.rope_factor
+    num_spans = len(spans[0])
+    tokens = len(scalings) * sum(num_spans * (lengths[-1] // length * length) for length in lengths)
+    print(
+        f'perplexity of {flags.workdir} at step {run.step}: {len(scalings)} rope scalings x {len(lengths)} lengths over '
+        f'{num_spans} texts of {lengths[-1]:,} tokens, {tokens:,} tokens to read; results go to {output}',
+        flush=True,
+    )
+    results = evaluate(run.params, config, spans, lengths=lengths, scalings=scalings, factor=factor, batch=flags.batch)
     report = {
-        'workdir': str(flags.workdir),
+        **results_lib.of_run(run, COMMAND.module, flags.argv),
         'data': str(data),
         'split': split,
         'documents': flags.documents,
@@ -335,7 +342,6 @@ def _evaluate(flags) -> None:
         'rope_factor': factor,
         'results': results,
     }
-    output = pathlib.Path(flags.output or pathlib.Path(flags.workdir) / 'perplexity.json')
-    output.write_text(json.dumps(report, indent=1) + '\n')
+    results_lib.write_json(output, report)
     print(table(results, config.data.seq_len))
-    print(f'written to {output}')
+    print(f'results written to {output}')

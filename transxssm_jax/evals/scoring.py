@@ -11,16 +11,14 @@ import numpy as np
 from flax import nnx
 
 from transxssm_jax.config import Config
-from transxssm_jax.data.manifest import DataError
-from transxssm_jax.data.tokenizer import load_tokenizer
-from transxssm_jax.inference.sampling import InputError, check_tokenizer
+from transxssm_jax.data.vocabulary import check_tokenizer
+from transxssm_jax.inference.padding import padded_count, padded_length
+from transxssm_jax.inference.sampling import InputError
 from transxssm_jax.model import parameters
 from transxssm_jax.model.language_model import to_logits
 from transxssm_jax.parallel import collectives, mesh
-from transxssm_jax.training import checkpoint
 
 READS = (64, 512)  # logits made at a time, [R, V]: all of a batch would not fit
-SHORTEST = 32  # rows are padded to this length at least
 
 
 class Scorer:
@@ -36,15 +34,17 @@ class Scorer:
       tokenizer: of the training data; rows of the embedding beyond its vocab_size are never the likeliest token.
 
     Raises:
-      InputError: a number is below 1, or the tokenizer has more tokens than the model.
+      InputError: a number is below 1.
+      DataError: the tokenizer has more ids than the model.
     """
 
     def __init__(self, params: dict, config: Config, tokenizer, *, max_length: int, batch_tokens: int):
         for name, value in (('max_length', max_length), ('batch_tokens', batch_tokens)):
             if value < 1:
                 raise InputError(f'{name}={value} must be at least 1')
-        check_tokenizer(tokenizer, config.model)
+        check_tokenizer(tokenizer, config.model.vocab_size)
         self.params, self.max_length, self.batch_tokens = params, max_length, batch_tokens
+        self._begin_id = tokenizer.begin_id
         graph, _ = parameters.split_model(config.model)
         rows = ('batch', None)
 
@@ -76,20 +76,16 @@ class Scorer:
         read from the same row of tokens, as single-token answers to one question, share it.
 
         Args:
-          pairs: token ids (context, continuation); a context has at least one token.
+          pairs: token ids (context, continuation); an empty context stands for the begin token.
           advance: is told how many pairs are done, now and then; they add up to len(pairs).
 
         Returns:
           (log-likelihood in nats, whether every token was the likeliest) of each pair;
           (0.0, True) for an empty continuation.
-
-        Raises:
-          InputError: an empty context.
         """
         rows = {}  # tokens shown -> [(pair, its place in the row, token that should follow)]
         for index, (context, continuation) in enumerate(pairs):
-            if not len(context):
-                raise InputError(f'pair {index} has an empty context; give the end-of-document token in its place')
+            context = context if len(context) else [self._begin_id]
             for shown, targets in windows(context, continuation, self.max_length):
                 reads = rows.setdefault(np.asarray(shown, np.int32).tobytes(), [])
                 reads += [(index, len(shown) - len(targets) + i, target) for i, target in enumerate(targets)]
@@ -113,15 +109,15 @@ class Scorer:
         """Yields keys of rows, the longest first, so that what does not fit is known at once."""
         keys, first = sorted(rows, key=len, reverse=True), 0
         while first < len(keys):
-            count = max(self.batch_tokens // bucket(len(np.frombuffer(keys[first], np.int32))), 1)
+            count = max(self.batch_tokens // padded_length(len(np.frombuffer(keys[first], np.int32))), 1)
             yield keys[first : first + count]
             first += count
 
     def _score_batch(self, rows, reads):
         shards = collectives.num_shards('batch')
-        length = bucket(len(rows[0]))
+        length = padded_length(len(rows[0]))
         # As many rows as a full batch has, or a power of two: a batch of a new size is a compilation.
-        count = min(2 ** (len(rows) - 1).bit_length(), max(self.batch_tokens // length, 1))
+        count = padded_count(len(rows), max(self.batch_tokens // length, 1))
         count = -(-count // shards) * shards
         tokens_BL = np.zeros((count, length), np.int32)
         # Positions of padding stay at the last: with dynamic rope scaling the angles depend on a row's largest.
@@ -164,38 +160,3 @@ def windows(context: Sequence[int], continuation: Sequence[int], max_length: int
         stop = min(start + max_length, len(whole))
         yield whole[max(0, stop - 1 - max_length) : stop - 1], whole[start:stop]
         start = stop
-
-
-def bucket(length: int) -> int:
-    """The length that a row is padded to: 2^n or 1.5 x 2^n, so that few lengths are compiled for."""
-    size = max(SHORTEST, 2 ** (length - 1).bit_length())
-    return size * 3 // 4 if length <= size * 3 // 4 and size > SHORTEST else size
-
-
-def load_run(workdir: str, step: int, tokenizer: str) -> tuple:
-    """(params, config, tokenizer) of a run.
-
-    Args:
-      workdir: directory of the run.
-      step: which checkpoint; -1: the newest.
-      tokenizer: `byte`, a tokenizers json file or a prepared directory; '': that of the run's training data.
-
-    Raises:
-      CheckpointError, DataError: there is none, or it cannot be read.
-      InputError: the tokenizer has more tokens than the model.
-    """
-    config = checkpoint.load_config(workdir, step)
-    if not (tokenizer or config.data.path):
-        raise DataError(
-            f'the run in {workdir} does not say what it was trained on (data.path is empty); give --tokenizer=PATH'
-        )
-    try:
-        found = load_tokenizer(tokenizer or config.data.path)
-    except DataError as error:
-        raise (
-            error
-            if tokenizer
-            else DataError(f'{error}: that is data.path of the run; give its tokenizer with --tokenizer=PATH')
-        ) from error
-    check_tokenizer(found, config.model)
-    return checkpoint.load_trained(workdir, step)[0], config, found

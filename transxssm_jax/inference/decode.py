@@ -17,7 +17,7 @@ from transxssm_jax.config import Config, Model
 from transxssm_jax.inference import sampling
 from transxssm_jax.inference.completion import NO_TOKEN
 from transxssm_jax.inference.packed import PackedBlock
-from transxssm_jax.inference.sampling import Plan
+from transxssm_jax.inference.sampling import SamplingFlags
 from transxssm_jax.model import layers, rope
 from transxssm_jax.model.language_model import embed, positions, to_logits
 from transxssm_jax.parallel import collectives, mesh
@@ -131,8 +131,8 @@ class Decoder:
         done_B: jax.Array,
         steps: int,
         *,
-        plan: Plan,
-        numbers: dict,
+        flags: SamplingFlags,
+        values: dict,
         block: int,
     ) -> tuple[dict, jax.Array]:
         """Samples and reads up to `steps` tokens per row; fewer where all rows are done.
@@ -143,7 +143,7 @@ class Decoder:
           stop_T: int32, tokens that end a row, of any number.
           done_B: bool, rows to end besides those that have.
           steps: up to block; may differ from call to call.
-          plan, numbers: of a Sampling.
+          flags, values: of a Sampling.
           block: most steps a call, compiled for each.
 
         Returns:
@@ -151,15 +151,15 @@ class Decoder:
         """
         # Never empty: XLA's CPU compiler crashes on an empty operand of a program of several devices.
         stop_T = np.append(np.asarray(stop_T, np.int32), np.int32(NO_TOKEN))
-        function = self.run_function(state, plan, block)
-        return function(self.weights, state, rows, stop_T, done_B, steps, numbers)
+        function = self.run_function(state, flags, block)
+        return function(self.weights, state, rows, stop_T, done_B, steps, values)
 
-    def run_function(self, state: dict, plan: Plan, block: int):
-        """What `run` calls, compiled for each plan and block: (weights, state, rows, stop_T, done_B, steps, numbers)."""
+    def run_function(self, state: dict, flags: SamplingFlags, block: int):
+        """What `run` calls, compiled for each value of flags and block: (weights, state, rows, stop_T, done_B, steps, values)."""
         return self._function(
-            ('run', plan, block),
+            ('run', flags, block),
             state,
-            functools.partial(self._run_block, plan=plan, block=block),
+            functools.partial(self._run_block, flags=flags, block=block),
             [dict.fromkeys(('seed_B', 'limit_B', 'rope_length_B'), _ROWS), (None,), _ROWS, (), ()],
             out_axes=(('batch', None),),
         )
@@ -226,7 +226,7 @@ class Decoder:
             state['seen_BV'] = _with_seen(state['seen_BV'], token_B)
         return state
 
-    def _run_block(self, weights, state, rows, stop_T, done_B, steps, numbers, *, plan, block):
+    def _run_block(self, weights, state, rows, stop_T, done_B, steps, values, *, flags, block):
         state = state | {'done_B': state['done_B'] | done_B}
 
         def any_going(done_B):
@@ -241,7 +241,7 @@ class Decoder:
             i, _, state, out_BT = carry
             was_done_B, position_B = state['done_B'], state['position_B']
             key_B = jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.key)(rows['seed_B']), position_B)
-            token_B = sampling.choose(plan, numbers, state['logits_BV'], key_B, state.get('seen_BV'))
+            token_B = sampling.sample_tokens(flags, values, state['logits_BV'], key_B, state.get('seen_BV'))
             out_BT = out_BT.at[:, i].set(jnp.where(was_done_B, NO_TOKEN, token_B))
             # Rows that are done are stepped along with the others; their position stays, so that they stay within S.
             after = self._step_block(weights, state, token_B, rows['rope_length_B'])

@@ -1,109 +1,70 @@
 """Import of published PyTorch checkpoints into a workdir, and export from one.
 
 One stacked array of ours is in memory at a time, and one tensor; no PyTorch.
+
+An import of what this exported gives the same model back: the settings stand in config.json (fields.py), groups of B and
+C that were repeated are recognised, and so are biases that are 0 because only dt has one. All parameters have their
+bits again, but for a_log, of which the file holds -exp(a_log): it is rounded, and where both use_bias and use_dt_bias
+are set the two biases of dt come back as their sum, in dt_bias.
 """
 
-import dataclasses
 import functools
 import json
-import math
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
 
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore
 import tqdm
 from flax import nnx
 
 from transxssm_jax import config as config_lib
-from transxssm_jax.config import Config, Model
+from transxssm_jax.config import Config
 from transxssm_jax.data.manifest import DataError
-from transxssm_jax.data.tokenizer import JsonTokenizer, load_tokenizer
-from transxssm_jax.pytorch.checkpoint_format import (
-    ConvertError,
-    Published,
-    Tensor,
-    Writer,
-    published_config,
-    published_model,
-    shapes_of,
-    tensors_of,
-)
-from transxssm_jax.training import checkpoint
-from transxssm_jax.training.step import init_state
+from transxssm_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, load_tokenizer
+from transxssm_jax.data.vocabulary import check_tokenizer
+from transxssm_jax.pytorch import arrays
+from transxssm_jax.pytorch.fields import ConvertError, fields_of, pytorch_model
+from transxssm_jax.pytorch.files import PytorchCheckpoint, Writer
+from transxssm_jax.pytorch.tensors import Path, Tensor, check_exportable, shapes_of, spell_out, tensors_of
+from transxssm_jax.training import checkpoint, checkpoint_files, lease
 
-MEMORY = 'published.json'
-
+MEMORY = 'published.json'  # in a workdir: what of its import a checkpoint has no place for
 TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json')
 
 
-def load_published(directory: pathlib.Path | str) -> tuple[dict, Config]:
+def load_pytorch(directory: pathlib.Path | str) -> tuple[dict, Config]:
     """Parameters and config of a published checkpoint, without a workdir.
 
     Returns:
       (params, config): nested dict of float32 numpy arrays as `parameters.init_params` makes them; the
-      default settings with this model, data.seq_len being max_position_embeddings.
+      settings that an import begins with.
 
     Raises:
-      ConvertError: see checkpoint_format.Published.
+      ConvertError: see files.PytorchCheckpoint.
     """
-    source = Published(directory)
-    arrays = {path: np.empty(shape, np.float32) for path, shape in shapes_of(source.model).items()}
-    for path, array in arrays.items():
-        for index, part in source.parts(path, array.shape):
-            array[index] = part
-    return nnx.traversals.unflatten_mapping(arrays), config_lib.resolve(_config_for(source))
+    source = PytorchCheckpoint(directory)
+    params = {path: array.read() for path, array in _lazy_params(source).items()}
+    return nnx.traversals.unflatten_mapping(params), source.config
 
 
-def _config_for(source: Published) -> Config:
-    return Config(model=source.model, data=config_lib.Data(seq_len=source.model.rope_original_length))
+def _lazy_params(source: PytorchCheckpoint, advance=lambda: None) -> dict[Path, arrays.LazyArray]:
+    return {
+        path: arrays.LazyArray(shape, np.dtype(np.float32), functools.partial(source.layers, path, shape, advance))
+        for path, shape in shapes_of(source.config.model).items()
+    }
 
 
-@dataclasses.dataclass(frozen=True)
-class _Lazy:
-    """An array that is made part by part while it is written.
-
-    Attributes:
-      parts: gives (index of a part, its values), for every part.
-    """
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    parts: Callable[[], Iterable[tuple[tuple[int, ...], np.ndarray]]]
-
-    size = property(lambda self: math.prod(self.shape))
-    nbytes = property(lambda self: self.size * self.dtype.itemsize)
+# ---- import ----------------------------------------------------------------
 
 
-class _LazyHandler(ocp.type_handlers.NumpyHandler):
-    """Writes _Lazy leaves one after another and part by part; they read as any array. Orbax's own copies all first."""
-
-    async def serialize(self, values, infos, args=None):
-        for value, info, arg in zip(values, infos, args):
-            await self._background_serialize([value], [info], [arg])
-        return []
-
-    async def _open_and_write(self, value, tspec, ts_context):
-        store = await tensorstore.open(tensorstore.Spec(tspec), create=True, open=True, context=ts_context)
-        for index, part in value.parts():
-            await store[index].write(part)
-
-
-def _zeros(shape: tuple[int, ...], dtype) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
-    for index in np.ndindex(shape[:2] if len(shape) > 2 else ()):
-        yield index, np.zeros(shape[len(index) :], dtype)
-
-
-def import_published(
+def import_pytorch(
     source_directory: pathlib.Path | str,
     workdir: pathlib.Path | str,
     *,
     tokenizer: str = '',
     overrides: dict[str, str] | None = None,
-) -> Published:
-    """Makes `workdir` a run at step 0 with the published weights; its moments are 0 and it stands at no place in any data.
+) -> PytorchCheckpoint:
+    """Makes `workdir` a run at step 0 with the published weights, a fresh optimizer state and no position in any data.
 
     Args:
       tokenizer: 'byte', a tokenizers json file or a prepared directory; '': tokenizer.json of the
@@ -114,48 +75,51 @@ def import_published(
       The source, for what of it is unused.
 
     Raises:
-      ConvertError, ConfigError, DataError, checkpoint.CheckpointError: one line.
+      ConvertError, ConfigError, DataError, checkpoint.CheckpointError, lease.LeaseError: one line.
     """
-    source, workdir, overrides = Published(source_directory), pathlib.Path(workdir).absolute(), overrides or {}
-    if _steps(workdir):
-        raise ConvertError(f'--workdir={workdir} holds checkpoints already; choose another')
+    source, workdir, overrides = PytorchCheckpoint(source_directory), pathlib.Path(workdir).absolute(), overrides or {}
+    _check_unused(workdir)
     if tokenizer and 'data.path' in overrides:
         raise ConvertError('--tokenizer and --config.data.path both lead to a tokenizer; give one of them')
-    config = _config_for(source)
-    files = {}
+    changes, files = dict(overrides), {}
     if 'data.path' not in overrides:
-        config.data.path, files = _tokenizer_for_import(source, tokenizer, workdir)
-    config = config_lib.replace(config, overrides)
-    if tensors_of(config.model) != source.tensors:
+        changes['data.path'], files = _tokenizer_for_import(source, tokenizer, workdir)
+    config = config_lib.replace(source.config, changes)
+    ours, theirs = config.model, source.config.model
+    if ours != theirs and (ours.layer_pattern != theirs.layer_pattern or shapes_of(ours) != shapes_of(theirs)):
         raise ConvertError('--config.model.*: sizes and kinds of layers are those of the weights; leave them out')
-    checkpoint.open_workdir(workdir, config)
-    for name, content in files.items():
-        (workdir / name).write_bytes(content)
-    data_path = config.data.path if pathlib.Path(config.data.path).is_dir() else ''  # a tokenizer alone is no data
-    to_train = config_lib.replace(config, {'data.path': data_path})
-    (workdir / 'config.py').write_text(_config_file(to_train, 'Goes on training imported weights.'))
-    memory = {'config': source.fields, 'A': {name: a_H.tolist() for name, a_H in source.rates.items()}}
-    (workdir / MEMORY).write_text(json.dumps(memory, indent=1) + '\n')
-    with tqdm.tqdm(total=len(source.tensors), desc='import', unit=' tensors', disable=None) as bar:
-        shapes, float32 = shapes_of(config.model), np.dtype(np.float32)
-        params = {
-            path: _Lazy(shape, float32, functools.partial(source.parts, path, shape, bar.update))
-            for path, shape in shapes.items()
-        }
-        # A fresh state but for its parameters: optimizers start from zeros.
-        state = jax.tree.map(
-            lambda leaf: _Lazy(leaf.shape, leaf.dtype, functools.partial(_zeros, leaf.shape, leaf.dtype)),
-            jax.eval_shape(functools.partial(init_state, config), 0),
-        )
-        state['params'] = nnx.traversals.unflatten_mapping(params)
-        try:
-            _save(workdir, state, config)
-        except checkpoint.CheckpointError as error:
-            raise (error.__cause__ if isinstance(error.__cause__, ConvertError) else error) from None
+    with lease.hold(workdir):
+        _check_unused(workdir)  # another run may have had the lease in between
+        checkpoint.open_workdir(workdir, config)
+        for name, content in files.items():
+            (workdir / name).write_bytes(content)
+        data_path = config.data.path if pathlib.Path(config.data.path).is_dir() else ''  # a tokenizer alone is no data
+        to_train = config_lib.replace(config, {'data.path': data_path})
+        (workdir / 'config.py').write_text(_config_file(to_train, 'Goes on training imported weights.'))
+        memory = {'config': source.fields, 'A': {name: a_H.tolist() for name, a_H in source.rates.items()}}
+        (workdir / MEMORY).write_text(json.dumps(memory, indent=1) + '\n')
+        with tqdm.tqdm(total=len(source.tensors), desc='import', unit=' tensors', disable=None) as bar:
+            try:
+                arrays.write_first(workdir, _lazy_params(source, bar.update), config)
+            except checkpoint.CheckpointError as error:
+                if isinstance(error.__cause__, ConvertError):
+                    raise error.__cause__ from None
+                reason = checkpoint_files.first_line(error.__cause__ or error)
+                raise ConvertError(
+                    f'the weights could not be written to --workdir={workdir}: {reason}; run the same command again '
+                    'when they can, or use another --workdir'
+                ) from error
     return source
 
 
-def _tokenizer_for_import(source: Published, tokenizer: str, workdir: pathlib.Path) -> tuple[str, dict[str, bytes]]:
+def _check_unused(workdir: pathlib.Path) -> None:
+    if checkpoint_files.steps_in(workdir / 'checkpoints'):
+        raise ConvertError(f'--workdir={workdir} holds checkpoints already; choose another')
+
+
+def _tokenizer_for_import(
+    source: PytorchCheckpoint, tokenizer: str, workdir: pathlib.Path
+) -> tuple[str, dict[str, bytes]]:
     """(data.path, files to put into the workdir)."""
     own = source.directory / TOKENIZER_FILES[0]
     if not tokenizer and not own.exists():
@@ -168,7 +132,7 @@ def _tokenizer_for_import(source: Published, tokenizer: str, workdir: pathlib.Pa
             raise
         source.unused.append(f'tokenizer.json ({error})')
         return '', {}
-    _check_tokenizer(path, loaded, source.model)
+    check_tokenizer(loaded, source.config.model.vocab_size, f'tokenizer {path}')
     if path == 'byte' or pathlib.Path(path).is_dir():
         return path if path == 'byte' else str(pathlib.Path(path).absolute()), {}
     return str(workdir / TOKENIZER_FILES[0]), _tokenizer_files(path, loaded)
@@ -176,39 +140,16 @@ def _tokenizer_for_import(source: Published, tokenizer: str, workdir: pathlib.Pa
 
 def _tokenizer_files(path: str, tokenizer: JsonTokenizer) -> dict[str, bytes]:
     """What transformers' AutoTokenizer reads: the tokenizer, and the settings that stand beside it or are made here."""
-    beside = pathlib.Path(path).with_name(TOKENIZER_FILES[1])
+    path = pathlib.Path(path)
+    beside = (path if path.is_dir() else path.parent) / TOKENIZER_FILES[1]
     settings = {
         'tokenizer_class': 'PreTrainedTokenizerFast',
+        'bos_token': tokenizer.begin_token,
         'eos_token': tokenizer.eos_token,
         'clean_up_tokenization_spaces': False,
     }
     content = beside.read_bytes() if beside.exists() else (json.dumps(settings, indent=2) + '\n').encode()
     return dict(zip(TOKENIZER_FILES, (tokenizer.content, content)))
-
-
-def _check_tokenizer(name: str, tokenizer, model: Model) -> None:
-    if tokenizer.vocab_size > model.vocab_size:
-        raise ConvertError(
-            f'tokenizer {name} has {tokenizer.vocab_size} ids, more than the {model.vocab_size} of the model; '
-            'give the tokenizer that it was trained with'
-        )
-
-
-def _save(workdir: pathlib.Path, state: dict, config: Config) -> None:
-    """Step 0 in the layout of checkpoint.Checkpoints, from _Lazy leaves."""
-    # A chunk of the file holds one layer, so that no more than it is encoded at a time; small arrays are one chunk.
-    layers = {leaf: leaf.nbytes // math.prod(leaf.shape[:2]) for leaf in jax.tree.leaves(state) if len(leaf.shape) > 2}
-    layouts = jax.tree.map(
-        lambda leaf: (
-            ocp.SaveArgs(chunk_byte_size=layers[leaf], shard_axes=(0, 1))
-            if layers.get(leaf, 0) >= 1 << 20
-            else ocp.SaveArgs()
-        ),
-        state,
-    )
-    types = ocp.type_handlers.create_type_handler_registry((_Lazy, _LazyHandler()))
-    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=types)
-    checkpoint.write_first(workdir, state, config, handler, layouts)
 
 
 def _config_file(config: Config, title: str) -> str:
@@ -221,7 +162,10 @@ def _config_file(config: Config, title: str) -> str:
     )
 
 
-def export_published(
+# ---- export ----------------------------------------------------------------
+
+
+def export_pytorch(
     workdir: pathlib.Path | str,
     out: pathlib.Path | str,
     *,
@@ -235,7 +179,8 @@ def export_published(
 
     Args:
       step: which checkpoint; -1: the newest that can be read.
-      tokenizer: a tokenizers json file to go with it, or a prepared directory that has one.
+      tokenizer: a tokenizers json file to go with it, or a prepared directory that has one; '': that of the run's
+        data.path.
       max_shard_bytes: of tensors in one file.
       dtype: 'float32' or 'bfloat16', of every tensor.
       overrides: dotted setting -> value, for model.rope_scaling and its like.
@@ -248,24 +193,23 @@ def export_published(
     """
     workdir, out = pathlib.Path(workdir), pathlib.Path(out)
     if any(out.glob('model*.safetensors*')):
-        raise ConvertError(f'--out={out} holds weights already; choose another directory')
+        raise ConvertError(f'--output={out} holds weights already; choose another directory')
     params, config = checkpoint.find_params(workdir, step)
     config = config_lib.replace(config, overrides or {})
-    ours, model = config.model, published_model(config.model)
-    memory = json.loads((workdir / MEMORY).read_text()) if (workdir / MEMORY).exists() else {'config': {}, 'A': {}}
-    fields = published_config(model, config.data.seq_len, memory['config'], dtype)
+    check_exportable(config.model)
+    ours, model = config.model, pytorch_model(config.model)
+    tensors, notes = tensors_of(model), []
+    memory = _read_memory(workdir)
+    fields = fields_of(config, memory['config'], dtype)
+    loaded = _tokenizer_for_export(tokenizer, config, notes)
     files = {}
-    if tokenizer:
-        loaded = load_tokenizer(tokenizer)
-        if not isinstance(loaded, JsonTokenizer):
-            raise ConvertError(
-                f'--tokenizer={tokenizer} is the byte tokenizer, which has no file to export; leave it out'
-            )
-        _check_tokenizer(tokenizer, loaded, model)
-        files = _tokenizer_files(tokenizer, loaded)
-        fields['eos_token_id'] = loaded.eos_id
+    if loaded:
+        name = tokenizer or config.data.path
+        check_tokenizer(loaded, model.vocab_size, f'tokenizer {name}')
+        fields |= {'bos_token_id': loaded.begin_id, 'eos_token_id': loaded.eos_id}
+        if isinstance(loaded, JsonTokenizer):
+            files = _tokenizer_files(name, loaded)
     files['config.json'] = (json.dumps(fields, indent=2, sort_keys=True) + '\n').encode()
-    notes = []
     if ours.num_ssd_groups != model.num_ssd_groups:
         notes.append(f'B and C of {ours.num_ssd_groups} groups are repeated for each of {model.num_heads} heads')
     if ours.use_dt_bias:
@@ -273,15 +217,14 @@ def export_published(
             'the dt bias is dt_proj.bias' + ('' if ours.use_bias else '; hidden_bias gives every other map a bias of 0')
         )
     out.mkdir(parents=True, exist_ok=True)
-    tensors = tensors_of(model)
     with (
         Writer(out, list(tensors.values()), max_shard_bytes, dtype) as writer,
         tqdm.tqdm(total=len(tensors), desc='export', unit=' tensors', disable=None) as bar,
     ):
-        for ours_path, shape in shapes_of(model).items():
-            array = _array_for_export(params, ours_path, shape, ours)
+        for path, shape in shapes_of(model).items():
+            array = spell_out(path, shape, ours, functools.partial(_read_array, params))
             for tensor in tensors.values():
-                if tensor.path == ours_path:
+                if tensor.path == path:
                     writer.write(tensor, _with_memory(tensor, array, memory['A']))
                     bar.update()
     for name, content in files.items():
@@ -289,24 +232,40 @@ def export_published(
     return notes
 
 
-def _steps(workdir: pathlib.Path) -> list[int]:
-    return sorted(int(path.name) for path in (workdir / 'checkpoints').glob('*') if path.name.isdigit())
+def _read_memory(workdir: pathlib.Path) -> dict:
+    """What an import left in the workdir; empty where there was none."""
+    path = workdir / MEMORY
+    if not path.exists():
+        return {'config': {}, 'A': {}}
+    try:
+        memory = json.loads(path.read_text())
+        return {'config': dict(memory['config']), 'A': dict(memory['A'])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConvertError(
+            f'{path} is damaged ({checkpoint_files.first_line(error)}); delete it to export without what it keeps of the '
+            'import'
+        ) from error
 
 
-def _array_for_export(state: pathlib.Path, path: tuple[str, ...], shape: tuple[int, ...], ours: Model) -> np.ndarray:
-    """Array of the published_model of `ours`, from the checkpoint of `ours`."""
-    if path[-1] == 'bias' and not ours.use_bias:
-        array = np.zeros(shape, np.float32)
-    else:
-        array = _read_array(state, path)
-    if path[-2:] == ('dt', 'bias') and ours.use_dt_bias:
-        array += _read_array(state, (*path[:-3], 'dt_bias'))
-    if path[-2:-1] in (('b',), ('c',)):  # [..., G, N] of kernels and biases
-        array = np.repeat(array, shape[-2] // array.shape[-2], axis=-2)
-    return array
+def _tokenizer_for_export(tokenizer: str, config: Config, notes: list[str]) -> ByteTokenizer | JsonTokenizer | None:
+    """The tokenizer that is named, or that of the run; None where the run has none that can be read, which is noted."""
+    if tokenizer:
+        loaded = load_tokenizer(tokenizer)
+        if not isinstance(loaded, JsonTokenizer):
+            raise ConvertError(
+                f'--tokenizer={tokenizer} is the byte tokenizer, which has no file to export; leave it out'
+            )
+        return loaded
+    if not config.data.path:
+        return None
+    try:
+        return load_tokenizer(config.data.path)
+    except DataError as error:
+        notes.append(f'no tokenizer is exported ({error}); name one with --tokenizer')
+        return None
 
 
-def _read_array(state: pathlib.Path, path: tuple[str, ...]) -> np.ndarray:
+def _read_array(state: pathlib.Path, path: Path) -> np.ndarray:
     """One float32 array of the parameters; nothing else is read."""
     item = nnx.traversals.unflatten_mapping({('params', *path): 0})
     restore_args = nnx.traversals.unflatten_mapping({('params', *path): ocp.RestoreArgs(restore_type=np.ndarray)})

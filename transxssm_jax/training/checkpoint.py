@@ -110,6 +110,11 @@ def _check_fits(where: str, saved: Config, wanted: Config) -> None:
 
 
 def load_trained(workdir: pathlib.Path | str, step: int = -1) -> tuple[dict, Config]:
+    """The parameters of a run and its config; see `load_trained_step`."""
+    return load_trained_step(workdir, step)[:2]
+
+
+def load_trained_step(workdir: pathlib.Path | str, step: int = -1) -> tuple[dict, Config, int]:
     """The parameters of a run; its optimizer state is not read.
 
     Args:
@@ -117,9 +122,9 @@ def load_trained(workdir: pathlib.Path | str, step: int = -1) -> tuple[dict, Con
       step: which checkpoint; -1: the newest that can be read.
 
     Returns:
-      (params, config): float32 arrays as a nested dict, as `parameters.init_params` makes them, on the
+      (params, config, step): float32 arrays as a nested dict, as `parameters.init_params` makes them, on the
       mesh in use (jax.set_mesh) in the shards of training, or whole on the first device without
-      one; the config that the checkpoint was trained with.
+      one; the config that the checkpoint was trained with; the step of the checkpoint.
 
     Raises:
       CheckpointError: no run, no such checkpoint, or it cannot be read; the message is one line.
@@ -129,7 +134,7 @@ def load_trained(workdir: pathlib.Path | str, step: int = -1) -> tuple[dict, Con
         digests = files.read_digests(path)
         config = files.read_config(path, digests)
         params = files.read_group(path, 'params', {'params': step_lib.abstract_params(config)}, digests)
-        return params['params'], config
+        return params['params'], config, int(path.name)
 
     return _read_trained(workdir, step, read)
 
