@@ -137,9 +137,9 @@ def test_settings_that_do_not_fit_each_other_are_refused(path, overrides, messag
 
 
 def test_layer_patterns():
-    assert Model(attention_period=4, attention_offset=2).layer_kinds == ('ssd', 'ssd', 'attention', 'ssd')
-    assert Model(attention_period=1, attention_offset=0).layer_kinds == ('attention',)
-    assert Model(attention_period=0).layer_kinds == ('ssd',)
+    assert Model(attention_period=4, attention_offset=2).layer_pattern == ('ssd', 'ssd', 'attention', 'ssd')
+    assert Model(attention_period=1, attention_offset=0).layer_pattern == ('attention',)
+    assert Model(attention_period=0).layer_pattern == ('ssd',)
     config_lib.resolve(Config(model=Model(attention_period=0)))  # the offset, 7, is then without meaning
 
 
@@ -398,7 +398,7 @@ def test_parameter_counts(name, parameters):
     model = config_lib.load(CONFIGS / f'{name}.py').model
     assert parameters.count_params(model) == pytest.approx(parameters, rel=0.01)
     assert model.vocab_size == 50304 and model.tie_embeddings
-    assert model.layer_kinds == ('ssd',) * 7 + ('attention',)
+    assert model.layer_pattern == ('ssd',) * 7 + ('attention',)
     assert _parameters(model) == parameters.count_params(model)
 
 

@@ -15,7 +15,7 @@ from pallas_kernels.ssd.context import rotary_ssd_in_context
 from transxssm_jax.model import parameters, rope
 from transxssm_jax.model.loss import IGNORED
 from transxssm_jax.parallel import collectives, mesh
-from transxssm_jax.training import step
+from transxssm_jax.training import gradient, step
 
 B, L, H, P, G, N = 2, 64, 4, 16, 2, 16
 
@@ -130,7 +130,7 @@ def gradient_step(settings):
     device_mesh = mesh.build(config, jax.devices()[: math.prod(sizes)])
     shardings = step.state_shardings(config, device_mesh)['params']
     run = jax.jit(
-        step.summed_gradient(config),
+        gradient.summed_gradient(config),
         in_shardings=(shardings, step.batch_sharding(device_mesh)),
         out_shardings=(None, shardings),
     )

@@ -531,10 +531,10 @@ def test_layers_of_one_kind_only(tmp_path):
         fields = dict(attn_layer_period=8 if offset else 1, attn_layer_offset=offset, num_hidden_layers=3)
         tensors = write(tmp_path / name, **fields)
         conversion.import_published(tmp_path / name, tmp_path / f'{name} run')
-        assert checkpoint.load_trained(tmp_path / f'{name} run')[1].model.layer_kinds == kinds
+        assert checkpoint.load_trained(tmp_path / f'{name} run')[1].model.layer_pattern == kinds
         conversion.export_published(tmp_path / f'{name} run', tmp_path / f'{name} out')
         same_bytes(tensors, load_file(tmp_path / f'{name} out' / 'model.safetensors'))
-        assert checkpoint_format.Published(tmp_path / f'{name} out').model.layer_kinds == kinds
+        assert checkpoint_format.Published(tmp_path / f'{name} out').model.layer_pattern == kinds
 
 
 def test_what_fails_while_it_is_written_leaves_no_file(tmp_path):

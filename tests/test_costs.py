@@ -87,10 +87,10 @@ SIZES = [
 
 def outside_kernels(model: Model) -> int:
     """The formula's forward work a token, less its kernel terms."""
-    modules = model.num_layers // len(model.layer_kinds)
+    modules = model.num_layers // len(model.layer_pattern)
     kernels = modules * sum(
         costs.scan_flops_per_token(model) if kind == 'ssd' else 2 * model.num_heads * model.head_dim * (L + 1)
-        for kind in model.layer_kinds
+        for kind in model.layer_pattern
     )
     return costs.forward_flops_per_token(model, L) - kernels
 

@@ -223,7 +223,8 @@ def test_a_step_neither_copies_caches_nor_weights():
     state = decoder.empty(rows, length)
     plan, numbers = GREEDY.plan(96), GREEDY.numbers()
     memory = (
-        decoder._run.lower(
+        decoder.run_function(state, plan, 16)
+        .lower(
             decoder.weights,
             state,
             settings_of(range(rows), length),
@@ -231,8 +232,6 @@ def test_a_step_neither_copies_caches_nor_weights():
             np.zeros(rows, bool),
             np.int32(8),
             numbers,
-            plan=plan,
-            block=16,
         )
         .compile()
         .memory_analysis()

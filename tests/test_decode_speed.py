@@ -30,7 +30,7 @@ def test_counted_bytes_are_those_that_are_held(path):
         decoder = Decoder(jax.jit(lambda model=model_config.model: parameters.init_params(model, 0))(), model_config)
         assert nbytes(decoder.empty(3, 64)['caches']) == 3 * (sizes.states + 64 * sizes.cache_per_token)
         assert 0.9 < sizes.weights / nbytes(decoder.weights) <= 1  # vectors are float32
-    assert transformer_of(config).model.layer_kinds == ('attention',) and sizes.states == 0
+    assert transformer_of(config).model.layer_pattern == ('attention',) and sizes.states == 0
 
 
 def test_rows_are_as_many_as_fit_for_every_model():

@@ -137,7 +137,7 @@ def test_a_document_is_the_same_wherever_it_stands():
 def test_parameters_follow_the_pattern():
     def kinds(**settings):
         params = parameters.init_params(tiny(**settings).model, 0)
-        return {kind: tree['mixer_norm']['scale'].shape[:2] for kind, tree in params['layers'].items()}
+        return {kind: tree['mixer']['in_proj']['norm']['scale'].shape[:2] for kind, tree in params['layers'].items()}
 
     assert kinds(num_layers=8, attention_period=4, attention_offset=2) == {'ssd': (2, 3), 'attention': (2, 1)}
     assert kinds(num_layers=4, attention_period=1, attention_offset=0) == {'attention': (4, 1)}
@@ -149,7 +149,7 @@ def test_scanned_layers_are_the_blocks_in_order(offset):
     settings = dict(num_layers=8, attention_period=4, attention_offset=offset)
     config, params, tokens = tiny(**settings), init(settings), tokens_of()
     positions = jnp.broadcast_to(jnp.arange(L), tokens.shape)
-    kinds = config.model.layer_kinds
+    kinds = config.model.layer_pattern
     graphs = {
         kind: nnx.split(nnx.eval_shape(lambda kind=kind: Block(config.model, kind, rngs=nnx.Rngs(0))))[0]
         for kind in set(kinds)
@@ -181,10 +181,10 @@ def test_groups_are_heads_that_share():
     few, many = dict(num_kv_heads=1, num_ssd_groups=1), {}
     params = init(few)
     shared = jax.tree.map(lambda leaf: leaf, params)
-    for kind, names in (('ssd', ('b_proj', 'c_proj')), ('attention', ('k_proj', 'v_proj'))):
+    for kind, names in (('ssd', 'bc'), ('attention', 'kv')):
         for name in names:
-            kernel = shared['layers'][kind]['mixer'][name]['kernel']  # [modules, layers, D, G, width]
-            shared['layers'][kind]['mixer'][name]['kernel'] = jnp.repeat(kernel, 2, axis=3)
+            kernel = shared['layers'][kind]['mixer']['in_proj'][name]['kernel']  # [modules, layers, D, G, width]
+            shared['layers'][kind]['mixer']['in_proj'][name]['kernel'] = jnp.repeat(kernel, 2, axis=3)
     np.testing.assert_allclose(logits(params, tokens_of(), few), logits(shared, tokens_of(), many), atol=1e-4)
 
 

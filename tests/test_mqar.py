@@ -104,7 +104,7 @@ def test_a_task_refuses(size, message):
 def test_patterns_change_the_mixers_alone():
     config = small_config()
     changed = {pattern: mqar.with_pattern(config, pattern) for pattern in mqar.PATTERNS}
-    assert [changed[pattern].model.layer_kinds for pattern in ('hybrid', 'attention', 'ssd')] == [
+    assert [changed[pattern].model.layer_pattern for pattern in ('hybrid', 'attention', 'ssd')] == [
         ('ssd', 'attention'),
         ('attention',),
         ('ssd',),

@@ -66,13 +66,11 @@ def test_decay_is_of_matrices_only():
     config = small_config(model_use_bias=True, model_tie_embeddings=False, model_num_layers=4)
     shapes = jax.eval_shape(lambda: parameters.init_params(config.model, 0))
     mask = flat(optimizer.decay_mask(shapes))
-    ssd, attention = ('x_proj', 'b_proj', 'c_proj', 'dt_proj', 'out_proj'), ('q_proj', 'k_proj', 'v_proj', 'out_proj')
+    maps = {('ssd', 'mixer'): ('x', 'b', 'c', 'dt'), ('attention', 'mixer'): ('q', 'k', 'v')}
+    maps |= {(kind, 'mlp'): ('gate', 'up') for kind in ('ssd', 'attention')}
     decayed = {'embedding', 'head'}
-    decayed |= {f'layers/ssd/mixer/{name}/kernel' for name in ssd}
-    decayed |= {f'layers/attention/mixer/{name}/kernel' for name in attention}
-    decayed |= {
-        f'layers/{kind}/mlp/{name}_proj/kernel' for kind in ('ssd', 'attention') for name in ('gate', 'up', 'down')
-    }
+    decayed |= {f'layers/{kind}/{part}/out_proj/kernel' for kind, part in maps}
+    decayed |= {f'layers/{kind}/{part}/in_proj/{name}/kernel' for (kind, part), names in maps.items() for name in names}
     assert {name for name, decays in mask.items() if decays} == decayed
     spared = {name.rpartition('/')[2] for name, decays in mask.items() if not decays}
     assert spared == {'scale', 'weight', 'bias', 'a_log', 'dt_bias'}

@@ -252,8 +252,8 @@ def test_executed_work_is_that_of_the_traced_step(without_kernels, remat):  # no
     loss = functools.partial(step._summed_loss, graph, config)
     jaxpr = jax.make_jaxpr(jax.grad(loss, has_aux=True))(params, batch).jaxpr
     model, L = config.model, config.data.seq_len
-    modules = model.num_layers // len(model.layer_kinds)
-    kernels = modules * sum(roofline._kernel_flops(model, kind, L) for kind in model.layer_kinds)
+    modules = model.num_layers // len(model.layer_pattern)
+    kernels = modules * sum(roofline._kernel_flops(model, kind, L) for kind in model.layer_pattern)
     # The kernels are replaced by stubs without products: three runs of theirs, and those that remat adds.
     runs = 3 + (remat in ('full', 'dots'))
     executed = roofline.executed_flops_per_token(config, dict(data=1, fsdp=1, context=1, tensor=1)) - runs * kernels

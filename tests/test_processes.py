@@ -18,7 +18,7 @@ from transxssm_jax.training import checkpoint
 
 
 def doing(what):
-    return [str(TESTS / 'hosts_fixtures.py'), what]
+    return [str(TESTS / 'process_fixtures.py'), what]
 
 
 # ---- agreeing --------------------------------------------------------------

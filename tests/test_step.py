@@ -72,7 +72,7 @@ def test_state_is_created_in_shards():
     state = step.create_state(config, mesh.build(config))
     for tree in ('params', 'mu', 'nu'):
         assert state[tree]['embedding'].addressable_shards[0].data.size == state[tree]['embedding'].size // 8
-        x_proj = state[tree]['layers']['ssd']['mixer']['x_proj']['kernel']
+        x_proj = state[tree]['layers']['ssd']['mixer']['in_proj']['x']['kernel']
         assert x_proj.addressable_shards[0].data.size == x_proj.size // 8
     np.testing.assert_allclose(
         state['params']['embedding'], parameters.init_params(config.model, 0)['embedding'], atol=1e-6

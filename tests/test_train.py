@@ -317,14 +317,14 @@ def test_a_step_that_blows_up_is_not_saved(config, tmp_path):
 
 def test_a_loss_that_is_not_finite_names_the_step_and_the_norms(config, tmp_path):
     def poison(run):
-        weight = run.state['params']['layers']['ssd']['mlp']['up_proj']['kernel']
-        run.state['params']['layers']['ssd']['mlp']['up_proj']['kernel'] = weight.at[0, 0, 3].set(jnp.nan)
+        weight = run.state['params']['layers']['ssd']['mlp']['in_proj']['up']['kernel']
+        run.state['params']['layers']['ssd']['mlp']['in_proj']['up']['kernel'] = weight.at[0, 0, 3].set(jnp.nan)
 
     with before_saving(6, poison):
         result = train(config, tmp_path / 'workdir', train__eval_every_steps=0)
     assert result.code == 3, result
     assert result.err.startswith('error: step 7 is not finite: loss nan') and result.err.count('\n') == 1
-    assert 'layers/ssd/mlp/up_proj/kernel[[0, 0]]' in result.err
+    assert 'layers/ssd/mlp/in_proj/up/kernel[[0, 0]]' in result.err
     assert checkpoint_steps(tmp_path / 'workdir') == [4]
 
 

@@ -146,11 +146,16 @@ class Model(Section):
         return self.d_model // self.num_heads
 
     @property
-    def layer_kinds(self) -> tuple[str, ...]:
-        """Kind of each layer of one module: the pattern that repeats num_layers / len(layer_kinds) times."""
+    def layer_pattern(self) -> tuple[str, ...]:
+        """Kind of each layer of one period."""
         if self.attention_period == 0:
             return ('ssd',)
         return tuple('attention' if i == self.attention_offset else 'ssd' for i in range(self.attention_period))
+
+    @property
+    def num_periods(self) -> int:
+        """How often the pattern repeats."""
+        return self.num_layers // len(self.layer_pattern)
 
 
 @dataclasses.dataclass
@@ -357,7 +362,7 @@ def resolve(config: Config) -> Config:
     _divides('model.d_model', model.d_model, 'model.num_heads', model.num_heads, step=16 * model.num_heads)
     _divides('model.num_heads', model.num_heads, 'model.num_kv_heads', model.num_kv_heads)
     _divides('model.num_heads', model.num_heads, 'model.num_ssd_groups', model.num_ssd_groups)
-    _divides('model.num_layers', model.num_layers, 'layers a module', len(model.layer_kinds))
+    _divides('model.num_layers', model.num_layers, 'layers a module', len(model.layer_pattern))
     if model.head_dim % 16:
         raise ConfigError(
             f'model.d_model={model.d_model} / model.num_heads={model.num_heads} = {model.head_dim} '

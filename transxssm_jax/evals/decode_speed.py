@@ -51,7 +51,7 @@ class Sizes:
     @classmethod
     def of(cls, model: Model) -> 'Sizes':
         width = jnp.dtype(model.dtype).itemsize
-        kinds = model.layer_kinds * (model.num_layers // len(model.layer_kinds))
+        kinds = model.layer_pattern * (model.num_layers // len(model.layer_pattern))
         states = kinds.count('ssd') * model.num_heads * model.head_dim * model.d_state * 4
         cache = kinds.count('attention') * 2 * model.num_kv_heads * model.head_dim * width
         return cls(parameters.count_params(model) * width, states, cache)

@@ -134,10 +134,10 @@ def with_pattern(config: Config, pattern: str) -> Config:
     changed = Config(**{field.name: _unlocked(getattr(config, field.name)) for field in dataclasses.fields(config)})
     for name, value in PATTERNS[pattern].items():
         setattr(changed.model, name, value)
-    if pattern == 'hybrid' and len(set(changed.model.layer_kinds)) == 1:
+    if pattern == 'hybrid' and len(set(changed.model.layer_pattern)) == 1:
         raise ConfigError(
             f'--pattern=hybrid needs both kinds of layers; model.attention_period='
-            f'{changed.model.attention_period} has {changed.model.layer_kinds[0]} only'
+            f'{changed.model.attention_period} has {changed.model.layer_pattern[0]} only'
         )
     return config_lib.resolve(changed)
 
@@ -235,7 +235,7 @@ def train(config: Config, task: Task, *, target: float, say=print) -> dict:
                     break
         final = accuracy(FINAL, 0)
     return {
-        'layers': ' '.join(config.model.layer_kinds * (config.model.num_layers // len(config.model.layer_kinds))),
+        'layers': ' '.join(config.model.layer_pattern * (config.model.num_layers // len(config.model.layer_pattern))),
         'parameters': parameters.count_params(config.model),
         'steps': step,
         'seconds': time.perf_counter() - started,
@@ -286,7 +286,7 @@ def main(argv: list[str]) -> int:
         )
         results = {}
         for name, changed in configs.items():
-            print(f'{name}: {" ".join(changed.model.layer_kinds)}', flush=True)
+            print(f'{name}: {" ".join(changed.model.layer_pattern)}', flush=True)
             results[name] = train(changed, task, target=target.value, say=lambda line: print(line, flush=True))
         print(table(results))
         if output.value:

@@ -14,7 +14,8 @@ from transxssm_jax.config import Config
 from transxssm_jax.data.manifest import DataError
 from transxssm_jax.data.tokenizer import load_tokenizer
 from transxssm_jax.inference.sampling import InputError, check_tokenizer
-from transxssm_jax.model.parameters import split_model
+from transxssm_jax.model import parameters
+from transxssm_jax.model.language_model import to_logits
 from transxssm_jax.parallel import collectives, mesh
 from transxssm_jax.training import checkpoint
 
@@ -44,18 +45,24 @@ class Scorer:
                 raise InputError(f'{name}={value} must be at least 1')
         check_tokenizer(tokenizer, config.model)
         self.params, self.max_length, self.batch_tokens = params, max_length, batch_tokens
-        graph, _ = split_model(config.model)
+        graph, _ = parameters.split_model(config.model)
+        rows = ('batch', None)
 
-        @jax.jit
         def hidden(params, tokens_BL, positions_BL):
             return nnx.merge(graph, params)(tokens_BL, positions_BL=positions_BL)
 
-        @jax.jit
-        def read(params, hidden_BLD, at_R, target_R):
-            hidden_RD = hidden_BLD.reshape(-1, hidden_BLD.shape[-1])[at_R]
-            return log_likelihoods(hidden_RD, nnx.merge(graph, params).head_VD, target_R, tokenizer.vocab_size)
+        def read(params, hidden_RD, target_R):
+            head_VD = nnx.merge(graph, params).head_VD
+            return log_likelihoods(hidden_RD, head_VD, target_R, tokenizer.vocab_size)
 
-        self._hidden, self._read = hidden, read
+        hidden = parameters.on_shards(hidden, config.model, (rows, rows), ('batch', None, None))
+        read = parameters.on_shards(read, config.model, ((None, None), (None,)), ((None,), (None,)))
+
+        @jax.jit
+        def read_at(params, hidden_BLD, at_R, target_R):
+            return read(params, hidden_BLD.reshape(-1, hidden_BLD.shape[-1])[at_R], target_R)
+
+        self._hidden, self._read = jax.jit(hidden), read_at
 
     def score(
         self,
@@ -143,12 +150,10 @@ class Scorer:
 
 def log_likelihoods(hidden_RD: jax.Array, head_VD: jax.Array, target_R: jax.Array, vocab_size: int):
     """(float32 [R] log-probability of each target, bool [R] whether it is the likeliest of the first vocab_size)."""
-    logits_RV = jnp.einsum('RD,VD->RV', hidden_RD, head_VD.astype(hidden_RD.dtype), preferred_element_type=jnp.float32)
+    logits_RV = to_logits(hidden_RD[None], head_VD)[0]
     target_logit_R = jnp.take_along_axis(logits_RV, target_R[:, None], axis=1)[:, 0]
-    return (
-        target_logit_R - jax.nn.logsumexp(logits_RV, axis=-1),
-        jnp.argmax(logits_RV[:, :vocab_size], axis=-1) == target_R,
-    )
+    log_likelihood_R = target_logit_R - jax.nn.logsumexp(logits_RV, axis=-1)
+    return log_likelihood_R, jnp.argmax(logits_RV[:, :vocab_size], axis=-1) == target_R
 
 
 def windows(context: Sequence[int], continuation: Sequence[int], max_length: int):

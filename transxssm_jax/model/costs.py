@@ -40,8 +40,8 @@ def mixer_flops_per_token(model: Model, kind: str, seq_len: int) -> int:
 
 def forward_flops_per_token(model: Model, seq_len: int) -> int:
     """Forward work of the whole model, head included."""
-    modules = model.num_layers // len(model.layer_kinds)
-    mixers = modules * sum(mixer_flops_per_token(model, kind, seq_len) for kind in model.layer_kinds)
+    modules = model.num_layers // len(model.layer_pattern)
+    mixers = modules * sum(mixer_flops_per_token(model, kind, seq_len) for kind in model.layer_pattern)
     mlps = model.num_layers * 6 * model.d_model * model.d_mlp
     return mixers + mlps + 2 * model.d_model * model.vocab_size
 

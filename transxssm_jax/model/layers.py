@@ -1,4 +1,4 @@
-"""The parts that every block is made of.
+"""The layers that every block is made of.
 
 Shape legend: B batch, L length, D model, F mlp.
 """
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from transxssm_jax.config import Model
 from transxssm_jax.parallel import collectives
 
 
@@ -20,174 +21,123 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((features,), jnp.float32), axes=(None,))
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
-        x32_BLD = x_BLD.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(x32_BLD), axis=-1, keepdims=True)
-        return (x32_BLD * jax.lax.rsqrt(mean_square + self.epsilon) * self.scale[...]).astype(x_BLD.dtype)
+        return rms_norm(x_BLD, self.scale[...], self.epsilon)
 
 
-def measured(x_BLD: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """The inputs of a map that a norm's scale is folded into: x; what the map takes; and the factor of its products.
-
-    The last two are x / rms(x) and None, or, for a single vector, x and the float32 [1, 1] factor 1 / rms(x): a normed x
-    would take a kernel of its own, in the time of reading megabytes of weights.
-    """
+def rms_norm(x_BLD: jax.Array, scale_D: jax.Array, epsilon: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + epsilon) * scale in float32, in x's dtype (Zhang and Sennrich, 2019)."""
     x32_BLD = x_BLD.astype(jnp.float32)
-    squares_BL = jnp.sum(jnp.square(x32_BLD), axis=-1)
-    if squares_BL.size == 1:
-        # One kernel makes both; without the barrier what x was summed from would be summed anew wherever x is read. What
-        # follows the sum belongs to the readers: it would be a kernel of its own here.
-        x_BLD, squares_BL = jax.lax.optimization_barrier((x_BLD, squares_BL))
-    factor_BL = jax.lax.rsqrt(squares_BL / x_BLD.shape[-1] + epsilon)
-    if squares_BL.size == 1:
-        return x_BLD, x_BLD, factor_BL
-    return x_BLD, (x32_BLD * factor_BL[..., None]).astype(x_BLD.dtype), None
+    mean_square = jnp.mean(jnp.square(x32_BLD), axis=-1, keepdims=True)
+    return (x32_BLD * jax.lax.rsqrt(mean_square + epsilon) * scale_D).astype(x_BLD.dtype)
 
 
 class Linear(nnx.Module):
     """A linear map between groups of axes, e.g. D -> (H, P), with float32 parameters.
 
+    Whatever the mesh shards of its axes, the map is the whole one: a kernel that fsdp shards is all-gathered, the
+    gradient of an input that several shards of the outputs read is all-reduced, and so is a product over a sharded
+    input axis.
+
     Args:
-      inputs, outputs: name -> size of the contracted and of the new axes; the
-        names are logical axes ('embed', 'heads', ...; None-like: 'width').
+      inputs, outputs: name -> size of the contracted axes and of the new ones; the
+        names are logical axes ('embed', 'heads', ...), or any other for an axis that is never sharded.
       std: standard deviation of the initial kernel; biases start at 0.
-      outputs_first: the kernel is [*outputs, *inputs], of decoding: a single
-        vector's product is then sums along rows that lie together in memory,
-        which read at full speed and end with what follows them in one kernel.
     """
 
-    def __init__(
-        self,
-        inputs: dict[str, int],
-        outputs: dict[str, int],
-        *,
-        std: float,
-        use_bias: bool,
-        rngs: nnx.Rngs,
-        outputs_first: bool = False,
-    ):
-        self.num_inputs, self.outputs_first = len(inputs), outputs_first
-        sizes = outputs | inputs if outputs_first else inputs | outputs
+    def __init__(self, inputs: dict[str, int], outputs: dict[str, int], *, std: float, use_bias: bool, rngs: nnx.Rngs):
+        sizes = inputs | outputs
         kernel = std * jax.random.normal(rngs.params(), tuple(sizes.values()), jnp.float32)
         self.kernel = nnx.Param(kernel, axes=tuple(sizes))
+        # 'embed' is whole on every device once the kernel is gathered.
+        self.input_axes = tuple(axis for axis in inputs if axis != 'embed')
+        self.output_axes = tuple(axis for axis in outputs if axis != 'embed')
+        self.num_inputs = len(inputs)
         if use_bias:
             self.bias = nnx.Param(jnp.zeros(tuple(outputs.values()), jnp.float32), axes=tuple(outputs))
 
-    def __call__(self, x: jax.Array, out_dtype=None, factor: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, out_dtype=None) -> jax.Array:
         """Contracts x's last axes with the kernel in x's dtype, accumulating float32.
-
-        Args:
-          factor: [*batch] float32, multiplies the product of each vector in float32; default: 1.
 
         Returns:
           [*batch, *outputs] in out_dtype (default: x's dtype).
         """
-        out_dtype = out_dtype or x.dtype
-        if factor is None:
-            y = self._product(x, out_dtype)
-        else:
-            y = self._product(x, jnp.float32)
-            y = (y * factor.reshape(*factor.shape, *(1,) * (y.ndim - factor.ndim))).astype(out_dtype)
-        return (
-            y + collectives.all_gather_params(self.bias[...], self.bias.get_metadata('axes'), y.dtype)
-            if hasattr(self, 'bias')
-            else y
-        )
+        return self.apply_to_copy(collectives.copy_to_tensor_parallel(x, *self.output_axes), out_dtype)
 
-    def _product(self, x, out_dtype):
+    def apply_to_copy(self, x: jax.Array, out_dtype=None) -> jax.Array:
+        """The same for an input that has passed copy_to_tensor_parallel, which several maps may share."""
         n, axes = self.num_inputs, self.kernel.get_metadata('axes')
         kernel = collectives.all_gather_params(self.kernel[...], axes, x.dtype)
-        batch = x.shape[: x.ndim - n]
-        if self.outputs_first and math.prod(batch) == 1:
-            # Not as a dot: for one vector XLA chooses forms that read some matrices at a fifth of the memory's speed.
-            outputs = kernel.shape[: kernel.ndim - n]
-            products = kernel.reshape(*outputs, -1).astype(jnp.float32) * x.reshape(-1).astype(jnp.float32)
-            return jnp.sum(products, axis=-1).astype(out_dtype).reshape(*batch, *outputs)
+        batch, inputs, outputs = x.shape[: x.ndim - n], kernel.shape[:n], kernel.shape[n:]
         # Heads and their width as one axis: of a product with both XLA lays a TPU's result out with the sequence in
         # lanes, and copies it to where a kernel reads heads side by side.
-        split = kernel.ndim - n if self.outputs_first else n
-        first, second = kernel.shape[:split], kernel.shape[split:]
-        outputs, contracted = (first, 1) if self.outputs_first else (second, 0)
         y = jax.lax.dot_general(
             x.reshape(*batch, -1),
-            kernel.reshape(math.prod(first), -1),
-            (((len(batch),), (contracted,)), ((), ())),
-            preferred_element_type=out_dtype,
+            kernel.reshape(math.prod(inputs), -1),
+            (((len(batch),), (0,)), ((), ())),
+            preferred_element_type=out_dtype or x.dtype,
         )
-        y = y.reshape(*batch, *outputs)
-        # Of heads or of the MLP's width a device has its part, and so its part of the sum; of D, gathered, all.
-        inputs = axes[split:] if self.outputs_first else axes[:split]
-        return collectives.all_reduce(y, *(axis for axis in inputs if axis != 'embed'))
+        y = collectives.all_reduce(y.reshape(*batch, *outputs), *self.input_axes)
+        if not hasattr(self, 'bias'):
+            return y
+        return y + collectives.all_gather_params(self.bias[...], self.bias.get_metadata('axes'), y.dtype)
 
 
-def outputs_first(params: dict, num_inputs: int) -> dict:
-    """Parameters of a Linear as those of one with outputs_first."""
-    kernel = params['kernel']
-    order = (*range(num_inputs, kernel.ndim), *range(num_inputs))
-    return params | {'kernel': kernel.transpose(order)}
+class InputProjections(nnx.Module):
+    """A norm and all linear maps of its output: the input side of a mixer or an MLP.
 
+    Every map reads the same normalised x, so that its gradient is all-reduced once for all of them.
 
-def fold_norm(params: dict, norm: dict) -> dict:
-    """Parameters of a Linear of x / rms(x), outputs first, from those of one of RMSNorm(x)."""
-    return params | {'kernel': params['kernel'] * norm['scale']}
-
-
-def join_projections(projections: list[dict], num_groups: int) -> dict:
-    """Parameters of several Linear of one input, one vector in, as those of one to [groups, width], outputs first.
-
-    Their first output axis, of heads or groups, is cut into the groups, whose parts are then laid side by side: a mesh
-    that splits heads splits the joint matrix as it splits each.
+    Args:
+      outputs: name of a map -> its output axes, as for `Linear`. The parameters of map 'q' are `q/kernel` and, with
+        model.use_bias, `q/bias`; those of the norm are `norm/scale`.
+      float32: names of the maps whose output is float32; the others keep x's dtype.
     """
 
-    def join(name, num_inputs):
-        leaves = [projection[name] for projection in projections]
-        return jnp.concatenate([leaf.reshape(*leaf.shape[:num_inputs], num_groups, -1) for leaf in leaves], axis=-1)
+    def __init__(self, model: Model, outputs: dict[str, dict[str, int]], *, rngs: nnx.Rngs, float32=()):
+        self.names, self.float32 = tuple(outputs), tuple(float32)
+        self.norm = RMSNorm(model.d_model, model.norm_epsilon)
+        for name, axes in outputs.items():
+            projection = Linear({'embed': model.d_model}, axes, std=model.init_std, use_bias=model.use_bias, rngs=rngs)
+            setattr(self, name, projection)
 
-    return outputs_first({name: join(name, 1 if name == 'kernel' else 0) for name in projections[0]}, num_inputs=1)
+    def __call__(self, x_BLD: jax.Array) -> tuple[jax.Array, ...]:
+        """[B, L, D] -> one [B, L, *outputs] per map, in the order of `outputs`."""
+        projections = [getattr(self, name) for name in self.names]
+        axes = dict.fromkeys(axis for projection in projections for axis in projection.output_axes)
+        x_BLD = collectives.copy_to_tensor_parallel(self.norm(x_BLD), *axes)
+        return tuple(
+            projection.apply_to_copy(x_BLD, jnp.float32 if name in self.float32 else None)
+            for name, projection in zip(self.names, projections)
+        )
 
 
 class SwiGLU(nnx.Module):
-    """down(silu(gate(x)) * up(x)). Fused: gate and up are one matrix, of x / rms(x), see `Block`."""
+    """out_proj(silu(gate) * up), with gate and up linear maps of norm(x) (Shazeer, 2020)."""
 
-    def __init__(self, d_model: int, d_mlp: int, *, std: float, use_bias: bool, rngs: nnx.Rngs, fused: bool = False):
-        kwargs = dict(std=std, use_bias=use_bias, rngs=rngs, outputs_first=fused)
-        self.fused = fused
-        if fused:
-            self.gate_up_proj = Linear({'embed': d_model}, {'pair': 2, 'mlp': d_mlp}, **kwargs)
-        else:
-            self.gate_proj = Linear({'embed': d_model}, {'mlp': d_mlp}, **kwargs)
-            self.up_proj = Linear({'embed': d_model}, {'mlp': d_mlp}, **kwargs)
-        self.down_proj = Linear({'mlp': d_mlp}, {'embed': d_model}, **kwargs)
+    def __init__(self, model: Model, *, rngs: nnx.Rngs):
+        width = {'mlp': model.d_mlp}
+        self.in_proj = InputProjections(model, {'gate': width, 'up': width}, rngs=rngs)
+        self.out_proj = Linear(width, {'embed': model.d_model}, std=model.init_std, use_bias=model.use_bias, rngs=rngs)
 
-    @staticmethod
-    def fuse(params: dict, norm: dict) -> dict:
-        """Parameters of the fused form, with those of the norm before it."""
-        gate, up = params['gate_proj'], params['up_proj']
-        gate_up = {name: jnp.stack([gate[name], up[name]], axis=-2) for name in gate}
-        return {
-            'gate_up_proj': fold_norm(outputs_first(gate_up, num_inputs=1), norm),
-            'down_proj': outputs_first(params['down_proj'], num_inputs=1),
-        }
-
-    def __call__(self, x_BLD: jax.Array, factor_BL: jax.Array | None = None) -> jax.Array:
-        x_BLD = collectives.copy_to_tensor_parallel(x_BLD, 'mlp')
-        if self.fused:
-            gate_BLF, up_BLF = jnp.unstack(self.gate_up_proj(x_BLD, factor=factor_BL), axis=-2)
-        else:
-            gate_BLF, up_BLF = self.gate_proj(x_BLD), self.up_proj(x_BLD)
-        gate_BLF = collectives.constrain(gate_BLF, 'batch', 'length', 'mlp')
-        up_BLF = collectives.constrain(up_BLF, 'batch', 'length', 'mlp')
-        return self.down_proj(jax.nn.silu(gate_BLF) * up_BLF)
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        gate_BLF, up_BLF = self.in_proj(x_BLD)
+        return self.out_proj(jax.nn.silu(gate_BLF) * up_BLF)
 
 
 class LearnedResidual(nnx.Module):
-    """weight * residual + branch, one weight a channel, started at 1 (paper: learned residual)."""
+    """weight * residual + branch, one weight per channel, initialised to 1 (paper: learned residual)."""
 
     def __init__(self, features: int):
         self.weight = nnx.Param(jnp.ones((features,), jnp.float32), axes=(None,))
 
     def __call__(self, residual_BLD: jax.Array, branch_BLD: jax.Array) -> jax.Array:
-        # In float32: near 1 a bfloat16 weight could not move by less than 0.4%.
-        return (residual_BLD * self.weight[...] + branch_BLD).astype(branch_BLD.dtype)
+        return learned_residual(residual_BLD, branch_BLD, self.weight[...])
+
+
+def learned_residual(residual_BLD: jax.Array, branch_BLD: jax.Array, weight_D: jax.Array) -> jax.Array:
+    """weight * residual + branch in branch's dtype."""
+    # In float32: near 1 a bfloat16 weight could not move by less than 0.4%.
+    return (residual_BLD * weight_D + branch_BLD).astype(branch_BLD.dtype)
 
 
 def inverse_softplus(y: jax.Array) -> jax.Array:
@@ -196,4 +146,5 @@ def inverse_softplus(y: jax.Array) -> jax.Array:
 
 
 def log_uniform(key: jax.Array, shape: tuple[int, ...], low: float, high: float) -> jax.Array:
+    """Samples that are uniform in the logarithm, float32, in [low, high]."""
     return jnp.exp(jax.random.uniform(key, shape, jnp.float32, math.log(low), math.log(high)))

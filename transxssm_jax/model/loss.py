@@ -59,13 +59,11 @@ _loss.defvjp(_loss_forward, _loss_backward)
 
 
 def _in_chunks(hidden, head, targets, z_loss, chunk_tokens, with_gradient):
-    """Sums, and the gradients where asked for; of the head a device may have only its rows."""
-    names = collectives.sharded_over('vocab')
-    over_vocab = functools.partial(jax.lax.psum, axis_name=names) if names else lambda x: x
+    """Sums, and the gradients where asked for; `head` may hold this device's rows of the vocabulary only."""
     dtype = hidden.dtype
     weights_VD = head.astype(dtype)
     num_rows_V, width_D = weights_VD.shape
-    first_V = jax.lax.axis_index(names) * num_rows_V if names else 0
+    first_V = collectives.shard_index('vocab') * num_rows_V
 
     x_TD, target_T = hidden.reshape(-1, width_D), targets.reshape(-1)
     num_tokens = x_TD.shape[0]
@@ -78,12 +76,10 @@ def _in_chunks(hidden, head, targets, z_loss, chunk_tokens, with_gradient):
         x_TD, target_T = inputs
         objective, nll, tokens, d_head_VD = carry
         logits_TV = jnp.einsum('TD,VD->TV', x_TD, weights_VD, preferred_element_type=jnp.float32)
-        top_T = jax.lax.stop_gradient(jnp.max(logits_TV, axis=-1))
-        if names:
-            top_T = jax.lax.pmax(top_T, names)
-        lse_T = top_T + jnp.log(over_vocab(jnp.sum(jnp.exp(logits_TV - top_T[:, None]), axis=-1)))
+        top_T = collectives.all_reduce_max(jnp.max(logits_TV, axis=-1), 'vocab')
+        lse_T = top_T + jnp.log(collectives.all_reduce(jnp.sum(jnp.exp(logits_TV - top_T[:, None]), axis=-1), 'vocab'))
         is_target_TV = jnp.arange(num_rows_V)[None, :] == (target_T - first_V)[:, None]
-        target_logit_T = over_vocab(jnp.sum(jnp.where(is_target_TV, logits_TV, 0.0), axis=-1))
+        target_logit_T = collectives.all_reduce(jnp.sum(jnp.where(is_target_TV, logits_TV, 0.0), axis=-1), 'vocab')
         counted_T = (target_T != IGNORED).astype(jnp.float32)
         nll_T = (lse_T - target_logit_T) * counted_T
         objective += jnp.sum(nll_T + z_loss * jnp.square(lse_T) * counted_T)
@@ -97,7 +93,7 @@ def _in_chunks(hidden, head, targets, z_loss, chunk_tokens, with_gradient):
         d_logits_TV = (d_logits_TV * counted_T[:, None]).astype(dtype)
         d_head_VD += jnp.einsum('TV,TD->VD', d_logits_TV, x_TD, preferred_element_type=jnp.float32)
         d_x_TD = jnp.einsum('TV,VD->TD', d_logits_TV, weights_VD, preferred_element_type=jnp.float32).astype(dtype)
-        return (objective, nll, tokens, d_head_VD), over_vocab(d_x_TD)
+        return (objective, nll, tokens, d_head_VD), collectives.all_reduce(d_x_TD, 'vocab')
 
     zero = jnp.zeros((), jnp.float32)
     d_head_VD = jnp.zeros(weights_VD.shape if with_gradient else (), jnp.float32)

@@ -5,11 +5,12 @@ from flax import nnx
 
 from transxssm_jax.config import Model
 from transxssm_jax.model.language_model import LanguageModel
+from transxssm_jax.parallel import collectives
 
 
-def split_model(model: Model, for_decoding: bool = False):
+def split_model(model: Model):
     """(graph definition, State of abstract Params): the one place where the NNX model is split."""
-    return nnx.split(nnx.eval_shape(lambda: LanguageModel(model, rngs=nnx.Rngs(0), for_decoding=for_decoding)))
+    return nnx.split(nnx.eval_shape(lambda: LanguageModel(model, rngs=nnx.Rngs(0))))
 
 
 def init_params(model: Model, seed: int | jax.Array) -> dict:
@@ -17,14 +18,14 @@ def init_params(model: Model, seed: int | jax.Array) -> dict:
     return nnx.to_pure_dict(nnx.state(LanguageModel(model, rngs=nnx.Rngs(jax.random.key(seed))), nnx.Param))
 
 
-def param_axes(model: Model, for_decoding: bool = False) -> dict:
-    """Logical axes of every parameter, a tuple a leaf, in the tree of init_params; stacking axes are None."""
+def param_axes(model: Model) -> dict:
+    """Logical axes of every parameter, one tuple per leaf, in the tree of init_params; stacking axes are None."""
 
     def axes(param):
         stacked = len(param.get_value().shape) - len(param.get_metadata('axes'))
         return (None,) * stacked + tuple(param.get_metadata('axes'))
 
-    _, abstract = split_model(model, for_decoding)
+    _, abstract = split_model(model)
     return nnx.to_pure_dict(jax.tree.map(axes, abstract, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)))
 
 
@@ -32,3 +33,16 @@ def count_params(model: Model) -> int:
     """Parameters, without making them."""
     _, abstract = split_model(model)
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.to_pure_dict(abstract)))
+
+
+def on_shards(function, model: Model, in_axes: tuple, out_axes):
+    """function(params, *arrays) on each device's block of the parameters and of the arrays, see `collectives.shard_map`.
+
+    Every program that uses a model's parameters is made by this, whether it trains, evaluates or scores.
+
+    Args:
+      function: of params in the tree of init_params.
+      in_axes: logical axes of each further argument.
+      out_axes: logical axes of the outputs.
+    """
+    return collectives.shard_map(function, (param_axes(model), *in_axes), out_axes)

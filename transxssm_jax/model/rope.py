@@ -56,6 +56,11 @@ def tables(positions_BL: jax.Array, width: int, model: Model, length_B: jax.Arra
     return jnp.cos(angles), jnp.sin(angles)
 
 
+def side_inputs(model: Model, width: int, positions_BL: jax.Array, length_B: jax.Array | None = None) -> dict:
+    """What a mixer takes of the positions: `rope`, tables of its rope width, and `scale_BL`, of `length_scale`."""
+    return dict(rope=tables(positions_BL, width, model, length_B), scale_BL=length_scale(positions_BL, model))
+
+
 def length_scale(positions_BL: jax.Array, model: Model) -> jax.Array | None:
     """max(1, log_base(n)) for the n-th token of its document, or None where rope_scaling is not 'length'.
 

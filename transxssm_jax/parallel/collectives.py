@@ -1,145 +1,195 @@
-"""Every collective of the step, written for one device's block of the arrays."""
+"""Every collective, and what a function that runs on one device's block may ask about the mesh.
 
+The programs that use parameters (train step, evaluation, prefill, decoding, scoring) are each one `shard_map`: they
+see one device's block of every array, and every collective is written out. Collectives stand where parameters are
+used (`model/layers.py`, the embedding, the loss) and where gradients leave the step; a mixer that is built from those
+layers contains none. Outside of `shard_map`, and on one device, each of them returns its argument.
+"""
+
+import contextlib
+import contextvars
 import functools
 import math
 
 import jax
 
-from transxssm_jax.parallel.mesh import AXES, RULES, spec
+from transxssm_jax.parallel.mesh import AXES, BATCH, RULES, spec
 
-
-def axis_size(axis: str) -> int:
-    """Devices along an axis of the mesh in use; 1 without a mesh."""
-    return dict(jax.sharding.get_abstract_mesh().shape).get(axis, 1)
+# Whether the shard_map being traced takes whole rows, although the mesh has a context axis.
+_whole_rows = contextvars.ContextVar('whole_rows', default=False)
 
 
 def num_shards(logical_axis: str) -> int:
-    """Parts into which the mesh in use cuts a logical axis; 1 without a mesh."""
-    return math.prod(map(axis_size, RULES[logical_axis]))
-
-
-def manual_axes() -> tuple[str, ...]:
-    """Axes of the mesh in use over which the function being traced sees only its device's part, see `shard_map`."""
-    return tuple(axis for axis in AXES if axis in jax.sharding.get_abstract_mesh().manual_axes)
+    """Number of shards that the mesh in use (jax.set_mesh) cuts a logical axis into; 1 without a mesh."""
+    shape = dict(jax.sharding.get_abstract_mesh().shape)
+    return math.prod(shape.get(axis, 1) for axis in RULES[logical_axis])
 
 
 def sharded_over(*logical_axes: str) -> tuple[str, ...]:
-    """The mesh axes that cut any of logical_axes into parts, of which the function being traced sees its device's."""
-    rules = {name for axis in logical_axes for name in RULES.get(axis, ())}
-    return tuple(name for name in manual_axes() if name in rules and axis_size(name) > 1)
+    """Mesh axes that shard any of logical_axes, in the shard_map being traced; () outside of one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    names = {
+        name for axis in logical_axes if not (axis == 'length' and _whole_rows.get()) for name in RULES.get(axis, ())
+    }
+    return tuple(axis for axis in AXES if axis in names and axis in mesh.manual_axes and mesh.shape[axis] > 1)
 
 
-def constrain(x: jax.Array, *logical_axes) -> jax.Array:
-    """Pins an activation's layout under the mesh in use (jax.set_mesh); no mesh: returns x as it is."""
-    if jax.sharding.get_abstract_mesh().empty or manual_axes():
-        return x
-    return jax.lax.with_sharding_constraint(x, spec(logical_axes))
+def context_axis() -> dict:
+    """`axis_name` and `axis_size` of the mesh axis that shards the tokens of a row, as the kernels take them."""
+    names = sharded_over('length')
+    return dict(axis_name='context', axis_size=jax.sharding.get_abstract_mesh().shape['context'] if names else 1)
 
 
 def shard_map(function, in_axes, out_axes):
     """Runs function on each device's block of its arguments.
 
-    The custom kernels need it, for a kernel call is opaque to the partitioner, which would gather
-    its operands; and the step, whose collectives are written out (see `all_gather_params`, `copy_to_tensor_parallel` and
-    `all_reduce`). Within it, this returns the function as it is: the blocks are cut already.
+    Where no argument names the axis 'length', rows are whole on every device of the context axis, and functions that
+    would communicate along it do not.
 
     Args:
-      function: takes and returns arrays; names the axes of the mesh in collectives.
-      in_axes: logical axes of each argument; None for an argument that is None.
-      out_axes: logical axes of each output, a tuple of tuples, or of the one output.
+      function: takes and returns pytrees of arrays.
+      in_axes: logical axes (a tuple of names and None) of each argument, in its tree; None for an argument that is None.
+      out_axes: the same for the outputs.
+
+    Returns:
+      A function of the whole arrays, for the mesh in use where it is called; without one, or with a mesh of one device,
+      it is `function`.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or manual_axes():
-        return function
-    in_specs = jax.tree.map(spec, in_axes, is_leaf=_is_axes)
-    out_specs = jax.tree.map(spec, out_axes, is_leaf=_is_axes)
-    # Replication is not tracked: kernels with custom gradients do not declare it.
-    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    whole_rows = not any('length' in axes for axes in jax.tree.leaves(in_axes, is_leaf=is_axes))
+
+    def of_block(*args):
+        with _setting(_whole_rows, whole_rows):
+            return function(*args)
+
+    def call(*args):
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+            return function(*args)
+        in_specs = jax.tree.map(spec, in_axes, is_leaf=is_axes)
+        out_specs = jax.tree.map(spec, out_axes, is_leaf=is_axes)
+        # Replication is not tracked: kernels with custom gradients do not declare it.
+        return jax.shard_map(of_block, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*args)
+
+    return call
 
 
-def of_whole_rows(axes):
-    """Logical axes as `shard_map` takes them, with every row whole on its devices: for what passes nothing along a row."""
-    return jax.tree.map(
-        lambda names: tuple(None if name == 'length' else name for name in names), axes, is_leaf=_is_axes
-    )
-
-
-def _is_axes(node) -> bool:
+def is_axes(node) -> bool:
+    """Whether a node of a tree is the logical axes of one array."""
     return isinstance(node, tuple) and all(axis is None or isinstance(axis, str) for axis in node)
 
 
-# ---- collectives of what is written for one device's block: outside of shard_map, they leave arrays as they are ----
+@contextlib.contextmanager
+def _setting(variable, value):
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+# ---- activations -----------------------------------------------------------
 
 
 def all_reduce_max(x: jax.Array, *logical_axes: str) -> jax.Array:
-    """The largest x of the devices that split logical_axes. Not differentiable."""
+    """The largest x over the devices that shard logical_axes. Not differentiable."""
     names = sharded_over(*logical_axes)
     return jax.lax.pmax(x, names) if names else x
 
 
+def all_gather(x: jax.Array, logical_axis: str, axis: int) -> jax.Array:
+    """x whole along one of its axes, which logical_axis shards. Not differentiable: training never gathers activations."""
+    for name in reversed(sharded_over(logical_axis)):
+        x = jax.lax.all_gather(x, name, axis=axis, tiled=True)
+    return x
+
+
+def shard_index(logical_axis: str):
+    """Index of this device's shard of a logical axis; 0 where it is not sharded."""
+    names = sharded_over(logical_axis)
+    return jax.lax.axis_index(names) if names else 0
+
+
 def copy_to_tensor_parallel(x: jax.Array, *logical_axes: str) -> jax.Array:
-    """x, which every device has whole and uses for its part of logical_axes: its gradient is the sum of theirs."""
+    """Identity whose gradient is all-reduced over the mesh axes that shard logical_axes (Megatron-LM's f)."""
     names = sharded_over(*logical_axes)
-    return _copy_to_tensor_parallel(x, names) if names else x
+    return _copy(x, names) if names else x
 
 
 def all_reduce(x: jax.Array, *logical_axes: str) -> jax.Array:
-    """The sum of what every device has of its part of logical_axes; the gradient of each is that of the sum."""
+    """Sum of x over the mesh axes that shard logical_axes; its gradient passes unchanged (Megatron-LM's g)."""
     names = sharded_over(*logical_axes)
-    return _all_reduce(x, names) if names else x
+    return _sum(x, names) if names else x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _copy_to_tensor_parallel(x, names):
+def _copy(x, names):
     del names
     return x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _all_reduce(x, names):
+def _sum(x, names):
     return jax.lax.psum(x, names)
 
 
 # Each is the transpose of the other.
-_copy_to_tensor_parallel.defvjp(
-    lambda x, names: (x, None), lambda names, _, cotangent: (jax.lax.psum(cotangent, names),)
-)
-_all_reduce.defvjp(lambda x, names: (jax.lax.psum(x, names), None), lambda names, _, cotangent: (cotangent,))
+_copy.defvjp(lambda x, names: (x, None), lambda names, _, cotangent: (jax.lax.psum(cotangent, names),))
+_sum.defvjp(lambda x, names: (jax.lax.psum(x, names), None), lambda names, _, cotangent: (cotangent,))
+
+
+# ---- parameters ------------------------------------------------------------
 
 
 def all_gather_params(param: jax.Array, logical_axes: tuple, dtype) -> jax.Array:
-    """A parameter in dtype, whole over D where a device has only its part of 'embed'.
+    """A parameter in dtype, all-gathered over D where fsdp shards it.
 
-    It is rounded before it is all_gather_params, and its gradient is all_reduce and scattered in dtype: for
-    a layer whose backward pass gathers again, 3 x its size in dtype cross the network.
+    It is cast before it is gathered, and its gradient is reduce-scattered in dtype. A layer whose backward pass
+    gathers again sends 3 times its size in dtype.
     """
     param, names = param.astype(dtype), sharded_over('embed')
     if 'embed' not in logical_axes or not names:
         return param
     (name,) = names
-    return _gather(param, name, axis_size(name), logical_axes.index('embed'))
+    size = jax.sharding.get_abstract_mesh().shape[name]
+    return _gather(param, name, size, logical_axes.index('embed'))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gather(part, name, size, axis):
+def _gather(shard, name, size, axis):
     del size
-    return jax.lax.all_gather(part, name, axis=axis, tiled=True)
+    return jax.lax.all_gather(shard, name, axis=axis, tiled=True)
 
 
-def _gather_forward(part, name, size, axis):
-    return _gather(part, name, size, axis), None
+def _gather_forward(shard, name, size, axis):
+    return _gather(shard, name, size, axis), None
 
 
 def _gather_backward(name, size, axis, _, cotangent):
-    # The parts are put first, of three axes in all: otherwise the TPU compiler makes a padded scatter with permutes of
-    # what is left over, or a whole sum that is then cut, 1.25 and 2 times the bytes.
+    # The shards are put first, of three axes in all: otherwise the TPU compiler makes a padded scatter with permutes of
+    # the remainder, or a whole all-reduce that is then cut, 1.25 and 2 times the bytes.
     shape, length = cotangent.shape, cotangent.shape[axis] // size
     if axis == 0:
-        parts = cotangent.reshape(size, length, -1)
+        shards = cotangent.reshape(size, length, -1)
     else:  # the last
-        parts = cotangent.reshape(-1, size, length).swapaxes(0, 1)
-    part = jax.lax.psum_scatter(parts, name, scatter_dimension=0, tiled=False)
-    return (part.reshape(*shape[:axis], length, *shape[axis + 1 :]),)
+        shards = cotangent.reshape(-1, size, length).swapaxes(0, 1)
+    shard = jax.lax.psum_scatter(shards, name, scatter_dimension=0, tiled=False)
+    return (shard.reshape(*shape[:axis], length, *shape[axis + 1 :]),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
+
+
+# ---- sums over tokens --------------------------------------------------------
+
+
+def all_reduce_over_tokens(tree, dtype='float32', *, scattered_over: tuple[str, ...] = ()):
+    """All-reduces every leaf over the axes that shard tokens (data, fsdp, context), communicating in `dtype`.
+
+    Args:
+      tree: arrays; each keeps its dtype.
+      scattered_over: mesh axes over which the leaves are reduce-scattered already.
+    """
+    names = tuple(name for name in sharded_over(*BATCH) if name not in scattered_over)
+    if not names:
+        return tree
+    return jax.tree.map(lambda leaf: jax.lax.psum(leaf.astype(dtype), names).astype(leaf.dtype), tree)

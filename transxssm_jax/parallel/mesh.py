@@ -93,7 +93,7 @@ def arrange(devices, sizes: dict[str, int], slices: int) -> np.ndarray:
 def _check_sizes(config: Config, sizes: dict[str, int]) -> None:
     model, seq_len = config.model, config.data.seq_len
     # The ring of attention gives every device an early and a late piece of a row.
-    pieces = 2 * sizes['context'] if sizes['context'] > 1 and 'attention' in model.layer_kinds else sizes['context']
+    pieces = 2 * sizes['context'] if sizes['context'] > 1 and 'attention' in model.layer_pattern else sizes['context']
     if seq_len % pieces:
         lower, upper = seq_len // pieces * pieces, (seq_len // pieces + 1) * pieces
         by = f'mesh.context={sizes["context"]}' + (' x 2 pieces of attention' if pieces > sizes['context'] else '')

@@ -68,11 +68,11 @@ def least_wire_bytes(config: Config, sizes: dict[str, int]) -> dict[str, float]:
     tokens = tokens_of_a_device(config, sizes)
     activations = (4 * model.num_layers + 2) * 2 * WIRE * tokens * model.d_model * (t - 1) / t
     rows = tokens * c / config.data.seq_len
-    modules = model.num_layers // len(model.layer_kinds)
+    modules = model.num_layers // len(model.layer_pattern)
     state = model.num_heads / t * model.head_dim * model.d_state * MASTER
-    states = 2 * rows * modules * model.layer_kinds.count('ssd') * state * math.ceil(math.log2(c))
+    states = 2 * rows * modules * model.layer_pattern.count('ssd') * state * math.ceil(math.log2(c))
     kv = 2 * tokens * model.num_kv_heads / t * model.head_dim
-    keys_values = (2 * WIRE + MASTER) * modules * model.layer_kinds.count('attention') * (c - 1) * kv
+    keys_values = (2 * WIRE + MASTER) * modules * model.layer_pattern.count('attention') * (c - 1) * kv
     return dict(
         parameters=parameters, gradients=gradients, activations=activations, states=states, keys_values=keys_values
     )
@@ -90,15 +90,15 @@ def least_dcn_bytes(config: Config, sizes: dict[str, int]) -> float:
 def executed_flops_per_token(config: Config, sizes: dict[str, int]) -> float:
     """Forward, backward and what remat and the context axis do again."""
     model, seq_len = config.model, config.data.seq_len
-    modules = model.num_layers // len(model.layer_kinds)
+    modules = model.num_layers // len(model.layer_pattern)
     D, F = model.d_model, model.d_mlp
-    mixers = sum(costs.mixer_flops_per_token(model, kind, seq_len) for kind in model.layer_kinds)
-    kernels = sum(_kernel_flops(model, kind, seq_len) for kind in model.layer_kinds)
-    outputs = len(model.layer_kinds) * 2 * model.num_heads * model.head_dim * D
-    gate_and_up = len(model.layer_kinds) * 4 * D * F
+    mixers = sum(costs.mixer_flops_per_token(model, kind, seq_len) for kind in model.layer_pattern)
+    kernels = sum(_kernel_flops(model, kind, seq_len) for kind in model.layer_pattern)
+    outputs = len(model.layer_pattern) * 2 * model.num_heads * model.head_dim * D
+    gate_and_up = len(model.layer_pattern) * 4 * D * F
     again = {'none': 0, 'full': mixers + gate_and_up, 'dots': kernels, 'hybrid': outputs + gate_and_up}[model.remat]
     if sizes['context'] > 1:  # what the state of the tokens before a shard adds, and what its gradient adds
-        again += 2 * model.layer_kinds.count('ssd') * 2 * model.num_heads * model.head_dim * model.d_state
+        again += 2 * model.layer_pattern.count('ssd') * 2 * model.num_heads * model.head_dim * model.d_state
     return costs.train_flops_per_token(model, seq_len) + modules * again
 
 
@@ -124,8 +124,8 @@ def least_memory(config: Config, sizes: dict[str, int]) -> dict[str, float]:
     model, train, t = config.model, config.train, sizes['tensor']
     parameters = parameters_of_a_device(config, sizes)
     tokens = tokens_of_a_device(config, sizes) // train.accumulation_steps
-    modules = model.num_layers // len(model.layer_kinds)
-    per_token = modules * sum(_saved_bytes(model, kind, t) for kind in model.layer_kinds)
+    modules = model.num_layers // len(model.layer_pattern)
+    per_token = modules * sum(_saved_bytes(model, kind, t) for kind in model.layer_pattern)
     V, D = model.vocab_size // t, model.d_model
     head = V * D * (WIRE + MASTER) + min(train.loss_chunk_tokens, tokens) * V * MASTER
     return dict(state=3 * MASTER * parameters, gradients=MASTER * parameters, saved=per_token * tokens, head=head)
@@ -161,10 +161,10 @@ def least_hbm_bytes(config: Config, sizes: dict[str, int]) -> float:
     gathered = parameters * sizes['fsdp']
     update = (6 * MASTER + 2 * MASTER) * parameters  # p, mu, nu read and written; gradients written and read
     weights = microbatches * (2 * 2 * WIRE + 2 * WIRE) * gathered  # written and read twice; their gradients
-    modules = model.num_layers // len(model.layer_kinds)
+    modules = model.num_layers // len(model.layer_pattern)
     D, F, HP = model.d_model, model.d_mlp / t, model.num_heads * model.head_dim / t
     widths = 0.0
-    for kind in model.layer_kinds:
+    for kind in model.layer_pattern:
         groups = model.num_ssd_groups * model.d_state if kind == 'ssd' else model.num_kv_heads * model.head_dim
         widths += (D + HP + 2 * groups / t) + (HP + D) + (D + 2 * F) + (F + D)  # in, out, gate and up, down
     return update + weights + 3 * WIRE * tokens_of_a_device(config, sizes) * modules * widths

@@ -204,13 +204,26 @@ PLAIN = {  # ours, within a layer or at the top -> published
     'embedding': 'model.word_embed.weight',
     'head': 'lm_head.weight',
     'final_norm/scale': 'model.final_layernorm.weight',
-    'mixer_norm/scale': 'pre_sequence_layernorm.weight',
+    'mixer/in_proj/norm/scale': 'pre_sequence_layernorm.weight',
     'mixer_residual/weight': 'post_sequence_residual.weight',
-    'mlp_norm/scale': 'pre_state_layernorm.weight',
+    'mlp/in_proj/norm/scale': 'pre_state_layernorm.weight',
     'mlp_residual/weight': 'post_state_residual.weight',
     'mixer/a_log': 'ssd.A',
 }
-MIXERS, LEAVES = {'ssd': 'ssd', 'attention': 'attn'}, {'kernel': 'weight', 'bias': 'bias'}
+# (kind of layer, block of it) -> published block, and its output map; the input maps are MAP_proj.
+BLOCKS = {
+    ('ssd', 'mixer'): 'ssd',
+    ('attention', 'mixer'): 'attn',
+    ('ssd', 'mlp'): 'feed_forward',
+    ('attention', 'mlp'): 'feed_forward',
+}
+OUTPUTS = {
+    ('ssd', 'mixer'): 'out_proj',
+    ('attention', 'mixer'): 'o_proj',
+    ('ssd', 'mlp'): 'down_proj',
+    ('attention', 'mlp'): 'down_proj',
+}
+LEAVES = {'kernel': 'weight', 'bias': 'bias'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,7 +263,7 @@ def shapes_of(model: Model) -> dict[tuple[str, ...], tuple[int, ...]]:
 
 def tensors_of(model: Model) -> dict[str, Tensor]:
     """Every published tensor of a model by name, layer by layer."""
-    tensors, kinds = [], model.layer_kinds
+    tensors, kinds = [], model.layer_pattern
     for path, shape in shapes_of(model).items():
         if path[0] != 'layers':
             tensors.append(
@@ -261,11 +274,10 @@ def tensors_of(model: Model) -> dict[str, Tensor]:
         if '/'.join(rest) in PLAIN:
             name = PLAIN['/'.join(rest)]
         else:
-            part, linear, leaf = rest
-            if (kind, linear) == ('attention', 'out_proj'):
-                linear = 'o_proj'
-            name = f'{MIXERS[kind] if part == "mixer" else "feed_forward"}.{linear}.{LEAVES[leaf]}'
-        inputs = (2 if rest[-2] == 'out_proj' else 1) if rest[-1] == 'kernel' else 0
+            block, *linear, leaf = rest
+            name = f'{BLOCKS[kind, block]}.{OUTPUTS[kind, block] if linear == ["out_proj"] else f"{linear[-1]}_proj"}'
+            name += f'.{LEAVES[leaf]}'
+        inputs = (2 if rest[:2] == ('mixer', 'out_proj') else 1) if rest[-1] == 'kernel' else 0
         flat = (math.prod(shape[inputs:]), math.prod(shape[:inputs])) if inputs else (math.prod(shape),)
         layers = [i for i in range(model.num_layers) if kinds[i % len(kinds)] == kind]
         tensors += [

@@ -9,19 +9,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 from transxssm_jax.config import Config
-from transxssm_jax.model.loss import next_token_loss
-from transxssm_jax.model.parameters import init_params, param_axes, split_model
-from transxssm_jax.parallel import collectives, mesh
+from transxssm_jax.model.parameters import init_params, param_axes
+from transxssm_jax.parallel import mesh
 from transxssm_jax.training import optimizer
+from transxssm_jax.training.gradient import Batch, summed_gradient, summed_loss
 
 State = dict
-
-Batch = dict  # tokens, targets, segment_ids, positions: int32 [B, L]
-
-_SUMS = {'nll': (), 'tokens': ()}  # logical axes of what a loss sums
 
 
 def state_shardings(config: Config, device_mesh: jax.sharding.Mesh) -> State:
@@ -79,19 +74,6 @@ def abstract_params(config: Config) -> dict:
     )
 
 
-def _summed_loss(graph, config: Config, params, batch: Batch):
-    model = nnx.merge(graph, params)
-    hidden_BLD = model(batch['tokens'], segment_ids_BL=batch['segment_ids'], positions_BL=batch['positions'])
-    head_VD = collectives.all_gather_params(model.head_VD, ('vocab', 'embed'), hidden_BLD.dtype)
-    return next_token_loss(
-        hidden_BLD,
-        head_VD,
-        batch['targets'],
-        z_loss=config.optimizer.z_loss,
-        chunk_tokens=config.train.loss_chunk_tokens,
-    )
-
-
 def train_step(config: Config):
     """The function (state, batch) -> (state, metrics), to be jitted with the state donated.
 
@@ -139,75 +121,6 @@ def _norm_by_layer(path, grad):
     return jnp.sqrt(jnp.sum(jnp.square(grad), axis=tuple(range(stacked, grad.ndim))))
 
 
-def _on_tokens(function, config: Config, out_axes):
-    """function(params, batch) on each device's tokens and its parts of the parameters."""
-
-    def call(params, batch: Batch):
-        in_axes = param_axes(config.model), dict.fromkeys(batch, mesh.BATCH)
-        return collectives.shard_map(function, in_axes, out_axes)(params, batch)
-
-    return call
-
-
-def _over_tokens(tree, but=(), dtype='float32'):
-    """The sum of each leaf, float32, over the devices that hold other tokens; it travels in dtype."""
-    names = tuple(name for name in collectives.sharded_over(*mesh.BATCH) if name not in but)
-    if not names:
-        return tree
-    return jax.tree.map(lambda leaf: jax.lax.psum(leaf.astype(dtype), names).astype(leaf.dtype), tree)
-
-
-def summed_gradient(config: Config):
-    """The function (params, batch) -> (sums, gradients of the summed loss), over the global batch.
-
-    Every device works on its own tokens, over all microbatches, and only then are gradients
-    summed over data and context: once a step. What fsdp splits is gathered, and its gradient
-    scattered, a layer and a microbatch at a time (`collectives.all_gather_params`): no device has room for it
-    whole.
-    """
-    graph, _ = split_model(config.model)
-    gradient = jax.value_and_grad(functools.partial(_summed_loss, graph, config), has_aux=True)
-    accumulation_steps, axes = config.train.accumulation_steps, param_axes(config.model)
-
-    def summed(grad, axes):
-        if 'embed' not in axes:
-            return _over_tokens(grad)
-        # Of one microbatch it is the gradient of a weight in model.dtype.
-        dtype = config.model.dtype if accumulation_steps == 1 else 'float32'
-        return _over_tokens(grad, but=mesh.RULES['embed'], dtype=dtype)
-
-    def of_device(params, batch: Batch):
-        (_, sums), grads = _over_microbatches(functools.partial(gradient, params), batch, accumulation_steps)
-        return _over_tokens(sums), jax.tree.map(summed, grads, axes)
-
-    return _on_tokens(of_device, config, (_SUMS, axes))
-
-
-def _over_microbatches(function, batch: Batch, accumulation_steps: int):
-    """Sum of function(microbatch), a tree of arrays, over the microbatches of a batch, one after another."""
-    if accumulation_steps == 1:
-        return function(batch)
-
-    def one(total, microbatch):
-        return jax.tree.map(jnp.add, total, function(microbatch)), None
-
-    microbatches = jax.tree.map(lambda x_BL: x_BL.reshape(accumulation_steps, -1, *x_BL.shape[1:]), batch)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, batch))
-    return jax.lax.scan(one, zeros, microbatches)[0]
-
-
 def eval_step(config: Config):
     """The function (params, batch) -> {'nll', 'tokens'}: sums in nats and counted tokens."""
-    graph, _ = split_model(config.model)
-
-    def of_device(params, batch: Batch):
-        # In the train step's microbatches: what fits there fits here.
-        return _over_tokens(
-            _over_microbatches(
-                lambda microbatch: _summed_loss(graph, config, params, microbatch)[1],
-                batch,
-                config.train.accumulation_steps,
-            )
-        )
-
-    return _on_tokens(of_device, config, _SUMS)
+    return summed_loss(config)
