@@ -7,12 +7,12 @@ time, in GB/s and TFLOP/s, each with its share of the device's roofline; tempora
 seconds; the worst relative error of the outputs or gradients against float32 of the highest
 precision, with its name. On a GPU, bench_peers.py adds other people's scans, where installed.
 
-For a TPU that need not be here, --target=v5p (v4, v5e, v6e, tpu7x) prints what the compiler's own
-dumps say of each kernel; bench_tpu.py explains that table.
+For a TPU that need not be attached, --target=v5p (v4, v5e, v6e, tpu7x) prints what the compiler's
+own dumps show of each kernel; bench_tpu.py explains that table.
 
 Times are medians over rounds of calls, after a warm-up. The calls of a round rotate over inputs, so
-that none lies in cache from the call before, and follow each other without waiting, so that no
-launch shows.
+that none lies in cache from the call before, and follow each other without waiting, so that launches
+are hidden.
 
 Legend: B batch, L length, H heads, G groups, P head width, N state width.
 """
@@ -20,7 +20,6 @@ Legend: B batch, L length, H heads, G groups, P head width, N state width.
 import argparse
 import functools
 import importlib.util
-import json
 import statistics
 import sys
 import time
@@ -31,8 +30,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import bench_peers, bench_tpu
+from pallas_kernels.bench_rows import Rows
+from pallas_kernels.chips import TPUS
 from pallas_kernels.ssd import IMPLEMENTATIONS, rotary_ssd, rotary_ssd_step, xla
-from pallas_kernels.tpu_profile import CHIPS
 
 
 class Shape(typing.NamedTuple):
@@ -59,12 +59,12 @@ SHAPES = {
 DEFAULT_SHAPES = {
     'cpu': ('small',),
     'gpu': ('1p3b_g32', '1p3b_g8', '1p3b_g1', '1p3b_16k', '1p3b_128k', 'decode'),
-    **dict.fromkeys(CHIPS, ('1p3b_g8',)),
+    **dict.fromkeys(TPUS, ('1p3b_g8',)),
 }
 DEFAULT_IMPLEMENTATIONS = {
-    'cpu': ('xla',), 'gpu': ('xla', 'mosaic_gpu', *bench_peers.PEERS), **dict.fromkeys(CHIPS, ('xla', 'mosaic_tpu')),
+    'cpu': ('xla',), 'gpu': ('xla', 'mosaic_gpu', *bench_peers.PEERS), **dict.fromkeys(TPUS, ('xla', 'mosaic_tpu')),
 }  # fmt: skip
-BOUNDARY = 128  # tokens a boundary state, in the contract's least work
+BOUNDARY = 128  # tokens per boundary state, in the contract's least work
 # Measured ceilings of one H200 (design.md section 3): bytes/s, FLOP/s. None known for CPU.
 ROOFLINE = {'gpu': (4.3e12, 790e12)}
 ROUND_MS, MOST_CALLS = 20, 30  # of a round
@@ -86,13 +86,13 @@ def least_work(s: Shape, direction: str) -> tuple[float, float]:
     if s.L == 1:
         return 2 * state * 4 + 2 * x + dt + bc, 5 * state
     boundaries = state * size * -(-s.L // BOUNDARY)
-    half, wide = BOUNDARY, s.H * s.P  # 2 FLOPs a multiply-add, times Q / 2 sources
+    half, wide = BOUNDARY, s.H * s.P  # 2 FLOPs per multiply-add, times Q / 2 sources
     forward = (2 * x + dt + bc + boundaries, tokens * (half * (s.G * s.N + wide) + 4 * wide * s.N))
     if direction == 'forward':
         return forward
     # reads x, dy, dt, b, c, boundaries; writes dx, ddt, db, dc
     backward_bytes = 3 * x + 2 * dt + 2 * bc + boundaries
-    # scores, db, dc once a group; dy x^T, M^T dy once a head; four products with states
+    # scores, db, dc once per group; dy x^T, M^T dy once per head; four products with states
     backward_flops = tokens * (half * (3 * s.G * s.N + 2 * wide) + 4 * 2 * wide * s.N)
     return forward[0] + backward_bytes, forward[1] + backward_flops
 
@@ -134,7 +134,6 @@ def candidates(names, variants: bool):
     return result
 
 
-
 def directed(f, direction):
     """f as a function of (inputs, rope, dy) returning a dict of named arrays."""
 
@@ -151,9 +150,9 @@ def directed(f, direction):
 def reference_values(s: Shape, direction, inputs, rope, dy):
     """Values in float32 of the highest precision, from the inputs cast to float32.
 
-    By 'reference', whose backward pass keeps a state a token: where that is too much, by the
-    xla form. Fit to measure bfloat16's error (1e-3); the conformance suite judges both forms
-    against an independent float64 oracle.
+    Computed by 'reference', whose backward pass keeps one state per token, or by 'xla' where that
+    is too much. Both are good enough to measure bfloat16's error (1e-3); the conformance suite
+    judges both against an independent float64 oracle.
     """
     wide = tuple(v.astype(jnp.float32) for v in inputs)
     small = direction == 'forward' or s.B * s.L * s.H * s.P * s.N <= 2**27
@@ -162,7 +161,7 @@ def reference_values(s: Shape, direction, inputs, rope, dy):
 
 
 def time_rounds(timed, seconds):
-    """Milliseconds a call, of each round. timed(calls): milliseconds of a round; it has been warmed up."""
+    """Milliseconds per call, of each round. timed(calls): milliseconds of a round; it has been warmed up."""
     calls = max(1, min(MOST_CALLS, round(ROUND_MS / timed(1))))
     times, end = [], time.perf_counter() + seconds
     while len(times) < 5 or (time.perf_counter() < end and len(times) < 200):
@@ -194,35 +193,60 @@ def _relative_errors(out, ref):
     return {name: error(out[name], ref[name]) for name in out}
 
 
-def measure(shape_name, name, f, direction, target, seconds, sets, ref):
-    row = {'shape': shape_name, 'implementation': name, 'direction': direction}
+def measured(labels, prepare, target, seconds, ref, expected=Exception):
+    """A row: the labels, and what was measured, or in 'failed' why it was not.
+
+    Args:
+      labels: 'shape', 'implementation' and 'direction'.
+      prepare: () -> (timed, results, columns): for `time_rounds`; () -> the results by name; further columns.
+      target: of the bench.
+      seconds: measuring time.
+      ref: what the results are compared with.
+      expected: errors that cost the row and not the table.
+    """
     try:
+        timed, results, columns = prepare()
+        return finish(labels | columns, target, time_rounds(timed, seconds), results(), ref)
+    except expected as error:
+        name = '' if isinstance(error, OWN_ERRORS) else f'{type(error).__name__}: '
+        return {**labels, 'failed': f'{name}{error}'.splitlines()[0][:80]}
+
+
+OWN_ERRORS = (NotImplementedError, jax.errors.JaxRuntimeError)  # of an implementation that does not serve
+
+
+def measure(labels, f, target, seconds, sets, ref):
+    """The row of one of our implementations, f(inputs, rope)."""
+
+    def prepare():
         start = time.perf_counter()
-        call = jax.jit(directed(f, direction)).lower(*sets[0]).compile()
-        row['compile_s'] = time.perf_counter() - start
-        row['temp_mb'] = call.memory_analysis().temp_size_in_bytes / 1e6
-        times = time_rounds(timed_calls(call, sets), seconds)
-        return finish(row, target, times, call(*sets[0]), ref)
-    except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
-        return {**row, 'failed': str(error).splitlines()[0][:80]}
+        call = jax.jit(directed(f, labels['direction'])).lower(*sets[0]).compile()
+        columns = {
+            'compile_s': time.perf_counter() - start,
+            'temp_mb': call.memory_analysis().temp_size_in_bytes / 1e6,
+        }
+        return timed_calls(call, sets), lambda: call(*sets[0]), columns
+
+    return measured(labels, prepare, target, seconds, ref, OWN_ERRORS)
 
 
-def measure_peer(shape_name, name, direction, target, seconds, sets, ref):
-    row = {'shape': shape_name, 'implementation': name, 'direction': direction}
+def measure_peer(labels, target, seconds, sets, ref):
+    """The row of a peer; whatever its error is, it is theirs, and the rest of the table is wanted."""
+    name = labels['implementation']
     if reason := bench_peers.missing(name):
-        return {**row, 'failed': reason}
-    try:
-        timed, results = bench_peers.prepare(name, direction, sets, RESULTS, GRADIENTS)
-        return finish(row, target, time_rounds(timed, seconds), results(), ref)
-    except Exception as error:  # whatever it is, it is theirs, and the rest of the table is wanted
-        return {**row, 'failed': f'{type(error).__name__}: {error}'.splitlines()[0][:80]}
+        return {**labels, 'failed': reason}
+
+    def prepare():
+        return *bench_peers.prepare(name, labels['direction'], sets, RESULTS, GRADIENTS), {}
+
+    return measured(labels, prepare, target, seconds, ref)
 
 
 def finish(row, target, times, out, ref):
-    """Adds the times, the rates of the least work, and the errors."""
+    """Returns the row with the times, the rates of the least work, and the errors."""
     ms = statistics.median(times)
     least_bytes, flops = least_work(SHAPES[row['shape']], row['direction'])
-    row |= {'ms': ms, 'spread_ms': float(np.subtract(*np.percentile(times, (90, 10))))}
+    row = row | {'ms': ms, 'spread_ms': float(np.subtract(*np.percentile(times, (90, 10))))}
     row |= {'gb_s': least_bytes / ms / 1e6, 'tflop_s': flops / ms / 1e9}
     if target in ROOFLINE:
         bandwidth, peak = ROOFLINE[target]
@@ -265,7 +289,9 @@ def show(row):
     if 'failed' in row:
         return f'{head} failed: {row["failed"]}'
     of_bandwidth, of_peak = (f'{row[name]:5.1%}' if name in row else '    -' for name in ('of_bandwidth', 'of_peak'))
-    temp_mb, compile_s = (f'{row[name]:8.{n}f}' if name in row else '       -' for name, n in (('temp_mb', 0), ('compile_s', 1)))
+    temp_mb, compile_s = (
+        f'{row[name]:8.{n}f}' if name in row else '       -' for name, n in (('temp_mb', 0), ('compile_s', 1))
+    )
     return (
         f'{head} {row["ms"]:9.3f} {row["spread_ms"]:8.3f} {row["gb_s"]:7.0f} {of_bandwidth} {row["tflop_s"]:8.2f} {of_peak} '
         f'{temp_mb} {compile_s}  {row["error"]:.1e} {row["worst"]}'
@@ -277,21 +303,23 @@ def main(argv=None):
     parser.add_argument('--target', choices=sorted(DEFAULT_SHAPES), required=True)
     parser.add_argument('--shapes', default='', help=f'comma-separated, of {", ".join(SHAPES)}')
     parser.add_argument(
-        '--implementations', default='',
+        '--implementations',
+        default='',
         help=f'comma-separated, of {", ".join((*IMPLEMENTATIONS, *bench_peers.PEERS))}; those of the target',
     )
     parser.add_argument(
-        '--directions', default='',
+        '--directions',
+        default='',
         help='comma-separated, of forward, forward+backward; for a TPU of ' + ', '.join(bench_tpu.DIRECTIONS),
     )
     parser.add_argument('--all-kernels', action='store_true', help='for a TPU: a row for every kernel')
-    parser.add_argument('--variants', action='store_true', help='sweep the chunk size of the xla form')
-    parser.add_argument('--seconds', type=float, default=1.0, help='measuring time of a row')
+    parser.add_argument('--variants', action='store_true', help="sweep the chunk size of 'xla'")
+    parser.add_argument('--seconds', type=float, default=1.0, help='measuring time per row')
     parser.add_argument('--out', default='', help='also write the rows to this JSON file, after every row')
     flags = parser.parse_args(argv)
 
     names = [n for n in flags.shapes.split(',') if n] or DEFAULT_SHAPES[flags.target]
-    tpu = flags.target in CHIPS
+    tpu = flags.target in TPUS
     implementations = [n for n in flags.implementations.split(',') if n] or DEFAULT_IMPLEMENTATIONS[flags.target]
     known = (*IMPLEMENTATIONS, *(bench_peers.PEERS if flags.target == 'gpu' else ()))
     known_directions = bench_tpu.DIRECTIONS if tpu else ('forward', 'forward+backward')
@@ -307,36 +335,34 @@ def main(argv=None):
         bench_tpu.run(flags.target, shapes, implementations, directions, least_work, flags.all_kernels, flags.out)
         return
     if jax.default_backend() != flags.target:
-        parser.error(f'--target={flags.target}, but JAX runs on {jax.default_backend()}; set JAX_PLATFORMS or the target')
+        parser.error(
+            f'--target={flags.target}, but JAX runs on {jax.default_backend()}; set JAX_PLATFORMS or the target'
+        )
 
     print(f'{jax.devices()[0].device_kind}, jax {jax.__version__}')
     print(
         f'{"shape":10} {"implementation":26} {"direction":16} {"ms":>9} {"p90-p10":>8} {"GB/s":>7} {"of it":>5} {"TFLOP/s":>8} '
         f'{"of it":>5} {"temp MB":>8} {"compile":>8}  error'
     )
-    rows = []
-
-    def add(row):
-        rows.append(row)
-        print(show(row), flush=True)
-        if flags.out:
-            with open(flags.out, 'w') as file:
-                json.dump({'device': jax.devices()[0].device_kind, 'jax': jax.__version__, 'rows': rows}, file, indent=1)
-
+    rows = Rows({'device': jax.devices()[0].device_kind, 'jax': jax.__version__}, show, flags.out)
     for shape_name in names:
         if SHAPES[shape_name].L == 1:
-            add(measure_decode(shape_name, flags.target, flags.seconds))
+            rows.add(measure_decode(shape_name, flags.target, flags.seconds))
             continue
         sets = [draw(SHAPES[shape_name], seed) for seed in range(3)]
         for direction in directions:
             ref = reference_values(SHAPES[shape_name], direction, *sets[0])
-            common = (direction, flags.target, flags.seconds, sets, ref)
+            common = (flags.target, flags.seconds, sets, ref)
+
+            def labels(name, shape_name=shape_name, direction=direction):
+                return {'shape': shape_name, 'implementation': name, 'direction': direction}
+
             own = [name for name in implementations if name in IMPLEMENTATIONS]
             for name, f in candidates(own, flags.variants).items():
-                add(measure(shape_name, name, f, *common))
+                rows.add(measure(labels(name), f, *common))
             for name in implementations:
                 if name in bench_peers.PEERS:
-                    add(measure_peer(shape_name, name, *common))
+                    rows.add(measure_peer(labels(name), *common))
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""The bench's table for a TPU that need not be here, from the compiler's own dumps.
+"""The bench's table for a TPU that need not be attached, from the compiler's own dumps.
 
   python -m pallas_kernels.bench --target=v5p [--shapes=1p3b_g8] [--implementations=xla] [--all-kernels]
 
@@ -10,19 +10,20 @@ rows of a sum. Those rows stand for the whole program; their MXU share is of all
 
 Directions: forward also writes the boundary states; backward starts from the inputs, these and
 dy, so that the two add up to a training step; state is `rotary_ssd_state`. See tpu_profile.py
-for what is counted and tpu_traffic.py for the bytes.
+for what is counted and hlo.py for the bytes.
 
 Legend: B batch, L length, H heads, G groups, P head width, N state width.
 """
 
 import functools
 import importlib.metadata
-import json
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import tpu_profile
+from pallas_kernels.bench_rows import Rows
+from pallas_kernels.chips import TPUS
 from pallas_kernels.ssd import rotary_ssd, rotary_ssd_state, rotary_ssd_step, xla
 
 DIRECTIONS = ('forward', 'backward', 'state')
@@ -36,8 +37,8 @@ def scan_case(implementation, direction, B, L, H, P, N, G, dtype):
     def array(*shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    # Heads and widths in one axis, as the projections before and after the scan make them: of
-    # four axes XLA would take the entry parameters with L in the lanes, and copy.
+    # Heads and widths share one axis, as the projections before and after the scan make them: with
+    # four axes XLA would lay the entry parameters out with L in the lanes, and copy them.
     x, bc = array(B, L, H * P, dtype=dtype), array(B, L, G * N, dtype=dtype)
     inputs = (x, array(B, L, H), array(H), bc, bc)
     rope = (array(L, N // 2), array(L, N // 2))
@@ -97,28 +98,49 @@ def least_bytes(s, direction, least_work):
 
 def rows_of(profile, least, all_kernels):
     """The kernels that matter, the others in one row, and the whole program in the last."""
-    seconds, whole = profile.seconds, profile.total_seconds
+    chip, seconds, whole = profile.chip, profile.seconds, profile.total_seconds
     ordered = sorted(profile.kernels, key=seconds, reverse=True)
     shown = [k for k in ordered if all_kernels or seconds(k) >= SHOWN * whole]
+    others = ordered[len(shown) :]
+
+    def row(name, kernels, seconds, **columns):
+        return {
+            'kernel': name,
+            'ms': 1e3 * seconds,
+            'spills': sum(k.spills for k in kernels),
+            'fills': sum(k.fills for k in kernels),
+            'hbm_mb': sum(k.hbm for k in kernels) / 1e6,
+            **columns,
+        }
+
+    def limit(core_seconds, hbm_seconds):
+        return 'HBM' if hbm_seconds > core_seconds else 'core'
+
     for k in shown:
-        yield {
-            'kernel': k.name, 'cycles': k.step_cycles, 'steps': k.steps, 'ms': 1e3 * seconds(k),
-            'by': 'core' if k.cycles / profile.chip.clock == seconds(k) else 'HBM', 'busy': k.busy,
-            'spills': k.spills, 'fills': k.fills, 'vmem_mib': k.vmem / 2**20, 'hbm_mb': k.hbm / 1e6,
-        }
-    if others := ordered[len(shown) :]:
-        yield {
-            'kernel': f'{len(others)} others', 'ms': 1e3 * sum(seconds(k) for k in others if k.cycles),
-            'spills': sum(k.spills for k in others), 'fills': sum(k.fills for k in others),
-            'hbm_mb': sum(k.hbm for k in others) / 1e6,
-        }
-    core = sum(k.cycles for k in ordered) / profile.chip.clock
-    yield {
-        'kernel': f'all {len(ordered)}', 'ms': 1e3 * whole,
-        'by': 'HBM' if profile.hbm / profile.chip.bandwidth > core else 'core', 'busy': {'MXU': profile.mxu_share},
-        'spills': sum(k.spills for k in ordered), 'fills': sum(k.fills for k in ordered),
-        'vmem_mib': max(k.vmem for k in ordered) / 2**20, 'hbm_mb': profile.hbm / 1e6, 'least': profile.hbm / least,
-    }
+        by = limit(k.cycles / chip.clock, k.hbm / chip.bandwidth)
+        yield row(
+            k.name, [k], seconds(k), cycles=k.step_cycles, steps=k.steps, by=by, busy=k.busy, vmem_mib=k.vmem / 2**20
+        )
+    if others:
+        yield row(f'{len(others)} others', others, sum(seconds(k) for k in others if k.cycles))
+    yield row(
+        f'all {len(ordered)}',
+        ordered,
+        whole,
+        by=limit(sum(k.cycles for k in ordered) / chip.clock, profile.hbm / chip.bandwidth),
+        busy={'MXU': profile.mxu_share},
+        vmem_mib=max(k.vmem for k in ordered) / 2**20,
+        least=profile.hbm / least,
+    )
+
+
+def sum_of_directions(rows, labels):
+    """A row for the forward and the backward direction together, where `rows` has both: what a training step takes."""
+    directions = [r for r in rows if 'least' in r and r['direction'] in ('forward', 'backward')]
+    if len(directions) == 2:
+        total = {key: sum(r[key] for r in directions) for key in ('ms', 'spills', 'fills', 'hbm_mb')}
+        least = sum(r['hbm_mb'] / r['least'] for r in directions)
+        yield {**labels, 'direction': 'both', 'kernel': 'all', **total, 'least': total['hbm_mb'] / least}
 
 
 def show(row):
@@ -139,10 +161,10 @@ def show(row):
 
 def run(chip, shapes, implementations, directions, least_work, all_kernels, out):
     """Prints the table. shapes: name -> the bench's Shape; out: a JSON file for the rows, or ''."""
-    device = tpu_profile.CHIPS[chip]
+    device = TPUS[chip]
     versions = f'jax {jax.__version__}, libtpu {importlib.metadata.version("libtpu")}'
     print(
-        f'{chip}, a device: {device.cores} core(s) of {device.clock / 1e9:.2f} GHz, {device.peak / 1e12:.0f} TFLOP/s, '
+        f'{chip}, per device: {device.cores} core(s) of {device.clock / 1e9:.2f} GHz, {device.peak / 1e12:.0f} TFLOP/s, '
         f'{device.bandwidth / 1e9:.0f} GB/s, VMEM {device.vmem >> 20} MiB, {device.scoped_vmem >> 20} for a kernel '
         f'that asks for no more; {versions}'
     )
@@ -151,34 +173,20 @@ def run(chip, shapes, implementations, directions, least_work, all_kernels, out)
         f'{"shape":9} {"implementation":14} {"direction":9} {"kernel":28} {"cycles":>7} {"steps":>7} {"ms":>8} by   '
         f'{units} {"spills":>6} {"fills":>6} {"VMEM":>5} {"HBM MB":>8} {"/least":>6}'
     )
-    rows = []
-
-    def add(row):
-        rows.append(row)
-        print(show(row), flush=True)
-        if out:
-            with open(out, 'w') as file:
-                json.dump({'target': chip, 'versions': versions, 'rows': rows}, file, indent=1)
-
+    rows = Rows({'target': chip, 'versions': versions}, show, out)
     for name, s in shapes.items():
-        cases = [(i, d) for i in implementations for d in directions] if s.L > 1 else [('step', 'forward')]
-        for implementation, direction in cases:
-            labels = {'shape': name, 'implementation': implementation, 'direction': direction}
-            case = ('step_case', s.B, s.H, s.P, s.N, s.G, s.dtype) if s.L == 1 else ('scan_case', implementation, direction, *s)
-            try:
-                profile = tpu_profile.profile(chip, f'{__name__}:{case[0]}', *case[1:])
-            except RuntimeError as error:
-                add({**labels, 'failed': str(error).splitlines()[0]})
-                continue
-            for row in rows_of(profile, least_bytes(s, direction, least_work), all_kernels):
-                add({**labels, **row})
-        for implementation in implementations:
-            # What a training step takes, for comparing implementations.
-            parts = [r for r in rows if (r['shape'], r['implementation']) == (name, implementation) and 'least' in r
-                     and r['direction'] in ('forward', 'backward')]
-            if len(parts) == 2:
-                total = {key: sum(part[key] for part in parts) for key in ('ms', 'spills', 'fills', 'hbm_mb')}
-                least = sum(part['hbm_mb'] / part['least'] for part in parts)
-                labels = {'shape': name, 'implementation': implementation, 'direction': 'both', 'kernel': 'all'}
-                add({**labels, **total, 'least': total['hbm_mb'] / least})
+        step = ('step_case', s.B, s.H, s.P, s.N, s.G, s.dtype)
+        for implementation in implementations if s.L > 1 else ['step']:
+            labels, first = {'shape': name, 'implementation': implementation}, len(rows)
+            for direction in directions if s.L > 1 else ['forward']:
+                case, *arguments = ('scan_case', implementation, direction, *s) if s.L > 1 else step
+                try:
+                    profile = tpu_profile.profile(chip, f'{__name__}:{case}', *arguments)
+                except RuntimeError as error:
+                    rows.add({**labels, 'direction': direction, 'failed': str(error).splitlines()[0]})
+                    continue
+                for row in rows_of(profile, least_bytes(s, direction, least_work), all_kernels):
+                    rows.add({**labels, 'direction': direction, **row})
+            for row in sum_of_directions(rows[first:], labels):
+                rows.add(row)
     return rows

@@ -1,4 +1,4 @@
-"""What the TPU compiler says of a program, on any machine: cycles, units, spills, VMEM and HBM bytes.
+"""What the TPU compiler's dumps show of a program, on any machine: cycles, units, spills, VMEM and HBM bytes.
 
   profile = tpu_profile.profile('v5p', 'package.module:case', *arguments)
 
@@ -32,9 +32,8 @@ import typing
 import jax
 import numpy as np
 
-from pallas_kernels import tpu_traffic
-from pallas_kernels.chips import COMPILE_ONLY, Tpu
-from pallas_kernels.chips import TPUS as CHIPS
+from pallas_kernels import hlo
+from pallas_kernels.chips import COMPILE_ONLY, TPUS, Tpu
 
 UNITS = ('MXU', 'XLU', 'VALU', 'VPOP', 'EUP', 'VLOAD', 'VLOAD:FILL', 'VSTORE', 'VSTORE:SPILL', 'SALU')
 DELAY_SLOTS = 4  # bundles after a branch that still belong to it
@@ -57,40 +56,54 @@ def profile(chip: str, case: str, *arguments, keep: str = '') -> 'Profile':
         if any(directory.iterdir()):
             raise ValueError(f'keep={keep!r} must be empty: the dumps of two programs would mix')
         flags = {
-            'xla_jf_dump_to': directory, 'xla_jf_dump_llo_text': 'true', 'xla_jf_emit_annotations': 'true',
+            'xla_jf_dump_to': directory,
+            'xla_jf_dump_llo_text': 'true',
+            'xla_jf_emit_annotations': 'true',
             # Without it every pass of every kernel is written, gigabytes for the XLA scan.
             'xla_jf_dump_llo_pass_label_regex': 'packed-bundles-post-ra.*|pre-delay.*|deduplication-map.*',
         }
         environment = {
-            **os.environ, **COMPILE_ONLY, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': os.pathsep.join(sys.path),
+            **os.environ,
+            **COMPILE_ONLY,
+            'JAX_PLATFORMS': 'cpu',
+            'PYTHONPATH': os.pathsep.join(sys.path),
             'LIBTPU_INIT_ARGS': ' '.join(f'--{name}={value}' for name, value in flags.items()),
         }
-        command = [sys.executable, '-m', 'pallas_kernels.tpu_profile', chip, str(directory), case, json.dumps(arguments)]
+        command = [
+            sys.executable,
+            '-m',
+            'pallas_kernels.tpu_profile',
+            chip,
+            str(directory),
+            case,
+            json.dumps(arguments),
+        ]
         run = subprocess.run(command, env=environment, capture_output=True, text=True)
         if run.returncode:
-            said = re.findall(r'^[\w.]+(?:Error|Exception): .*(?:\n\S.*){0,2}', run.stderr, re.MULTILINE)
-            reason = ' '.join((said or ['no reason given'])[-1].split())
+            errors = re.findall(r'^[\w.]+(?:Error|Exception): .*(?:\n\S.*){0,2}', run.stderr, re.MULTILINE)
+            reason = ' '.join((errors or ['no reason given'])[-1].split())
             raise RuntimeError(f'{case}{arguments} does not compile for {chip}: {reason}\n{run.stderr[-4000:]}')
-        return read(CHIPS[chip], directory)
+        return read(TPUS[chip], directory)
 
 
 def compile_here(chip, directory, case, arguments):
-    """The child's part: writes hlo.txt and pallas.json beside the compiler's dumps."""
+    """What the child process does: writes hlo.txt and pallas.json beside the compiler's dumps."""
     from jax.experimental import topologies
 
     module, name = case.split(':')
     devices = topologies.get_topology_desc(
-        platform='tpu', topology_name=CHIPS[chip].topology, chip_config_name=CHIPS[chip].arrangement).devices
+        platform='tpu', topology_name=TPUS[chip].topology, chip_config_name=TPUS[chip].arrangement
+    ).devices
     mesh = jax.sharding.Mesh(np.array(devices)[:1], ('device',))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    # The mesh tells pltpu.get_tpu_info() which TPU this is for.
+    # pltpu.get_tpu_info() reads from the mesh which TPU this is for.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         f, args = getattr(importlib.import_module(module), name)(*arguments)
         args = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), args)
         traced = jax.jit(f).trace(*args)
     compiled = traced.lower(lowering_platforms=('tpu',)).compile()
     directory = pathlib.Path(directory)
-    (directory / 'pallas.json').write_text(json.dumps(tpu_traffic.pallas_grids(traced.jaxpr.jaxpr)))
+    (directory / 'pallas.json').write_text(json.dumps(hlo.pallas_grids(traced.jaxpr.jaxpr)))
     (directory / 'hlo.txt').write_text(compiled.as_text())
 
 
@@ -118,8 +131,8 @@ class Code(typing.NamedTuple):
     def work(self, first: int, end: int) -> np.ndarray:
         """[1 + UNITS] cycles and busy slots of these bundles, loops inside multiplied by their trips.
 
-        What stands under a branch of a kernel's body counts nothing: how often it is taken is not
-        in the code, and first and last steps are what such branches are for.
+        Bundles under a branch of a kernel's body count nothing: the code does not tell how often it is
+        taken, and such branches are for first and last steps.
         """
         times = np.ones(len(self.slots))
         for start, stop in self.rare:
@@ -198,7 +211,7 @@ class Kernel(typing.NamedTuple):
     steps: int  # of that loop on one core, without the steps that only fill the pipeline
     busy: dict[str, float]  # unit -> busy share of its slots in that step
     spills: int  # instructions that store a vector register for want of room
-    fills: int  # and load it again
+    fills: int  # instructions that load it again
     vmem: int  # scoped VMEM, bytes
     hbm: float  # bytes, all runs and cores
 
@@ -229,12 +242,14 @@ class Profile(typing.NamedTuple):
 
 def read(chip: Tpu, directory: pathlib.Path) -> Profile:
     """From the directory that `profile` filled."""
-    computations = tpu_traffic.parse_hlo((directory / 'hlo.txt').read_text())
+    computations = hlo.parse((directory / 'hlo.txt').read_text())
     grids = json.loads((directory / 'pallas.json').read_text())
     dumps, twins = {}, {}
     for path in directory.glob('*.txt'):
         # Names are TIME-KERNEL-NUMBER-PASS.txt.
-        if match := re.fullmatch(r'\d+-(.*)-\d+-(packed-bundles-post-ra|pre-delay_hlo-static-per-bundle-utilization)', path.stem):
+        if match := re.fullmatch(
+            r'\d+-(.*)-\d+-(packed-bundles-post-ra|pre-delay_hlo-static-per-bundle-utilization)', path.stem
+        ):
             dumps.setdefault(match[1], {})[match[2][:3]] = path
         elif path.stem.endswith('-deduplication-map'):
             # Ops of the same code have one dump.
@@ -242,30 +257,24 @@ def read(chip: Tpu, directory: pathlib.Path) -> Profile:
                 twins.update(dict.fromkeys(same.split(), name))
     codes = {name: (files['pac'], files['pre']) for name, files in dumps.items()}
 
-    def walk(computation, runs):
-        ops = computations[computation]
+    kernels = []
+    for _, ops, runs in hlo.executed(computations):
         shapes = {op.name: op.shape for op in ops}
         for op in ops:
-            if op.opcode == 'while':
-                trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', op.attributes)
-                body = re.search(r'body=%([\w.-]+)', op.attributes)
-                yield from walk(body[1], runs * int(trips[1] if trips else 1))
-                continue
-            grid = None
-            if 'custom_call_target="tpu_custom_call"' in op.attributes:
-                # The name of its pallas_call, perhaps with that of a transformation around it.
-                grid = grids[max((name for name in grids if name in op.name), key=len)]
-            hbm = runs * tpu_traffic.op_bytes(op, shapes, computations, grid)
-            paths = codes.get(twins.get(op.name, op.name))
-            if paths:
+            grid = hlo.grid_of(op, grids)
+            if op.custom_call == 'tpu_custom_call' and grid is None:
+                raise ValueError(
+                    f'{op.name} is the kernel of no pallas_call of the traced function: {", ".join(grids)}'
+                )
+            hbm = runs * hlo.op_bytes(op, shapes, computations, grid)
+            if paths := codes.get(twins.get(op.name, op.name)):
                 code = parse_code(*(path.read_text() for path in paths))
-                yield _kernel(chip, op, runs, code, grid, hbm)
+                kernels.append(_kernel(chip, op, runs, code, grid, hbm))
             elif op.opcode == 'fusion' or grid:
                 raise ValueError(f'no dump holds the code of {op.name}: does this libtpu name its dumps otherwise?')
             elif hbm:  # a transfer beside the core
-                yield Kernel(op.name, 0.0, 0.0, 0.0, 0, dict.fromkeys(UNITS, 0.0), 0, 0, 0, hbm)
-
-    return Profile(chip, list(walk('ENTRY', 1)))
+                kernels.append(Kernel(op.name, 0.0, 0.0, 0.0, 0, dict.fromkeys(UNITS, 0.0), 0, 0, 0, hbm))
+    return Profile(chip, kernels)
 
 
 def _kernel(chip, op, runs, code, grid, hbm):

@@ -1,4 +1,4 @@
-"""The scan's bench: its table on this machine, the arithmetic of its columns, and what it says of peers."""
+"""The scan's bench: its table on this machine, the arithmetic of its columns, and its rows of peers."""
 
 import importlib.util
 import json
@@ -9,6 +9,7 @@ import pytest
 from pallas_kernels import bench, bench_peers
 
 TINY = bench.Shape(1, 96, 2, 16, 32, 1)
+LABELS = {'shape': '1p3b_g8', 'implementation': 'xla', 'direction': 'forward'}
 
 
 @pytest.fixture
@@ -45,9 +46,8 @@ def test_shares_of_both_rooflines(monkeypatch):
     bandwidth, peak = bench.ROOFLINE['gpu']
     least_bytes, flops = bench.least_work(bench.SHAPES['1p3b_g8'], 'forward')
     assert least_bytes / bandwidth > flops / peak
-    row = {'shape': '1p3b_g8', 'implementation': 'xla', 'direction': 'forward'}
     out, ref = {'y': np.full(3, 1.5)}, {'y': np.full(3, 1.0)}
-    row = bench.finish(row, 'gpu', [2e3 * least_bytes / bandwidth] * 5, out, ref)
+    row = bench.finish(LABELS, 'gpu', [2e3 * least_bytes / bandwidth] * 5, out, ref)
     np.testing.assert_allclose(
         [row['of_bandwidth'], row['of_peak'], row['error']], [0.5, 0.5 * flops / peak * bandwidth / least_bytes, 0.5]
     )
@@ -79,9 +79,9 @@ def test_rounds():
 )
 @pytest.mark.parametrize('name', bench_peers.PEERS)
 def test_a_peer_that_is_not_installed(name, installed, reason, monkeypatch):
-    """Has a row that says so, and nothing of it is imported."""
+    """Has a row with the reason, and nothing of it is imported."""
     monkeypatch.setattr(importlib.util, 'find_spec', lambda module: module if module in installed else None)
-    row = bench.measure_peer('1p3b_g8', name, 'forward', 'gpu', 0, [], {})
+    row = bench.measure_peer(LABELS | {'implementation': name}, 'gpu', 0, [], {})
     assert row['failed'] == reason.format(bench_peers.PEERS[name])
     assert bench.show(row).endswith('failed: ' + row['failed'])
 
@@ -94,7 +94,7 @@ def test_a_peer_that_fails(monkeypatch):
 
     monkeypatch.setattr(bench_peers, 'missing', lambda name: '')
     monkeypatch.setattr(bench_peers, 'prepare', prepare)
-    row = bench.measure_peer('1p3b_g8', 'fla', 'forward', 'gpu', 0, [], {})
+    row = bench.measure_peer(LABELS | {'implementation': 'fla'}, 'gpu', 0, [], {})
     assert row['failed'] == 'ImportError: no kernel image'
 
 

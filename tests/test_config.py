@@ -12,7 +12,7 @@ from absl import flags
 
 from transxssm_jax import config as config_lib
 from transxssm_jax.config import Config, ConfigError, Data, Mesh, Model, Optimizer, Train
-from transxssm_jax.model import parameters
+from transxssm_jax.model.parameters import count_params
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 
@@ -396,10 +396,10 @@ def test_a_shipped_config_loads(path):
 @pytest.mark.parametrize('name, parameters', [('1p3b', 1.30e9), ('320m', 320e6)])
 def test_parameter_counts(name, parameters):
     model = config_lib.load(CONFIGS / f'{name}.py').model
-    assert parameters.count_params(model) == pytest.approx(parameters, rel=0.01)
+    assert count_params(model) == pytest.approx(parameters, rel=0.01)
     assert model.vocab_size == 50304 and model.tie_embeddings
     assert model.layer_pattern == ('ssd',) * 7 + ('attention',)
-    assert _parameters(model) == parameters.count_params(model)
+    assert _parameters(model) == count_params(model)
 
 
 def _parameters(model):

@@ -517,7 +517,7 @@ def test_a_failed_write_is_said_in_one_line_and_leaves_no_checkpoint(tmp_path, m
     def full(*args):
         raise RuntimeError('RESOURCE_EXHAUSTED: No space left on device\nmore')
 
-    monkeypatch.setattr(convert, '_zeros', full)
+    monkeypatch.setattr(conversion, '_zeros', full)
     arguments = ('import', f'--source={tmp_path / "published"}', f'--workdir={tmp_path / "run"}')
     assert run(*arguments) == 2
     error = capsys.readouterr().err
@@ -564,7 +564,7 @@ def test_an_import_and_an_export_hold_one_tensor_or_array_at_a_time(tmp_path, mo
 
     write(tmp_path / 'published', files=2)
     monkeypatch.setattr(checkpoint_format.Published, 'parts', parts)
-    monkeypatch.setattr(convert, '_read_array', read)
+    monkeypatch.setattr(conversion, '_read_array', read)
     conversion.import_published(tmp_path / 'published', tmp_path / 'run')
     assert not alive
     conversion.export_published(tmp_path / 'run', tmp_path / 'out')

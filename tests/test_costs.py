@@ -9,19 +9,24 @@ and not what an implementation does:
   within a chunk, counted one by one.
 """
 
-import functools
+import dataclasses
 import math
 import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from small import small_config
 
+from pallas_kernels import chips
 from transxssm_jax import config as config_lib
 from transxssm_jax.config import Model
+from transxssm_jax.data.packing import Epochs, pack_row
 from transxssm_jax.model import attention, costs, parameters, ssd
+from transxssm_jax.training import metrics
 
 L = 64
 
@@ -86,13 +91,9 @@ SIZES = [
 
 
 def outside_kernels(model: Model) -> int:
-    """The formula's forward work a token, less its kernel terms."""
-    modules = model.num_layers // len(model.layer_pattern)
-    kernels = modules * sum(
-        costs.scan_flops_per_token(model) if kind == 'ssd' else 2 * model.num_heads * model.head_dim * (L + 1)
-        for kind in model.layer_pattern
-    )
-    return costs.forward_flops_per_token(model, L) - kernels
+    """The formula's forward work per token, less its kernel terms."""
+    attended = costs.row_attended(L)
+    return costs.forward_flops_per_token(model, attended) - costs.kernel_flops_per_token(model, attended)
 
 
 def model_function(model: Model):
@@ -114,7 +115,7 @@ def test_training_is_three_times_forward(without_kernels):
     forward, params, tokens = model_function(model)
     gradient = jax.grad(lambda params, tokens: jnp.sum(jnp.square(forward(params, tokens))))
     assert jaxpr_flops(jax.make_jaxpr(gradient)(params, tokens).jaxpr) == 3 * 2 * L * outside_kernels(model)
-    assert costs.train_flops_per_token(model, L) == 3 * costs.forward_flops_per_token(model, L)
+    assert costs.train_flops_per_token(model, 7.5) == 3 * costs.forward_flops_per_token(model, 7.5)
 
 
 def test_attention_by_enumeration():
@@ -126,9 +127,7 @@ def test_attention_by_enumeration():
             if key <= query:
                 work += H * 2 * K  # q . k
                 work += H * 2 * K  # p v
-    formula = costs.mixer_flops_per_token(model, 'attention', L)
-    D, G = model.d_model, model.num_kv_heads
-    assert formula * L - work == L * 2 * D * (2 * H * K + 2 * G * K)
+    assert costs.costs_of(model, 'attention').kernel_flops(costs.row_attended(L)) * L == work
 
 
 @pytest.mark.parametrize('groups', [1, 2, 4])
@@ -142,26 +141,133 @@ def test_scan_by_enumeration(groups):
             work += H * 2 * P  # score times x
         work += H * 2 * P * N  # x b^T into the state
         work += H * 2 * P * N  # the state times c
-    # The formula leaves out half of the diagonal: 1 part in Q of the first two terms.
-    assert costs.scan_flops_per_token(model) * Q == work - Q * (G * N + H * P)
-    assert costs.scan_flops_per_token(model) == pytest.approx(work / Q, rel=0.01)
+    # The formula leaves out half of the diagonal: one Q-th of the first two terms.
+    flops = costs.costs_of(model, 'ssd').kernel_flops(1.0)
+    assert flops * Q == work - Q * (G * N + H * P)
+    assert flops == pytest.approx(work / Q, rel=0.01)
+    assert flops == costs.costs_of(model, 'ssd').kernel_flops(1e6), 'the scan does not grow with length'
 
 
 @pytest.mark.parametrize('groups, gigaflops', [(32, 60), (8, 47), (1, 43)])
 def test_scan_at_the_contract_shape(groups, gigaflops):
     # B 8, L 4096, H 32, P 64, N 128: "least work" of the kernel contract.
     model = Model(d_model=2048, num_heads=32, num_ssd_groups=groups, d_state=128)
-    assert costs.scan_flops_per_token(model) * 8 * 4096 / 1e9 == pytest.approx(gigaflops, rel=0.02)
+    assert costs.costs_of(model, 'ssd').kernel_flops(1.0) * 8 * 4096 / 1e9 == pytest.approx(gigaflops, rel=0.02)
 
 
 def test_the_large_config():
     model = config_lib.load(pathlib.Path(__file__).parents[1] / 'configs' / '1p3b.py').model
-    # The rule of thumb: 6 operations a parameter and token, embedding look-up aside (tied: it is the head).
+    # The rule of thumb: 6 operations per parameter and token, embedding look-up aside (tied: it is the head).
     matrices = parameters.count_params(model)
-    assert costs.train_flops_per_token(model, 4096) == pytest.approx(6 * matrices, rel=0.12)
-    assert costs.train_flops_per_token(model, 4096) > 6 * matrices
-    longer = costs.train_flops_per_token(model, 8192) - costs.train_flops_per_token(model, 4096)
-    assert longer == 3 * 3 * 2 * 2048 * 4096, 'only the three attention layers grow with length'
+    row, twice = (costs.train_flops_per_token(model, costs.row_attended(length)) for length in (4096, 8192))
+    assert 6 * matrices < row == pytest.approx(6 * matrices, rel=0.12)
+    assert twice - row == 3 * 3 * 2 * 2048 * 4096, 'only the three attention layers grow with length'
+
+
+# ---- what a layer states ---------------------------------------------------
+
+
+def test_an_unknown_kind_is_an_error_that_names_the_file():
+    with pytest.raises(NotImplementedError, match=r"'mamba2' state no costs, only ssd, attention .*model/costs.py"):
+        costs.costs_of(small_config().model, 'mamba2')
+
+
+def test_every_remat_policy_states_its_costs():
+    (remat,) = (field for field in dataclasses.fields(Model) if field.name == 'remat')
+    assert set(costs.REMAT) == set(remat.metadata['choices'])
+
+
+def test_layers_are_counted_by_kind():
+    counted = [(kind, count) for kind, count, _ in costs.layer_costs(small_config().model)]
+    assert counted == [('ssd', 6), ('attention', 2)]
+    transformer = small_config(model_attention_period=1, model_attention_offset=0).model
+    assert [(kind, count) for kind, count, _ in costs.layer_costs(transformer)] == [('attention', 8)]
+
+
+@pytest.mark.parametrize('remat', costs.REMAT)
+@pytest.mark.parametrize('kind', costs.COSTS)
+def test_saved_bytes_are_those_of_the_traced_step(kind, remat):
+    """They are all that a traced layer keeps; but the chunked scan keeps more states than it must, and 'none' more of all."""
+    config = small_config(
+        model_attention_period=1 if kind == 'attention' else 0,
+        model_attention_offset=0,
+        model_remat=remat,
+        model_dtype='bfloat16',
+        model_attention_implementation='xla',
+        model_ssd_implementation='xla',
+    )
+    model = config.model
+    graph, _ = parameters.split_model(model)
+    params = jax.eval_shape(lambda: parameters.init_params(model, 0))
+    tokens = jax.ShapeDtypeStruct((2, 128), jnp.int32)
+
+    def pull(params, tokens):
+        return jax.vjp(lambda params: nnx.merge(graph, params)(tokens), params)[1]
+
+    # Residuals of the layer loop carry its axis of 8 layers. So do parameters, which are not counted.
+    shapes = {leaf.shape for leaf in jax.tree.leaves(params)}
+    residuals = jax.tree.leaves(jax.eval_shape(pull, params, tokens))
+    stacked = [leaf for leaf in residuals if math.prod(leaf.shape[:2]) == 8 and leaf.shape not in shapes]
+    kept = sum(leaf.size * leaf.dtype.itemsize for leaf in stacked)
+    stated = costs.saved_bytes(model, costs.costs_of(model, kind)) * 2 * 128 * 8
+    if remat == 'none':
+        assert 0.3 * kept < stated < kept
+    elif kind == 'ssd' and remat != 'full':
+        assert 0.8 * kept < stated < kept
+    else:
+        assert stated == kept
+
+
+# ---- the tokens that documents leave ---------------------------------------
+
+
+def brute_mean_attended(lengths, seq_len):
+    """Over every offset of the row grid, documents in order, with wrap-around so that each begins anywhere equally often."""
+    ends = np.cumsum(lengths)
+    total = 0
+    for offset in range(seq_len):
+        start, row_start = 0, 0
+        for end in ends:
+            for token in range(start, end):
+                row_start = (token + offset) // seq_len * seq_len - offset
+                total += token - max(start, row_start) + 1
+            start = end
+    return total / (seq_len * ends[-1])
+
+
+@pytest.mark.parametrize('seq_len', [1, 4, 16, 100])
+def test_mean_attended_against_every_offset(seq_len):
+    lengths = np.array([3, 1, 40, 16, 7, 2, 33], np.uint32)
+    assert costs.mean_attended(lengths, seq_len) == pytest.approx(brute_mean_attended(lengths, seq_len))
+
+
+def test_mean_attended_of_long_and_of_short_documents():
+    assert costs.mean_attended(np.array([10**9]), 4096) == pytest.approx(costs.row_attended(4096), rel=1e-5)
+    # Where rows are long, a document of n tokens is whole: (n + 1) / 2.
+    assert costs.mean_attended(np.full(100, 1000), 10**9) == pytest.approx(500.5, rel=1e-5)
+
+
+def test_mean_attended_in_blocks(monkeypatch):
+    lengths = np.arange(1, 1000, dtype=np.uint32)
+    whole = costs.mean_attended(lengths, 64)
+    monkeypatch.setattr(costs, '_BLOCK', 100)
+    assert costs.mean_attended(lengths, 64) == pytest.approx(whole, rel=1e-12)
+
+
+def test_mean_attended_is_that_of_the_packed_rows():
+    """Counted in the segments of the rows that the packing makes of the same documents."""
+    rng = np.random.default_rng(0)
+    lengths, seq_len = rng.integers(2, 300, 400).astype(np.uint32), 128
+    epochs = Epochs(lengths, seq_len, key=(0,), shuffle=True)
+    attended = []
+    for row in range(epochs.rows - 1):  # the last is padded
+        spans = [stop - start for _, start, stop in epochs.spans(row)]
+        packed = pack_row(np.zeros(sum(spans), np.int32), spans, seq_len)
+        attended.append(packed['positions'] + 1)
+    assert costs.mean_attended(lengths, seq_len) == pytest.approx(np.mean(attended), rel=0.02)
+
+
+# ---- rates -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -170,11 +276,12 @@ def test_the_large_config():
         ('NVIDIA H200', 989),
         ('NVIDIA H100 80GB HBM3', 989),
         ('NVIDIA A100-SXM4-40GB', 312),
+        ('NVIDIA A100-SXM4-80GB', 312),
         ('NVIDIA B200', 2250),
         ('NVIDIA H100 PCIe', 756),
         ('NVIDIA H100 NVL', 835),
+        ('NVIDIA H200 NVL', 835),
         ('NVIDIA GH200 480GB', 990),
-        ('NVIDIA A100-SXM4-80GB', 312),
         ('TPU v4', 275),
         ('TPU v5 lite', 197),
         ('TPU v5e', 197),
@@ -185,15 +292,28 @@ def test_the_large_config():
         ('TPU7x', 1153.5),
         ('cpu', 0),
         ('NVIDIA GeForce RTX 4090', 0),
+        ('NVIDIA H200 of another kind', 0),
+        ('NVIDIA H100 80GB HBM3 MIG 1g.10gb', 0),
     ],
 )
 def test_peak_of_a_device(device_kind, tflops):
-    assert costs.peak_flops(device_kind) == tflops * 1e12
+    assert chips.peak_flops(device_kind) == tflops * 1e12
+
+
+@pytest.mark.parametrize(
+    'platform, kind, line',
+    [
+        ('gpu', 'NVIDIA H200 NVL', ''),
+        ('gpu', 'NVIDIA L40S', "no MFU: the peak of 'NVIDIA L40S' is not known"),
+        ('cpu', 'cpu', ''),
+    ],
+)
+def test_an_unknown_card_has_no_mfu_and_a_line_about_it(platform, kind, line):
+    found = metrics.missing_mfu(types.SimpleNamespace(platform=platform, device_kind=kind))
+    assert found.startswith(line) and bool(found) == bool(line)
 
 
 def test_rates_use_the_analytic_work(monkeypatch):
-    from transxssm_jax.training import metrics
-
     config = small_config()
     clock = metrics.Clock()
     now = iter([100.0, 104.0] + [106.0] * 10)
@@ -201,20 +321,38 @@ def test_rates_use_the_analytic_work(monkeypatch):
     clock.restart()
     clock._away_seconds = 1.0
     clock.input_seconds = 0.6
-    rates = metrics.rates(config, steps=6, clock=clock)  # 104 - 100 - 1: three seconds of training
+    rates = metrics.rates(config, steps=6, clock=clock, attended=5.0)  # 104 - 100 - 1: three seconds of training
     assert rates['tokens_per_second'] == pytest.approx(6 * config.tokens_per_step / 3)
     assert rates['step_seconds'] == pytest.approx(0.5) and rates['input_fraction'] == pytest.approx(0.2)
-    work = 6 * config.tokens_per_step * costs.train_flops_per_token(config.model, config.data.seq_len)
+    work = 6 * config.tokens_per_step * costs.train_flops_per_token(config.model, 5.0)
     assert rates['model_tflops_per_second'] == pytest.approx(work / 3 / jax.device_count() / 1e12)
-    assert 'mfu' not in rates, 'a CPU has no known peak'
-    monkeypatch.setattr(costs, 'peak_flops', functools.partial(lambda kind: 1e12))
+    assert 'mfu' not in rates and 'mfu_packed_rows' not in rates, 'a CPU has no known peak'
+    monkeypatch.setattr(chips, 'peak_flops', lambda kind: 1e12)
     now = iter([104.0] * 10)
-    assert metrics.rates(config, 6, clock)['mfu'] == pytest.approx(rates['model_tflops_per_second'])
+    known = metrics.rates(config, 6, clock, 5.0)
+    assert known['mfu'] == pytest.approx(rates['model_tflops_per_second'])
+    packed = costs.train_flops_per_token(config.model, costs.row_attended(config.data.seq_len))
+    assert known['mfu_packed_rows'] / known['mfu'] == pytest.approx(
+        packed / costs.train_flops_per_token(config.model, 5.0)
+    )
+
+
+def test_sources_count_by_their_weight():
+    """Half of the rows are of documents of 10 tokens, whatever their share of the data."""
+    sources = [
+        types.SimpleNamespace(first_document=0, documents=100),
+        types.SimpleNamespace(first_document=100, documents=1),
+    ]
+    index = types.SimpleNamespace(
+        lengths=lambda: np.array([10] * 100 + [10**6]), mixture_weights=lambda: [1, 1], sources=sources
+    )
+    short, long = costs.mean_attended(np.array([10]), 64), costs.mean_attended(np.array([10**6]), 64)
+    assert metrics.mean_attended(index, 64) == pytest.approx((short + long) / 2)
+    index.mixture_weights = list
+    assert metrics.mean_attended(index, 64) == pytest.approx((1000 * short + 10**6 * long) / (1000 + 10**6))
 
 
 def test_time_away_does_not_count(monkeypatch):
-    from transxssm_jax.training import metrics
-
     now = iter([10.0, 12.0, 17.0, 20.0])
     monkeypatch.setattr(metrics.time, 'perf_counter', lambda: next(now))
     clock = metrics.Clock()

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -87,7 +88,7 @@ def pairs_of_documents(documents):
     found = collections.Counter()
     for text in documents:
         tokens = ids(text).tolist()
-        found.update(zip(tokens, tokens[1:] + [-1], strict=True))
+        found.update(zip([256] + tokens[:-1], tokens, strict=True))  # the byte tokenizer begins documents with eos
     return found
 
 
@@ -104,8 +105,13 @@ def test_batches_have_the_stated_form(data):
         ).all()
         inside = (steps == 0) & real[:, 1:]
         np.testing.assert_array_equal(batch['targets'][:, :-1][inside], batch['tokens'][:, 1:][inside])
-        assert (batch['targets'][:, :-1][~inside] == -1).all()
-        assert (batch['targets'][batch['tokens'] == 256] == -1).all()  # nothing is to be predicted after eos
+        # A document that begins in the row begins with the begin token (here 256) and ends with the target eos.
+        later = begins & real & (batch['segment_ids'] > 1)
+        assert (batch['tokens'][later] == 256).all()
+        assert (batch['targets'][:, :-1][later[:, 1:]] == 256).all()
+        # eos is no input but where it is the begin token: at the first slot of a segment.
+        assert begins[batch['tokens'] == 256].all()
+        assert (batch['targets'][real] >= 0).all()
         assert (batch['tokens'][~real] == 0).all() and (batch['targets'][~real] == -1).all()
 
 
@@ -143,21 +149,45 @@ def test_every_token_once_an_epoch(data, documents):
         epochs = [list(itertools.islice(loader, loader.rows_per_epoch)) for _ in range(2)]
         targets = sum(int((batch['targets'] >= 0).sum()) for batch in epochs[0])
         assert loader.packing_efficiency == targets / (loader.rows_per_epoch * SEQ_LEN)
-        assert targets == loader.num_tokens - loader.num_documents
+        assert targets == loader.num_tokens
     for batches in epochs:
         assert pairs(batches) == pairs_of_documents(documents)
     assert not np.array_equal(epochs[0][0]['tokens'], epochs[1][0]['tokens'])
 
 
-def test_targets_of_rows_that_end_inside_a_document(data):
+def test_rows_that_end_inside_a_document(data):
     first, second = load(data, 2, global_batch=1, shuffle=False)
-    assert first['tokens'][0, -1] != 256
+    assert first['targets'][0, -1] != 256
     assert first['targets'][0, -1] == second['tokens'][0, 0] and second['positions'][0, 0] == 0
+
+
+@pytest.mark.parametrize('bos, begin', [('', 0), ('<pad>', 1), ('</s>', 2)])
+def test_documents_begin_with_bos(tmp_path, bos, begin):
+    """The tokenizer's bos is the input before a document's first token, wherever rows and records are cut."""
+    tokenizer = train_tokenizer(tmp_path / 't.json', ['<s>', '<pad>', '</s>'])
+    source = write_jsonl(tmp_path / 'd.jsonl', texts(40) + ['<s> and </s> are plain text here'])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shard_writer, 'RECORD_TOKENS', 16)
+        assert run_prepare(tmp_path / 'out', source, tokenizer=tokenizer, bos=bos) == 0
+    stored = [
+        np.append(tokens, 2).tolist() for tokens in load_tokenizer(tokenizer).encode_batch(texts(40) + ['a'])[:40]
+    ]
+    for seq_len in (15, 16, 17):
+        batches = load(tmp_path / 'out', None, seq_len=seq_len, global_batch=3, shuffle=False, repeat=False)
+        inputs = np.concatenate([tokens for tokens, _ in segments(batches)])
+        targets = np.concatenate([targets for _, targets in segments(batches)])
+        ends = np.flatnonzero(targets == 2) + 1
+        assert len(ends) == 41
+        for tokens, inside, document in zip(np.split(inputs, ends), np.split(targets, ends), stored):
+            assert inside.tolist() == document and tokens.tolist() == [begin] + document[:-1]
+        with make_loader(tmp_path / 'out', 'train', seq_len=seq_len, global_batch=3, seed=0) as loader:
+            assert (loader.begin_id, loader.eos_id) == (begin, 2)
+    assert load_tokenizer(tmp_path / 'out').begin_id == begin
 
 
 def test_evaluation_pass(data, documents):
     batches = load(data, None, shuffle=False, repeat=False)
-    stream = np.concatenate([tokens for tokens, _ in segments(batches)])
+    stream = np.concatenate([targets for _, targets in segments(batches)])
     np.testing.assert_array_equal(stream, np.concatenate([ids(text) for text in documents]))
     with make_loader(data, 'train', seq_len=SEQ_LEN, global_batch=BATCH, seed=1, repeat=False) as loader:
         assert loader.num_steps == len(batches) == -(-loader.rows_per_epoch // BATCH)
@@ -182,7 +212,7 @@ def test_mixture_is_exact(data):
     for batch in batches:
         for row in range(10):
             one = {name: values[row : row + 1] for name, values in batch.items()}
-            (source,) = sources(one['tokens'][one['segment_ids'] > 0])  # a row is of one source
+            (source,) = sources(one['targets'][one['segment_ids'] > 0])  # a row is of one source
             found[source].append(one)
         assert [len(rows) % n for rows, n in zip(found, (5, 3, 2), strict=True)] == [0, 0, 0]
     assert [len(rows) for rows in found] == [500, 300, 200]
@@ -192,7 +222,7 @@ def test_mixture_is_exact(data):
         assert len(rows) > rows_per_epoch
         assert pairs(rows[:rows_per_epoch]) == expected
     # One pass ignores the weights: every document once.
-    stream = np.concatenate([tokens for tokens, _ in segments(load(data, None, 'mixture', repeat=False))])
+    stream = np.concatenate([targets for _, targets in segments(load(data, None, 'mixture', repeat=False))])
     assert (stream == 256).sum() == 20 + 30 + 40
 
 
@@ -219,6 +249,15 @@ def test_refusals(data, tmp_path):
     (tmp_path / 'half/.incomplete.train').mkdir(parents=True)
     with pytest.raises(DataError, match='is not finished; run: python -m'):
         make_loader(tmp_path / 'half', 'train', **arguments)
+    (tmp_path / 'README.md').write_text('no data')
+    with pytest.raises(
+        DataError, match='README.md is a file; give the directory that transxssm_jax.data.prepare wrote'
+    ):
+        make_loader(tmp_path / 'README.md', 'train', **arguments)
+    for path in (tmp_path / 'README.md/x', 'x' * 5000, 'a\0b'):
+        with pytest.raises(DataError) as info:
+            make_loader(path, 'train', **arguments)
+        assert 'delete' not in str(info.value)
     with pytest.raises(DataError, match="no split 'test', only train, mixture; name one of these"):
         make_loader(data, 'test', **arguments)
     with pytest.raises(DataError, match='less than one batch of 100000; lower the global batch to'):
@@ -229,33 +268,125 @@ def test_refusals(data, tmp_path):
         make_loader(data, 'train', **arguments | {'seq_len': 0})
 
 
+def damaged(data, path, change, split='train', **arguments):
+    """The error of opening and reading a copy of `data` that `change` was applied to."""
+    shutil.rmtree(path, ignore_errors=True)
+    shutil.copytree(data, path)
+    change(path)
+    with pytest.raises(DataError) as info:
+        load(path, None, split, repeat=False, num_threads=2, **arguments)
+    assert '\n' not in str(info.value) and 'delete' not in str(info.value)
+    return str(info.value)
+
+
+def flip(path, position, bit=0):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1 << bit
+    path.write_bytes(content)
+
+
 def test_corrupt_shards_are_named(data, tmp_path):
-    path = tmp_path / 'out'
+    name = sorted(path.name for path in data.glob('documents-train*'))[2]
 
-    def broken(change, match):
-        shutil.rmtree(path, ignore_errors=True)
-        shutil.copytree(data, path)
-        shard = sorted(path.glob('documents-train*'))[2]
-        change(shard)
-        with pytest.raises(
-            DataError, match=f'shard .*{shard.name} is missing or corrupt .{match}.*restore it, or delete'
-        ) as info:
-            load(path, None, repeat=False, num_threads=2)
-        assert '\n' not in str(info.value)
+    def broken(change, match, **arguments):
+        error = damaged(data, tmp_path / 'out', lambda path: change(path / name), **arguments)
+        assert re.search(f'shard .*{name} is missing or corrupt .{match}.*restore it from a copy, or prepare', error)
 
-    def flip(shard):
-        content = bytearray(shard.read_bytes())
-        for i in range(200, len(content), 97):  # headers, records and footer
-            content[i] ^= 0xFF
-        shard.write_bytes(content)
+    def scramble(shard):
+        for i in range(200, shard.stat().st_size, 97):  # headers, records and footer
+            flip(shard, i)
 
     broken(lambda shard: shard.unlink(), 'No such file')
     broken(lambda shard: shard.write_bytes(shard.read_bytes()[:-1000]), r'\d+ bytes instead of')
+    broken(lambda shard: shard.write_bytes(b''), '0 bytes instead of')
     broken(lambda shard: shard.write_bytes(bytes(shard.stat().st_size)), '')
-    broken(flip, '')
+    broken(scramble, '')
     # Another good file under its name.
     other = sorted(data.glob('documents-train*'))[3]
     broken(lambda shard: shard.write_bytes(other.read_bytes()), '')
+    # A bit of the padding decides no batch; verify='full' sees it all the same.
+    position = (data / name).read_bytes().index(bytes(200)) + 100
+    broken(lambda shard: flip(shard, position), 'its sha256 is not', verify='full')
+    shutil.copytree(data, tmp_path / 'good')
+    assert_same(load(tmp_path / 'good', 5, verify='full'), load(data, 5))
+    with pytest.raises(DataError, match="verify='all' must be one of 'sizes', 'full'"):
+        load(data, 1, verify='all')
+
+
+def test_one_flipped_bit_never_changes_a_batch(tmp_path):
+    """Whatever bit of whatever file: an error of one line, or the same batches."""
+    assert run_prepare(tmp_path / 'data', write_jsonl(tmp_path / 'd.jsonl', texts(40))) == 0
+    expected = load(tmp_path / 'data', None, repeat=False)
+    generator, outcomes = random.Random(0), collections.Counter()
+    files = sorted(path for path in (tmp_path / 'data').iterdir())
+    for file in files:
+        content = file.read_bytes()
+        used = [i for i, byte in enumerate(content) if byte] if 'array_record' in file.name else range(len(content))
+        for position in generator.sample(used, 60):
+            flip(file, position, generator.randrange(8))
+            try:
+                assert_same(load(tmp_path / 'data', None, repeat=False), expected)
+                outcomes[file.name, 'same'] += 1
+            except DataError as error:
+                assert '\n' not in str(error)
+                outcomes[file.name, 'refused'] += 1
+            file.write_bytes(content)
+    assert outcomes['train.lengths.npy', 'refused'] == 60
+    assert outcomes['train.manifest.json', 'refused'] > 50  # white space is no content
+
+
+@pytest.mark.parametrize('name', ['dataset_info.json', 'train.manifest.json', 'train.lengths.npy'])
+def test_damaged_files_are_named(data, tmp_path, name):
+    def change(content):
+        return damaged(data, tmp_path / 'out', lambda path: (path / name).write_bytes(content))
+
+    content = (data / name).read_bytes()
+    for bad in (b'', content[: len(content) // 2], b'5', b'null', b'{}', b'[' * 100_000, b'\xff\xfe', bytes(200)):
+        error = change(bad)
+        assert name in error and 'restore it from a copy, or prepare the data again in another directory' in error
+    if name.startswith('train'):
+        assert name in damaged(data, tmp_path / 'out', lambda path: (path / name).unlink())
+        other = (data / name.replace('train', 'mixture')).read_bytes()
+        change(other)
+
+
+def test_data_of_an_older_version(data, tmp_path):
+    def change(path):
+        (path / 'train.manifest.json').rename(path / 'train.index.json')
+
+    assert 'prepare it again in another directory' in damaged(data, tmp_path / 'out', change)
+
+
+def test_the_fingerprint_is_of_the_content(data, documents, tmp_path):
+    def fingerprint(path, **arguments):
+        with make_loader(path, 'train', seq_len=SEQ_LEN, global_batch=1, seed=0, **arguments) as loader:
+            return loader.fingerprint
+
+    a, b = write_jsonl(tmp_path / 'a.jsonl', documents), tmp_path / 'elsewhere/b.jsonl'
+    b.parent.mkdir()
+    shutil.copy(a, b)
+    for name, source, flags in (
+        ('a', a, {}),
+        ('b', b, {}),
+        ('other', write_jsonl(tmp_path / 'o.jsonl', documents[1:]), {}),
+        ('weighted', f'{a}@1', {}),
+        ('field', tmp_path / 'field.jsonl', {'text_field': 'body'}),
+    ):
+        (tmp_path / 'field.jsonl').write_text(a.read_text().replace('"text"', '"body"'))
+        assert run_prepare(tmp_path / name, source, **flags) == 0
+    shutil.move(tmp_path / 'b', tmp_path / 'moved')
+    assert fingerprint(tmp_path / 'a') == fingerprint(tmp_path / 'moved') == fingerprint(tmp_path / 'field')
+    assert len({fingerprint(tmp_path / name) for name in ('a', 'other', 'weighted')}) == 3
+    # bos decides the inputs.
+    tokenizer = train_tokenizer(tmp_path / 't.json', ['<s>', '</s>'])
+    assert run_prepare(tmp_path / 'bos', a, tokenizer=tokenizer) == 0
+    assert run_prepare(tmp_path / 'eos', a, tokenizer=tokenizer, bos='</s>') == 0
+    assert fingerprint(tmp_path / 'bos') != fingerprint(tmp_path / 'eos')
+
+
+def test_an_absurd_batch_is_refused_at_once(data):
+    with pytest.raises(DataError, match='less than one batch of 1000000000000'):
+        make_loader(data, 'train', seq_len=SEQ_LEN, global_batch=10**12, seed=0)
 
 
 WORKERS_SCRIPT = """
@@ -295,7 +426,7 @@ def test_worker_processes(data, tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         env=os.environ | {'PYTHONPATH': str(ROOT)},
     )
     assert result.returncode == 0 and 'Traceback' not in result.stderr, result.stderr
@@ -325,8 +456,7 @@ def test_close_ends_threads(data):
         next(loader)
     for thread in threading.enumerate():
         if thread.name.startswith('grain-prefetch'):
-            thread.join(timeout=10)
-            assert not thread.is_alive()
+            thread.join()
 
 
 def test_shared_books(tmp_path):
@@ -339,7 +469,7 @@ def test_shared_books(tmp_path):
         == 0
     )
     batches = load(tmp_path / 'out', None, 'validation', seq_len=1024, global_batch=8, shuffle=False, repeat=False)
-    stream = np.concatenate([tokens for tokens, _ in segments(batches)])
+    stream = np.concatenate([targets for _, targets in segments(batches)])
     books = pyarrow.parquet.read_table(source, columns=['text'])['text'].to_pylist()
     end = np.flatnonzero(stream == 0)[1]
     begin = np.flatnonzero(stream == 0)[0] + 1

@@ -4,33 +4,28 @@ import itertools
 import numpy as np
 import pytest
 
-from transxssm_jax.data.packing import Epochs, assign_row, pack_row, packing_efficiency, permutation
+from transxssm_jax.data.mixture import assign_row, whole_number_weights
+from transxssm_jax.data.packing import Epochs, pack_row, packing_efficiency, permutation
 
 
 def test_pack_row_by_hand():
-    # The end of one document, a whole one, and the first two tokens of a third, one of them only a target.
-    row = pack_row(np.array([5, 6, 9, 7, 9, 8, 4], np.uint16), [3, 2, 2], 6)
-    assert row['tokens'].tolist() == [5, 6, 9, 7, 9, 8]
-    assert row['segment_ids'].tolist() == [1, 1, 1, 2, 2, 3]
-    assert row['positions'].tolist() == [0, 1, 2, 0, 1, 0]
-    assert row['targets'].tolist() == [6, 9, -1, 9, -1, 4]
+    # The end of a document (its first input is token 5), a whole one of [7, eos], and the begin of a third; eos is 9
+    # and the begin token 8.
+    row = pack_row(np.array([5, 6, 9, 8, 7, 9, 8, 4, 3], np.uint16), [2, 2, 2], 6)
+    assert row['tokens'].tolist() == [5, 6, 8, 7, 8, 4]
+    assert row['targets'].tolist() == [6, 9, 7, 9, 4, 3]
+    assert row['segment_ids'].tolist() == [1, 1, 2, 2, 3, 3]
+    assert row['positions'].tolist() == [0, 1, 0, 1, 0, 1]
     assert all(values.dtype == np.int32 for values in row.values())
 
 
-def test_pack_row_target_of_last_input_in_next_document():
-    row = pack_row(np.array([5, 9, 3], np.uint16), [2, 1], 2)
-    assert row['tokens'].tolist() == [5, 9]
-    assert row['targets'].tolist() == [9, -1]
-    assert row['segment_ids'].tolist() == [1, 1]
-
-
-@pytest.mark.parametrize('tokens, lengths', [([], []), ([3, 9], [2]), ([3, 9, 9], [2, 1])])
-def test_pack_row_padding(tokens, lengths):
-    row = pack_row(np.array(tokens, np.uint32), lengths, 4)
-    n = len(tokens)
-    assert row['tokens'].tolist() == tokens + [0] * (4 - n)
-    assert (row['segment_ids'][:n] > 0).all() and not row['segment_ids'][n:].any() and not row['positions'][n:].any()
-    assert (row['targets'][max(n - 1, 0) :] == -1).all()
+@pytest.mark.parametrize('tokens, slots', [([], []), ([3, 9], [1]), ([3, 9, 8, 5], [1, 1]), ([3, 9, 8, 5, 6], [1, 2])])
+def test_pack_row_padding(tokens, slots):
+    row = pack_row(np.array(tokens, np.uint32), slots, 4)
+    n = sum(slots)
+    assert (row['segment_ids'][:n] > 0).all() and (row['targets'][:n] >= 0).all()
+    assert not any(row[name][n:].any() for name in ('tokens', 'segment_ids', 'positions'))
+    assert (row['targets'][n:] == -1).all()
 
 
 def test_permutation():
@@ -48,33 +43,26 @@ PINNED = [7, 5, 6, 2, 0, 3, 1, 4]
 
 @pytest.mark.parametrize('seq_len', [1, 7, 64, 1000])
 @pytest.mark.parametrize('shuffle', [True, False])
-def test_every_token_is_an_input_once_an_epoch(seq_len, shuffle):
+def test_every_slot_once_an_epoch(seq_len, shuffle):
     lengths = np.random.default_rng(0).integers(2, 50, 40).astype(np.uint32)
     epochs = Epochs(lengths, seq_len, key=(3, 0), shuffle=shuffle)
     orders = []
     for epoch in range(3):
-        seen, rows = [np.zeros(n, int) for n in lengths], {}  # rows by their first token
+        seen, rows = [np.zeros(n, int) for n in lengths], []
         for row in range(epoch * epochs.rows, (epoch + 1) * epochs.rows):
-            tokens = [(document, i) for document, start, stop in epochs.spans(row) for i in range(start, stop)]
-            for document, i in tokens[:seq_len]:
-                seen[document][i] += 1
-            rows[tokens[0]] = tokens
+            spans = epochs.spans(row)
+            assert all(start == 0 for _, start, _ in spans[1:])
+            assert all(stop == lengths[document] for document, _, stop in spans[:-1])
+            for document, start, stop in spans:
+                assert start < stop
+                seen[document][start:stop] += 1
+            rows.append(spans)
         assert all((counts == 1).all() for counts in seen)
-        # A row's extra token is the first of the row that follows it in packing order; one row ends the epoch.
-        followers = [tokens[seq_len] for tokens in rows.values() if len(tokens) > seq_len]
-        (begin,) = rows.keys() - set(followers)
-        assert len(set(followers)) == epochs.rows - 1
-        stream = []
-        while begin in rows:
-            tokens = rows.pop(begin)
-            stream += tokens[:seq_len]
-            begin = tokens[seq_len] if len(tokens) > seq_len else None
-        documents = list(dict.fromkeys(document for document, _ in stream))
-        assert stream == [(document, i) for document in documents for i in range(lengths[document])]
-        orders.append(tuple(documents))
+        # Every row is full but the one that ends the epoch's packing order.
+        slots = sorted(sum(stop - start for _, start, stop in spans) for spans in rows)
+        assert slots[1:] == [seq_len] * (epochs.rows - 1) and slots[0] == (lengths.sum() - 1) % seq_len + 1
+        orders.append(str(rows))
     assert (len(set(orders)) == 3) == shuffle
-    if not shuffle:
-        assert orders[0] == tuple(range(40))
 
 
 def test_without_shuffling_rows_keep_their_order():
@@ -125,6 +113,11 @@ def test_mixture_is_exact_and_even(weights):
     assert assign_row(10**15 * total, weights)[1] == 10**15 * weights[assign_row(0, weights)[0]]
 
 
+def test_whole_number_weights():
+    assert whole_number_weights(['0.25', '.75']) == [1, 3]
+    assert whole_number_weights(['0.1', '0.2', '7']) == [1, 2, 70]
+
+
 def test_packing_efficiency():
-    # Three documents of 4 tokens in rows of 5: 12 inputs in 15 slots, 9 of them with a target.
-    assert packing_efficiency(3, 12, 3, 5) == 9 / 15
+    # Three documents of 4 tokens in rows of 5: 12 of 15 slots have a target.
+    assert packing_efficiency(12, 3, 5) == 12 / 15

@@ -1,5 +1,9 @@
+import contextlib
+import errno
+import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,27 +14,55 @@ import numpy as np
 import pytest
 from data_fixtures import ROOT, digests, ids, run_prepare, texts, train_tokenizer, write_jsonl
 
-from transxssm_jax.data import prepare, shard_writer
-from transxssm_jax.data.manifest import read_index
+from transxssm_jax.data import commit, prepare, shard_writer
+from transxssm_jax.data.manifest import read_manifest
 
-# Prepares with tiny shards in a process of its own: python -c SCRIPT flags.
+# Prepares with tiny shards in a process of its own. With GATE=FIFO,NUMBER the tasks of shards from NUMBER on wait
+# until somebody writes to the FIFO, so that a test can stop the run at a known place.
 SCRIPT = """
-import sys
-from transxssm_jax.data import prepare
+import os, sys
+from transxssm_jax.data import commit, prepare, shard_writer
+
 prepare.MIN_SHARD_BYTES = 3000
-sys.exit(prepare.main(sys.argv[1:]))
+real = prepare.write_shard
+gate, _, first = os.environ.get('GATE', '').partition(',')
+
+def write_shard(task, state, *arguments):
+    if gate and task.number >= int(first):
+        (state / f'waits.{task.number}').write_text('')
+        open(gate).read()
+    real(task, state, *arguments)
+
+prepare.write_shard = write_shard
+
+if __name__ == '__main__':  # worker processes import this file again
+    sys.exit(prepare.main(sys.argv[1:]))
 """
 
 
-def start(output, *flags):
+def start(tmp_path, output, *flags, gate=''):
+    script = tmp_path / 'script.py'
+    script.write_text(SCRIPT)
     return subprocess.Popen(
-        [sys.executable, '-c', SCRIPT, f'--output={output}', '--split=train', *map(str, flags)],
-        cwd=ROOT,
-        env=os.environ | {'PYTHONPATH': str(ROOT)},
+        [sys.executable, str(script), f'--output={output}', '--split=train', *map(str, flags)],
+        cwd=tmp_path,
+        env=os.environ | {'PYTHONPATH': str(ROOT), 'GATE': gate},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def make_gate(tmp_path, number) -> str:
+    os.mkfifo(tmp_path / 'gate')
+    return f'{tmp_path / "gate"},{number}'
+
+
+def wait_for(found, process):
+    """Waits until found() is true; the process cannot end before, as it waits at its gate."""
+    while not found():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
 
 
 def refused(capsys, *arguments, **flags) -> str:
@@ -76,52 +108,56 @@ def test_tfds_reads_it(corpus, prepared):
 
 
 def test_index(corpus, prepared):
-    index = read_index(prepared, 'train')
+    index = read_manifest(prepared, 'train')
     kept = [text for text in corpus[1] if text]
     assert len(index.shards) > 20
     assert index.num_documents == sum(shard.documents for shard in index.shards) == 398
-    assert index.sources[0].skipped == 2
+    assert index.sources[0].skipped == {'empty': 2}
     assert index.num_bytes == sum(len(text.encode()) for text in kept)
     assert index.num_tokens == index.num_bytes + 398
     assert index.lengths().tolist() == [len(ids(text)) for text in kept]
     assert sorted(path.name for path in prepared.iterdir() if 'array_record' not in path.name) == [
         'dataset_info.json',
         'features.json',
-        'train.index.json',
         'train.lengths.npy',
+        'train.manifest.json',
     ]
 
 
 def test_killed_run_continues_to_the_same_bytes(corpus, prepared, tmp_path):
     output = tmp_path / 'out'
-    state = output / '.incomplete.train'
     flags = f'--source={corpus[0]}', '--tokenizer=byte', '--num_workers=2'
-    process = start(output, *flags)
-    deadline = time.monotonic() + 60
-    while len(list(state.glob('0*.json'))) < 3:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
+    process = start(tmp_path, output, *flags, gate=make_gate(tmp_path, 3))
+
+    def results():
+        return sorted(output.glob('.incomplete.train/*/0*.json'))
+
+    wait_for(lambda: len(results()) == 3 and len(list(output.glob('.incomplete.train/*/waits.*'))) == 2, process)
     workers = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
     assert len(workers) >= 2
     process.kill()
     process.communicate()
-    assert not (output / 'dataset_info.json').exists(), 'killed too late to test anything'
-    finished = {path.name: path.stat().st_mtime_ns for path in state.glob('0*.json')}
+    assert not (output / 'dataset_info.json').exists()
     while any(_runs(pid) for pid in workers):  # orphans end by themselves
-        assert time.monotonic() < deadline
         time.sleep(0.01)
 
-    process = start(output, *flags)
-    while process.poll() is None:
-        for name, mtime in finished.items():
-            try:
-                assert (state / name).stat().st_mtime_ns == mtime
-            except FileNotFoundError:
-                finished = {}
-                break
-    out, err = process.communicate()
-    assert process.returncode == 0 and 'shards are finished; continuing' in err
-    assert not state.exists()
+    finished = {path: path.stat().st_mtime_ns for path in results()}
+    assert len(finished) == 3
+    (tmp_path / 'gate').unlink()
+    for path in output.glob('.incomplete.train/*/waits.*'):
+        path.unlink()
+    process = start(tmp_path, output, *flags, gate=make_gate(tmp_path, 3))
+    wait_for(lambda: len(list(output.glob('.incomplete.train/*/waits.*'))) >= 2, process)
+    assert {path: path.stat().st_mtime_ns for path in results()} == finished
+    with open(tmp_path / 'gate', 'w'):
+        pass
+    while process.poll() is None:  # opens the gate for every task that comes to it
+        with contextlib.suppress(OSError):
+            os.close(os.open(tmp_path / 'gate', os.O_WRONLY | os.O_NONBLOCK))
+        time.sleep(0.01)
+    _, err = process.communicate()
+    assert process.returncode == 0 and f'3 of {len(read_manifest(prepared, "train").shards)} shards are finished' in err
+    assert not (output / '.incomplete.train').exists()
     assert digests(output) == digests(prepared)
 
 
@@ -141,7 +177,7 @@ def test_killed_commit_continues(corpus, prepared, tmp_path, monkeypatch, capsys
         def interrupt(*_):
             raise KeyboardInterrupt
 
-        patch.setattr(prepare, '_write_tfds_metadata', interrupt)
+        patch.setattr(commit, 'write_tfds_metadata', interrupt)
         assert run_prepare(output, corpus[0]) == 130
     assert 'run the same command to continue' in capsys.readouterr().err
     assert not (output / 'dataset_info.json').exists()
@@ -154,7 +190,8 @@ def test_second_run(corpus, prepared, capsys, tmp_path):
     assert run_prepare(prepared, corpus[0], num_workers=2) == 0
     assert 'nothing to do' in capsys.readouterr().out
     other = write_jsonl(tmp_path / 'other.jsonl', texts(3))
-    assert 'already holds split' in refused(capsys, prepared, other)
+    error = refused(capsys, prepared, other)
+    assert 'already holds split' in error and 'delete' not in error
     assert 'another text_field' in refused(capsys, prepared, corpus[0], text_field='body')
     tokenizer = train_tokenizer(tmp_path / 't.json', ['</s>'])
     assert 'another tokenizer' in refused(capsys, prepared, corpus[0], tokenizer=tokenizer)
@@ -162,9 +199,11 @@ def test_second_run(corpus, prepared, capsys, tmp_path):
     assert digests(prepared) == before
 
 
-def test_interrupted_run_with_other_arguments_is_refused(corpus, tmp_path, monkeypatch, capsys):
+def test_another_command_after_an_interrupted_one(corpus, prepared, tmp_path, monkeypatch, capsys):
+    """A mistyped flag does not stand in the way of the corrected command, nor costs what was finished."""
     monkeypatch.setattr(prepare, 'MIN_SHARD_BYTES', 3000)
     output = tmp_path / 'out'
+    assert "no field 'body' (it has text)" in refused(capsys, output, corpus[0], text_field='body')
     with monkeypatch.context() as patch:
 
         def interrupt(*_):
@@ -172,8 +211,42 @@ def test_interrupted_run_with_other_arguments_is_refused(corpus, tmp_path, monke
 
         patch.setattr(prepare, 'commit', interrupt)
         assert run_prepare(output, corpus[0]) == 130
-    other = write_jsonl(tmp_path / 'other.jsonl', texts(3))
-    assert 'other arguments or other source files; repeat that command, or delete it' in refused(capsys, output, other)
+    finished = {path: path.stat().st_mtime_ns for path in output.glob('.incomplete.train/*/*.array_record')}
+    assert len(finished) > 20
+    assert 'no field' in refused(capsys, output, corpus[0], text_field='body')
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    assert run_prepare(output, corpus[0]) == 0
+    assert digests(output) == digests(prepared) and not list(output.glob('.incomplete*'))
+    # A source file that was changed meanwhile is read again, although it has the same size.
+    source = tmp_path / 'same_size.jsonl'
+    shutil.copy(corpus[0], source)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, 'commit', interrupt)
+        assert run_prepare(tmp_path / 'changed', source) == 130
+    source.write_bytes(source.read_bytes().replace(b'a', b'b'))
+    os.utime(source, ns=(1, 1))
+    assert run_prepare(tmp_path / 'changed', source) == 0
+    record = next(iter(source.read_bytes().splitlines()))
+    assert read_manifest(tmp_path / 'changed', 'train').lengths()[0] == len(json.loads(record)['text'].encode()) + 1
+    assert digests(tmp_path / 'changed') != digests(prepared)
+
+
+def test_two_commands_that_died_in_their_commits(corpus, tmp_path, monkeypatch, capsys):
+    """Shards of the one in the place of the other's are noticed; the same command again puts it right."""
+    other = write_jsonl(tmp_path / 'other.jsonl', texts(50, seed=3))
+    output = tmp_path / 'out'
+    with monkeypatch.context() as patch:
+
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        patch.setattr(commit, 'write_tfds_metadata', interrupt)
+        for source in (corpus[0], other):
+            assert run_prepare(output, source) == 130
+    assert 'was replaced by another run of prepare; run the same command again' in refused(capsys, output, corpus[0])
+    assert run_prepare(output, corpus[0]) == 0
+    assert run_prepare(tmp_path / 'alone', corpus[0]) == 0
+    assert digests(output) == digests(tmp_path / 'alone')
 
 
 def test_splits_tokenizer_and_sources_of_one_directory(tmp_path):
@@ -187,13 +260,13 @@ def test_splits_tokenizer_and_sources_of_one_directory(tmp_path):
     builder = tfds.builder_from_directory(output)
     assert {name: len(builder.as_data_source(name)) for name in builder.info.splits} == {'train': 50, 'validation': 30}
     assert (output / 'tokenizer.json').read_bytes() == tokenizer.read_bytes()
-    train = read_index(output, 'train')
+    train = read_manifest(output, 'train')
     assert [(source.weight, source.first_document, source.documents) for source in train.sources] == [
         ('0.25', 0, 20),
         ('.75', 20, 30),
     ]
     assert train.mixture_weights() == [1, 3]
-    assert read_index(output, 'validation').mixture_weights() == []
+    assert read_manifest(output, 'validation').mixture_weights() == []
 
 
 def test_long_documents_span_records(tmp_path, monkeypatch):
@@ -218,14 +291,17 @@ def test_bad_input(tmp_path, capsys):
     empty = write_jsonl(tmp_path / 'empty.jsonl', ['', ''])
     output = tmp_path / 'out'
     assert 'no such file' in refused(capsys, output, tmp_path / 'none')
-    assert 'no text in' in refused(capsys, output, empty)
-    assert 'has no text (2 empty documents)' in refused(capsys, tmp_path / 'out2', good, empty)
+    assert 'has no text (2 empty)' in refused(capsys, output, empty)
+    assert 'has no text (2 empty)' in refused(capsys, tmp_path / 'out2', good, empty)
     assert 'unrecognized arguments: --colour=red' in refused(capsys, output, good, colour='red')
     assert 'must be at least 1' in refused(capsys, output, good, num_workers=0)
     assert 'some sources have a weight' in refused(capsys, output, f'{good}@1', good)
     assert 'raise it to at least 257' in refused(capsys, output, good, vocab_size=256)
     assert 'must be a word' in refused(capsys, output, good, split='a/b')
     assert 'good.jsonl' in refused(capsys, tmp_path / 'good.jsonl/out', good)  # no directory can be there
+    assert 'good.jsonl is a file; name a directory' in refused(capsys, good, good)
+    assert '--skip_bad=1.0 must be a share' in refused(capsys, output, good, skip_bad=1)
+    assert 'leave --bos out' in refused(capsys, output, good, bos='</s>')
     assert not (output / 'dataset_info.json').exists()
 
 
@@ -244,10 +320,64 @@ def test_error_in_a_worker_is_one_line(tmp_path):
     path = write_jsonl(tmp_path / 'd.jsonl', texts(200))
     with open(path, 'a') as file:
         file.write('{"text"\n')
-    process = start(tmp_path / 'out', f'--source={path}', '--tokenizer=byte', '--num_workers=2')
-    _, err = process.communicate(timeout=60)
+    process = start(tmp_path, tmp_path / 'out', f'--source={path}', '--tokenizer=byte', '--num_workers=2')
+    _, err = process.communicate()
     assert process.returncode == 2
     assert 'not JSON' in err.splitlines()[-1] and 'Traceback' not in err
+
+
+@pytest.fixture
+def bad_documents(tmp_path):
+    """A directory of 100 good documents and 9 bad ones, of every kind."""
+    directory = tmp_path / 'source'
+    directory.mkdir()
+    good = texts(100)
+    lines = write_jsonl(directory / 'a.jsonl', good[:60]).read_bytes()
+    bad = [b'{"text"', b'[' * 10_000, b'3', b'{"body": "x"}', b'{"text": 3}', b'{"text": ["x"]}', b'\xff', b'{}']
+    (directory / 'a.jsonl').write_bytes(lines + b'\n'.join(bad) + b'\n' + b'{"text": ""}\n')
+    with gzip.open(directory / 'b.jsonl.gz', 'wb') as file:
+        file.write(b''.join(json.dumps({'text': text}).encode() + b'\n' for text in good[60:]))
+    content = (directory / 'b.jsonl.gz').read_bytes()
+    (directory / 'b.jsonl.gz').write_bytes(content[:-8])  # cut short, behind the last document
+    return directory, good
+
+
+@pytest.mark.parametrize('num_workers', [1, 2])
+def test_skip_bad(bad_documents, tmp_path, capsys, monkeypatch, num_workers):
+    directory, good = bad_documents
+    flags = {'num_workers': num_workers}
+    monkeypatch.setattr(prepare, 'MIN_SHARD_BYTES', 3000)
+    assert 'or leave such documents out with --skip_bad=SHARE' in refused(capsys, tmp_path / 'out', directory, **flags)
+    error = refused(capsys, tmp_path / 'out', directory, skip_bad=0.05, **flags)
+    assert '9 of 109 documents are bad' in error and 'more than --skip_bad=0.05 allows' in error
+    assert 'a.jsonl, line at byte' in error and 'run the same command with --skip_bad=0.09' in error
+    assert run_prepare(tmp_path / 'out', directory, skip_bad=0.09, **flags) == 0
+    assert '10 skipped' in capsys.readouterr().out
+    manifest = read_manifest(tmp_path / 'out', 'train')
+    assert manifest.sources[0].skipped == {'empty': 1, 'no field': 3, 'not JSON': 3, 'not text': 2, 'unreadable': 1}
+    assert manifest.lengths().tolist() == [len(ids(text)) for text in good]
+
+
+def test_file_systems_without_locks(corpus, prepared, tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, 'Function not implemented')
+
+    monkeypatch.setattr(prepare, 'MIN_SHARD_BYTES', 3000)
+    monkeypatch.setattr('fcntl.flock', flock)
+    assert run_prepare(tmp_path / 'out', corpus[0]) == 0
+    assert 'the file system has no locks (Function not implemented)' in capsys.readouterr().err
+    assert digests(tmp_path / 'out') == digests(prepared)
+
+
+def test_what_is_passed_over_is_reported(tmp_path, capsys):
+    source = tmp_path / 'source'
+    source.mkdir()
+    write_jsonl(source / 'a.jsonl', ['x'])
+    (source / 'README.md').write_text('no data')
+    assert run_prepare(tmp_path / 'out', f'{source}@2', f'{source / "README.md"}@6') == 0
+    err = capsys.readouterr().err
+    assert f'note: --source={source}: 1 files are passed over: {source / "README.md"}' in err
+    assert f'note: --source={source} has weight 2: 0.25 of the rows' in err
 
 
 def test_full_disk(tmp_path):
@@ -260,13 +390,13 @@ def test_full_disk(tmp_path):
     flags = [f'--output={output}', '--split=train', f'--source={path}', '--tokenizer=byte', '--num_workers=1']
     environment = os.environ | {'PYTHONPATH': str(ROOT)}
     result = subprocess.run(
-        [sys.executable, '-c', script, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, '-c', script, *flags], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert result.returncode == 2, result.stderr
     assert 'free space' in result.stderr.splitlines()[-1] and 'Traceback' not in result.stderr
     assert not (output / 'dataset_info.json').exists()
     assert run_prepare(output, path) == 0
-    assert json.loads((output / 'train.index.json').read_text())['sources'][0]['documents'] == 3000
+    assert json.loads((output / 'train.manifest.json').read_text())['sources'][0]['documents'] == 3000
 
 
 def test_two_runs_at_once_are_refused(corpus, tmp_path, capsys):
@@ -280,10 +410,15 @@ def test_two_runs_at_once_are_refused(corpus, tmp_path, capsys):
 
 
 def test_sigint(corpus, tmp_path):
-    process = start(tmp_path / 'out', f'--source={corpus[0]}', '--tokenizer=byte', '--num_workers=1')
-    while not list((tmp_path / 'out').glob('.incomplete.train/0*.json')):
-        assert process.poll() is None
-        time.sleep(0.002)
+    process = start(
+        tmp_path,
+        tmp_path / 'out',
+        f'--source={corpus[0]}',
+        '--tokenizer=byte',
+        '--num_workers=1',
+        gate=make_gate(tmp_path, 1),
+    )
+    wait_for(lambda: list(tmp_path.glob('out/.incomplete.train/*/waits.1')), process)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate()
     assert process.returncode == 130 and err.splitlines()[-1] == 'interrupted; run the same command to continue'

@@ -2,11 +2,13 @@ import gzip
 import json
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from data_fixtures import texts, write_jsonl
 
 from transxssm_jax.data.manifest import DataError
-from transxssm_jax.data.source import cut, list_files, parse_source, read_documents
+from transxssm_jax.data.source import Skipped, cut, list_files, parse_source, read_documents, read_items
 
 
 def read(spec, split='train', piece_size=1 << 30, text_field='text'):
@@ -19,19 +21,29 @@ def read(spec, split='train', piece_size=1 << 30, text_field='text'):
 
 
 def write_parquet(path, documents, rows_per_group=10):
-    import pyarrow
-    import pyarrow.parquet
-
     path.parent.mkdir(parents=True, exist_ok=True)
     pyarrow.parquet.write_table(
         pyarrow.table({'id': list(range(len(documents))), 'text': documents}), path, row_group_size=rows_per_group
     )
 
 
-def test_weights():
+def test_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ('a.txt', 'wiki', 'only@2023', 'both', 'both@7'):
+        (tmp_path / name).write_text('text')
     assert parse_source('a.txt') == ('a.txt', '')
     assert parse_source('a.txt@0.25') == ('a.txt', '0.25')
+    assert parse_source('*.txt@.5') == ('*.txt', '.5')
+    assert parse_source('tfds:c4/train@0.7') == ('tfds:c4/train', '0.7')
     assert parse_source('user@host/a') == ('user@host/a', '')
+    assert parse_source('wiki@2023') == ('wiki', '2023')
+    # What exists under its whole name is no weight.
+    assert parse_source('only@2023') == ('only@2023', '')
+    assert parse_source('only@2023@1') == ('only@2023', '1')
+    with pytest.raises(DataError, match='there are both both and both@7; a name that ends .* --source=both@7@1'):
+        parse_source('both@7')
+    with pytest.raises(DataError, match='no such file or directory: news, with weight 2023; .* --source=news@2023@1'):
+        parse_source('news@2023')
     with pytest.raises(DataError, match='above 0'):
         parse_source('a.txt@0')
 
@@ -50,7 +62,7 @@ def test_text_files_directories_and_patterns(tmp_path):
     (tmp_path / 'src/__pycache__/b.pyc').write_text('cache')
     with gzip.open(tmp_path / 'src/z.txt.gz', 'wt') as file:
         file.write('zipped')
-    assert read(tmp_path / 'src') == ['a', 'b = 1\r\n', '{\n}\n', '��z', '', '', 'zipped']
+    assert read(tmp_path / 'src') == ['a', 'b = 1\r\n', '{\n}\n', '��z', '', 'zipped']
     assert read(tmp_path / 'src/**/*.py') == ['b = 1\r\n', '��z']
     assert read(tmp_path / 'src/b.py') == ['b = 1\r\n']
     with pytest.raises(DataError, match='binary'):
@@ -61,22 +73,73 @@ def test_text_files_directories_and_patterns(tmp_path):
         read(tmp_path / '*.rst')
 
 
+def compress(path, suffix):
+    """path + suffix ('.gz', '.zst') with the content of path."""
+    target = path.with_name(path.name + suffix)
+    if suffix == '.gz':
+        target.write_bytes(gzip.compress(path.read_bytes()))
+    else:
+        # Two frames, as zstd's tools write when they append.
+        content = path.read_bytes()
+        half = len(content) // 2
+        target.write_bytes(
+            b''.join(pyarrow.compress(part, 'zstd', asbytes=True) for part in (content[:half], content[half:]))
+        )
+    return target
+
+
 @pytest.mark.parametrize('piece_size', [1, 50, 1000, 1 << 30])
 def test_jsonl_in_pieces(tmp_path, piece_size):
-    documents = texts(30)
-    path = write_jsonl(tmp_path / 'd.jsonl', documents)
+    documents = texts(30) + ['line\u2028separator', 'para\u2029graph', 'a\rb\x0bc\x0cd\x85e']
+    path = tmp_path / 'd.jsonl'
+    path.write_text(''.join(json.dumps({'text': text}, ensure_ascii=False) + '\n' for text in documents), newline='')
     assert read(path, piece_size=piece_size) == documents
-    with gzip.open(tmp_path / 'd.jsonl.gz', 'wb') as file:
-        file.write(path.read_bytes())
-    assert read(tmp_path / 'd.jsonl.gz', piece_size=piece_size) == documents
+    for suffix in ('.gz', '.zst'):
+        assert read(compress(path, suffix), piece_size=piece_size) == documents
+
+
+@pytest.mark.parametrize('suffix', ['.gz', '.zst'])
+@pytest.mark.parametrize('name', ['d.jsonl', 'd.txt'])
+def test_compressed_files_that_are_damaged(tmp_path, suffix, name):
+    path = tmp_path / name
+    path.write_text(json.dumps({'text': ''.join(texts(100))}) + '\n')
+    good = compress(path, suffix)
+    content = good.read_bytes()
+    assert len(read(good)) == 1
+    damaged = {'short': content[: len(content) // 2], 'cut': content[:-1], 'trailer': b'junk' + content}
+    if suffix == '.gz':
+        damaged['crc'] = content[:-8] + bytes(4) + content[-4:]
+    for what, bad in damaged.items():
+        good.write_bytes(bad)
+        with pytest.raises(DataError, match=f'{good} cannot be read .*; fetch it again') as info:
+            read(good)
+        assert '\n' not in str(info.value), what
+        *_, last = read_items(list_files(str(good), 'train')[0], 'text')
+        assert isinstance(last, Skipped) and last.reason == 'unreadable'
+
+
+def test_one_rule_for_byte_order_marks(tmp_path):
+    mark = '\ufeff'
+    (tmp_path / 'a.txt').write_text(f'{mark}text')
+    (tmp_path / 'b.txt').write_text(f'te{mark}xt')
+    (tmp_path / 'c.jsonl').write_text(f'{mark}\n' + json.dumps({'text': f'{mark}text'}) + '\n')
+    (tmp_path / 'd.jsonl').write_text(mark + json.dumps({'text': 'text'}, ensure_ascii=False) + '\n')
+    write_parquet(tmp_path / 'e.parquet', [f'{mark}text', f'te{mark}xt'])
+    for name in 'a.txt', 'c.jsonl', 'd.jsonl', compress(tmp_path / 'a.txt', '.gz').name:
+        assert read(tmp_path / name) == ['text'], name
+    assert read(tmp_path / 'b.txt') == [f'te{mark}xt']
+    assert read(tmp_path / 'e.parquet') == ['text', f'te{mark}xt']
 
 
 def test_jsonl_oddities(tmp_path):
     path = tmp_path / 'd.jsonl'
     path.write_text('{"text": "a"}\n\n{"text": null}\n{"text": "half \\ud800"}\n{"text": "no newline at the end"}')
-    assert read(path) == ['a', '', 'half ?', 'no newline at the end']
+    assert read(path) == ['a', '', 'half \ufffd', 'no newline at the end']
     path.write_text('{"text": "a"}\n{"text"\n')
     with pytest.raises(DataError, match='d.jsonl, line at byte 14: not JSON'):
+        read(path)
+    path.write_text('[' * 10_000 + ']' * 10_000)
+    with pytest.raises(DataError, match='line at byte 0: not JSON .it is nested too deeply.'):
         read(path)
     path.write_text('{"content": "a"}\n')
     with pytest.raises(DataError, match="no field 'text' .it has content.; name the text with --text_field"):
@@ -99,6 +162,28 @@ def test_parquet_in_pieces(tmp_path, piece_size):
     (tmp_path / 'broken.parquet').write_bytes(b'PAR1 nonsense')
     with pytest.raises(DataError, match='broken.parquet is no parquet file'):
         read(tmp_path / 'broken.parquet')
+    content = bytearray((tmp_path / 'd.parquet').read_bytes())
+    content[8:400] = bytes(392)  # the first pages; the footer is whole
+    (tmp_path / 'pages.parquet').write_bytes(content)
+    with pytest.raises(DataError, match='pages.parquet cannot be read'):
+        read(tmp_path / 'pages.parquet')
+
+
+def test_parquet_text_of_every_type(tmp_path):
+    documents = ['a', None, 'b', 'a', 'é']
+    text = pyarrow.array(documents)
+    for name, column in (
+        ('large', text.cast(pyarrow.large_string())),
+        ('view', text.cast(pyarrow.string_view())),
+        ('dictionary', text.dictionary_encode()),
+        ('large_dictionary', text.cast(pyarrow.large_string()).dictionary_encode()),
+    ):
+        pyarrow.parquet.write_table(pyarrow.table({'text': column}), tmp_path / f'{name}.parquet')
+        assert read(tmp_path / f'{name}.parquet') == ['a', '', 'b', 'a', 'é'], name
+    numbers = pyarrow.array([1, 2]).dictionary_encode()
+    pyarrow.parquet.write_table(pyarrow.table({'text': numbers}), tmp_path / 'numbers.parquet')
+    with pytest.raises(DataError, match='is int64, not text'):
+        read(tmp_path / 'numbers.parquet')
 
 
 def test_hugging_face_layouts(tmp_path):
@@ -125,6 +210,75 @@ def test_hugging_face_layouts(tmp_path):
     write_jsonl(plain / 'part1.jsonl', documents[:5])
     write_jsonl(plain / 'part2.jsonl', documents[5:])
     assert read(plain, split='validation') == documents
+
+
+def listed(directory, split='train'):
+    """(names of the files that are taken, notes)."""
+    notes = []
+    files = list_files(str(directory), split, notes.append)
+    return [file.path.removeprefix(f'{directory}/') for file in files], notes
+
+
+def test_a_split_in_one_name_hides_no_other_file(tmp_path):
+    for name in ('a', 'b', 'train'):
+        write_jsonl(tmp_path / f'{name}.jsonl', ['x'])
+    assert listed(tmp_path) == (['a.jsonl', 'b.jsonl', 'train.jsonl'], [])
+    for name in ('val-d-isere', 'my_dev_notes'):
+        write_jsonl(tmp_path / f'{name}.jsonl', ['x'])
+        # Neither hidden, nor trained on although it may be held out.
+        with pytest.raises(DataError, match=f'{name}.jsonl seems to be of split .validation. but .*a.jsonl names no'):
+            listed(tmp_path)
+        (tmp_path / f'{name}.jsonl').unlink()
+    with pytest.raises(DataError, match='train.jsonl seems to be of split .train. but'):
+        listed(tmp_path, 'validation')
+
+
+def test_files_that_are_passed_over_are_reported(tmp_path):
+    for name in ('train-0', 'train-1', 'test-0'):
+        compress(write_jsonl(tmp_path / f'{name}.jsonl', [name]), '.zst')
+        (tmp_path / f'{name}.jsonl').unlink()
+    (tmp_path / 'README.md').write_text('no data')
+    (tmp_path / 'archive.tar').write_text('not read')
+    (tmp_path / 'broken-link').symlink_to('nowhere')
+    names, notes = listed(tmp_path)
+    assert names == ['train-0.jsonl.zst', 'train-1.jsonl.zst'] and read(tmp_path) == ['train-0', 'train-1']
+    assert len(notes) == 2
+    assert notes[0].endswith(f'1 files of other splits are passed over: {tmp_path}/test-0.jsonl.zst')
+    assert '3 files are passed over: ' in notes[1]
+    assert all(name in notes[1] for name in ('README.md', 'archive.tar', 'broken-link'))
+
+    text = tmp_path / 'text'
+    text.mkdir()
+    (text / 'a.txt').write_text('a')
+    (text / 'b.txt.xz').write_text('not read')
+    for spec in (text, f'{text}/*'):
+        assert read(spec) == ['a']
+        assert f'1 files are passed over: {text}/b.txt.xz' in listed(spec)[1][0]
+    with pytest.raises(DataError, match='b.txt.xz: this format is not read'):
+        read(text / 'b.txt.xz')
+
+
+def test_a_directory_that_cannot_be_listed(tmp_path, monkeypatch):
+    (tmp_path / 'a.txt').write_text('a')
+
+    def scandir(path):
+        raise PermissionError(13, 'Permission denied', str(path))
+
+    monkeypatch.setattr('os.scandir', scandir)
+    with pytest.raises(DataError, match='cannot be listed .Permission denied.'):
+        listed(tmp_path)
+
+
+def test_a_failing_disk_is_no_bad_document(tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / 'd.jsonl', ['a'])
+    (piece,) = list_files(str(path), 'train')
+
+    def fail(*_):
+        raise OSError(5, 'Input/output error')
+
+    monkeypatch.setattr('transxssm_jax.data.source._open', fail)
+    with pytest.raises(DataError, match='d.jsonl cannot be read .Input/output error.; run the same command again'):
+        list(read_items(piece, 'text'))
 
 
 def test_tfds(tmp_path):

@@ -11,11 +11,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 GROUND = {'config', 'settings', 'cli'}
 WINGS = ['parallel', 'model', 'data', 'training', 'inference', 'planning', 'pytorch', 'evals']
 CALL_KERNELS = {'model', 'inference'}  # the mixers and their forms for decoding
-NO_KERNELS = {
-    'chips',
-    'hlo',
-    'tpu_traffic',
-}  # facts of devices and the reading of compiled programs, which planning shares
+NO_KERNELS = {'chips', 'hlo'}  # facts of devices and the reading of compiled programs, which planning shares
 PACKAGE = sorted((ROOT / 'transxssm_jax').rglob('*.py'))
 KERNELS = sorted((ROOT / 'pallas_kernels').rglob('*.py'))
 

@@ -29,7 +29,7 @@ MESHES = {
 def config_of(**sizes):
     return small_config(
         model_d_model=D,
-        model_num_heads=8,
+        model_num_heads=4,
         model_num_kv_heads=4,
         model_num_ssd_groups=4,
         model_use_bias=True,

@@ -293,6 +293,24 @@ def test_unscaled_tables():
         assert_tables(angles(POSITIONS, rope_scaling=scaling, rope_original_length=8), written_out(POSITIONS))
 
 
+@pytest.mark.parametrize('scaling', ['none', 'linear', 'length'])
+def test_angles_are_exact_at_any_position(scaling):
+    positions = np.array([[4095, 131_071, 1_000_000, 16_777_217, 2**31 - 1]])
+    got = angles(positions, width=128, rope_scaling=scaling, rope_factor=3.0)
+    expected = written_out(positions / (3.0 if scaling == 'linear' else 1.0), width=128)
+    for ours, theirs in zip(got, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def test_dynamic_scaling_rotates_by_the_difference_of_positions_at_any_position():
+    """Its frequencies are float32 numbers, but the angles of two positions differ by exactly their distance."""
+    settings = dict(width=128, rope_scaling='dynamic', rope_original_length=4096)
+    cos, sin = angles(np.array([[7, 1_000_000, 1_000_007]]), **settings)
+    difference = (cos[0, 2] * cos[0, 1] + sin[0, 2] * sin[0, 1], sin[0, 2] * cos[0, 1] - cos[0, 2] * sin[0, 1])
+    for ours, theirs in zip(difference, (cos[0, 0], sin[0, 0]), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
 def test_linear_scaling_divides_positions():
     assert_tables(angles(POSITIONS, rope_scaling='linear', rope_factor=4.0), written_out(POSITIONS / 4))
 
@@ -328,8 +346,11 @@ def test_scaling_within_the_whole_model():
         assert np.abs(scaled(kind) - plain)[:, 16:].max() > 1e-4, kind
     np.testing.assert_allclose(scaled('length')[:, :16], plain[:, :16], atol=1e-6)
     np.testing.assert_allclose(scaled('dynamic', original=L), plain, atol=1e-5)
-    halved = logits(params, tokens, {}, positions_BL=jnp.broadcast_to(jnp.arange(L) / 2, tokens.shape))
-    np.testing.assert_allclose(scaled('linear', rope_factor=2.0), halved, atol=1e-4)
+    doubled = jnp.broadcast_to(2 * jnp.arange(L), tokens.shape)
+    halved = logits(
+        params, tokens, dict(rope_scaling='linear', rope_original_length=16, rope_factor=2.0), positions_BL=doubled
+    )
+    np.testing.assert_allclose(halved, plain, atol=1e-4)
 
 
 def test_rotation_keeps_lengths_and_turns_by_the_difference():

@@ -1,10 +1,10 @@
 """The rotary scan's Hopper kernels: lowered for CUDA and interpreted on any machine, and on the GPU itself.
 
-What runs here without a GPU: the choice and the refusals; Pallas's whole lowering for CUDA, of every
-form of the kernels; JAX's interpreter of GPU kernels (threads, barriers, copies, uninitialised
-memory) on small shapes, which replaces the accumulating products of gpu_chunk.py by plain ones. What
-only a GPU shows is behind the marker gpu: the machine code, the layouts, the asynchronous products
-and copies as they are, the speed.
+Three kinds of tests run without a GPU: the choice and its errors; Pallas's whole lowering for CUDA of
+every form of the kernels; and JAX's interpreter of GPU kernels (threads, barriers, copies,
+uninitialised memory) on small shapes, with plain products in place of the accumulating products of
+gpu_chunk.py. The marker gpu is on the tests that need a GPU: of the machine code, the layouts, the
+asynchronous products and copies.
 
   JAX_PLATFORMS=cuda,cpu python -m pytest -m gpu tests/test_ssd_gpu.py
 
@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec
 from ssd_oracle import GRADIENTS, relative_error, with_gradients
 from test_ssd_kernels import DECAYS, assert_close, draw, needs_8_devices
 
+from pallas_kernels import dispatch
 from pallas_kernels.ssd import api, gpu, rotary_ssd, rotary_ssd_state, rotary_ssd_step
 
 TOLERANCE = 5e-3
@@ -43,7 +44,6 @@ KERNEL = {'implementation': 'mosaic_gpu'}
         ({'H': 7, 'G': 7}, 'mosaic_gpu', 'the fused kernel'),
         ({'chunk_size': 128}, 'xla', 'chunk_size=128, but its chunks are of 64; leave chunk_size to None'),
         ({'dtype': 'float32'}, 'xla', 'x is float32, but it is for bfloat16; cast x, b and c'),
-        ({'dtype': 'float64'}, 'xla', 'float64'),
         ({'P': 96}, 'xla', 'P=96 and N=128, but it is for P a multiple of 64 and N of 64 or 128'),
         ({'N': 256}, 'xla', 'P=64 and N=256'),
         ({'capability': '8.0'}, 'xla', 'has compute capability 8.0, but it is for 9.x (Hopper)'),
@@ -55,11 +55,11 @@ KERNEL = {'implementation': 'mosaic_gpu'}
 )  # fmt: skip
 def test_choice(change, chosen, reason, caplog):
     v = {'dtype': 'bfloat16', 'chunk_size': None, 'H': 32, 'P': 64, 'G': 8, 'N': 128, 'capability': '9.0', **change}
-    device = api._Device('gpu', f'kind {change}', v['capability'])
+    device = dispatch.Device('gpu', f'kind {change}', v['capability'])
     with caplog.at_level(logging.INFO, logger='pallas_kernels'):
         for _ in range(2):
             shape = (8, 4096, v['H'], v['P'], v['G'], v['N'])
-            assert api._choose(device, v['dtype'], v['chunk_size'], shape) == chosen
+            assert api.OPERATOR.choose(None, api.Call(v['dtype'], v['chunk_size'], shape), device) == chosen
     (record,) = caplog.records  # once
     assert f': {chosen}, ' in record.getMessage() and reason in record.getMessage()
 
@@ -86,7 +86,7 @@ def test_none_picks_it_on_hopper(capability, kernels, monkeypatch):
     assert count_kernels(rotary_ssd, *inputs_of(N=32)) == 0
     if not kernels:
         with pytest.raises(
-            NotImplementedError, match=f"'mosaic_gpu' cannot serve.* compute capability {capability}, but"
+            dispatch.UnsupportedError, match=f"'mosaic_gpu' cannot serve.* compute capability {capability}, but"
         ):
             jax.eval_shape(functools.partial(rotary_ssd, **KERNEL), *inputs_of())
 
@@ -101,15 +101,15 @@ def test_refuses():
     ):
         for f, n in ((rotary_ssd, 5), (rotary_ssd_state, 4)):
             with pytest.raises(
-                NotImplementedError, match="implementation='mosaic_gpu' cannot serve this call: " + message
+                dispatch.UnsupportedError, match="implementation='mosaic_gpu' cannot serve this call: " + message
             ):
                 jax.eval_shape(functools.partial(f, **KERNEL, **keywords), *inputs_of(**change)[:n])
     values = [jnp.ones(v.shape, v.dtype) for v in inputs_of(L=4)]
     named = functools.partial(rotary_ssd, **KERNEL)
     for call in (named, jax.jit(named), jax.grad(lambda *v: jnp.sum(named(*v)[1]))):
-        with pytest.raises(NotImplementedError, match='it is lowered for cpu and runs on NVIDIA GPUs only; use'):
+        with pytest.raises(dispatch.UnsupportedError, match='it is lowered for cpu and runs on NVIDIA GPUs only; use'):
             call(*values)
-    with pytest.raises(NotImplementedError, match='it is lowered for tpu and runs on NVIDIA GPUs only; use'):
+    with pytest.raises(dispatch.UnsupportedError, match='it is lowered for tpu and runs on NVIDIA GPUs only; use'):
         jax.jit(named).trace(*inputs_of()).lower(lowering_platforms=('tpu',))
 
 
@@ -119,7 +119,7 @@ def test_refuses_another_platforms_interpreter():
         ('mosaic_tpu', plgpu.InterpretGPUParams()),
     ):
         with pytest.raises(
-            NotImplementedError, match=f"{implementation}' cannot be interpreted with .*; use True or Interpret"
+            dispatch.UnsupportedError, match=f"{implementation}' cannot be interpreted with .*; use True or Int"
         ):
             jax.eval_shape(
                 functools.partial(rotary_ssd, implementation=implementation, interpret=interpret), *inputs_of()
@@ -131,7 +131,7 @@ def test_refuses_to_hang(monkeypatch):
     monkeypatch.setenv('NPROC', '7')
     monkeypatch.setattr(jax, 'local_device_count', lambda: 1)
     with pytest.raises(
-        NotImplementedError, match="JAX's CPU client has 7 threads and its warpgroups need 8; set .*NPROC=8"
+        dispatch.UnsupportedError, match='CPU client has 7 threads and its warpgroups need 8; set .*NPROC=8'
     ):
         jax.eval_shape(functools.partial(rotary_ssd, **KERNEL, interpret=True), *inputs_of())
     monkeypatch.setenv('NPROC', '8')
@@ -148,7 +148,7 @@ def count_kernels(f, *values):
 
 @functools.partial(jax.jit, static_argnames=('plan', 'interpret', 'implementation'))
 def both_ways(arguments, rope, segments, dy, dfinal, *, plan=None, interpret=False, implementation='mosaic_gpu'):
-    """Outputs and gradients by name, like `with_gradients` of the oracle. plan: cut the work like this."""
+    """Outputs and gradients by name, like `with_gradients` of the oracle. plan: how the work is cut."""
 
     def f(x, dt, a, b, c, state):
         if plan is None:
@@ -169,14 +169,14 @@ LOWERED = {
     'pairs of heads of a group': ((2, 130, 4, 64, 1, 128, 2, True), 2),
     'pairs across groups': ((1, 64, 6, 64, 2, 64, 3, False), 2),
     'an odd number of heads': ((1, 64, 3, 64, 3, 128, None, True), 2),
-    'wide heads in pieces': ((1, 1024, 2, 128, 1, 64, 2, True), 4),
+    'wide heads in spans': ((1, 1024, 2, 128, 1, 64, 2, True), 4),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize('name', LOWERED)
 def test_lowers_without_a_gpu(name):
     shape, kernels = LOWERED[name]
-    assert gpu.default_plan(shape[:6]).pieces == kernels // 2
+    assert gpu.default_plan(shape[:6]).spans == kernels // 2
     assert count_kernels(both_ways, *jax.eval_shape(lambda: draw(shape, 'bfloat16'))) == kernels
 
 
@@ -192,7 +192,7 @@ def test_saved_states_spare_a_second_forward_walk():
 
 
 def test_states_lower_without_a_gpu():
-    """What a shard of a sequence passes on, and its gradient: no y, no c; in pieces with a walk more."""
+    """What a shard of a sequence passes on, and its gradient: no y, no c; with spans one walk more."""
     values = inputs_of(H=3, G=1)[:4]
     f = functools.partial(scan_loss, f=rotary_ssd_state)
     assert count_kernels(f, *values) == 1
@@ -228,11 +228,11 @@ def test_shard_map_lowers_without_a_gpu(groups, check_vma):
 # The interpreter's threads wait for each other; where one never comes, end the run rather than hang.
 ends = pytest.mark.timeout(400, method='thread')
 
-# name: (row of SHAPES as in test_ssd_kernels.py, pieces, decays); da of a few heads: see SEEDS there
+# name: (row of SHAPES as in test_ssd_kernels.py, spans, decays); da of a few heads: see SEEDS there
 INTERPRETED = {
     'two heads a CTA, ragged, segments across chunks': ((1, 130, 2, 64, 1, 128, 2, True), 1, ('usual', 'mixed', 'strong')),
-    # Pieces of one chunk; a segment starts at the border of two of them.
-    'an odd number of heads, pieces': ((1, 250, 1, 64, 1, 64, 3, True), 4, ('mixed',)),
+    # Spans of one chunk; a segment starts at the border of two of them.
+    'an odd number of heads, spans': ((1, 250, 1, 64, 1, 64, 3, True), 4, ('mixed',)),
     'two groups a CTA, no table': ((1, 60, 2, 64, 2, 64, None, False), 1, ('usual',)),
 }  # fmt: skip
 
@@ -244,15 +244,15 @@ def test_conforms_interpreted(name):
 
     Races are not looked for: JAX 0.11.2's detector reports one wherever a warpgroup fetches for another, however they wait.
     """
-    shape, pieces, decays = INTERPRETED[name]
+    shape, spans, decays = INTERPRETED[name]
     for decay in decays:
         inputs = draw(shape, 'bfloat16', decay)
-        out = both_ways(*inputs, plan=gpu.Plan(pieces), interpret=plgpu.InterpretGPUParams())
+        out = both_ways(*inputs, plan=gpu.Plan(spans), interpret=plgpu.InterpretGPUParams())
         assert_close(out, with_gradients(*inputs), TOLERANCE, f'{name}, {decay}')
 
 
 def passed_on(x, dt, a, b, state, rope, segments, **keywords):
-    """The last state, from what `rotary_ssd_state` says of the row."""
+    """The last state, from the results of `rotary_ssd_state` for the row."""
     decay, own = rotary_ssd_state(x, dt, a, b, rope, segment_ids=segments, **KERNEL, **keywords)
     return decay[..., None, None] * state + own
 
@@ -293,7 +293,7 @@ ON_GPU = {
     'very wide heads': ((2, 70, 4, 192, 2, 64, 2, True), 1),
     'one token': ((2, 1, 4, 64, 2, 128, 2, False), 0),
     'below one chunk': ((1, 23, 4, 64, 2, 128, 2, True), 0),
-    'pieces': ((1, 1100, 4, 64, 1, 128, 2, True), 3),
+    'spans': ((1, 1100, 4, 64, 1, 128, 2, True), 3),
 }  # fmt: skip
 
 
@@ -307,7 +307,7 @@ def poison(gib=4):
 def test_conforms_on_gpu(name, hopper):
     """Outputs and every gradient, all decays through one compiled function; runs repeat bit for bit, whatever memory held."""
     shape, seed = ON_GPU[name]
-    assert gpu.default_plan(shape[:6]).pieces == (2 if name == 'pieces' else 1)
+    assert gpu.default_plan(shape[:6]).spans == (2 if name == 'spans' else 1)
     for decay in DECAYS:
         inputs = draw(shape, 'bfloat16', decay, seed)
         out = both_ways(*inputs)
@@ -319,19 +319,19 @@ def test_conforms_on_gpu(name, hopper):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize('pieces', [1, 2, 4, 8])
-def test_pieces_conform_on_gpu(pieces, hopper):
+@pytest.mark.parametrize('spans', [1, 2, 4, 8])
+def test_spans_conform_on_gpu(spans, hopper):
     """However rows are cut, ragged and with segments across the cuts."""
     for decay in ('usual', 'mixed', 'weak'):
         inputs = draw((2, 700, 4, 64, 2, 128, 2, True), 'bfloat16', decay, 2)
-        out = both_ways(*inputs, plan=gpu.Plan(pieces))
-        assert_close(out, with_gradients(*inputs), TOLERANCE, f'{pieces} pieces, {decay}')
+        out = both_ways(*inputs, plan=gpu.Plan(spans))
+        assert_close(out, with_gradients(*inputs), TOLERANCE, f'{spans} spans, {decay}')
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize('H, G', [(32, 8), (32, 32), (32, 1), (12, 4), (7, 7)])
 def test_long_rows_on_gpu(H, G, hopper):
-    """Against the float32 xla form, which the oracle has judged: all of a multiprocessor's places taken, many chunks."""
+    """Against the float32 xla form, which is tested against the oracle: full multiprocessors, many chunks."""
     inputs = draw((2, 16384, H, 64, G, 128, 2, True), 'bfloat16', 'usual', 0)
     arguments, rope, segments, dy, dfinal = inputs
     wide = {k: v.astype(jnp.float32) for k, v in arguments.items()}
@@ -345,7 +345,7 @@ def test_long_rows_on_gpu(H, G, hopper):
 
 @pytest.mark.gpu
 def test_states_conform_on_gpu(hopper):
-    """What a shard of a sequence passes on, in one piece and in several, with and without segments."""
+    """What a shard of a sequence passes on, in one span and in several, with and without segments."""
     names = [name for name in GRADIENTS if name != 'c']
     for L, segmented in ((130, True), (1100, False), (1100, True)):
         arguments, rope, segments, dy, dfinal = draw((2, L, 6, 64, 2, 128, 2, segmented), 'bfloat16', 'usual', 1)

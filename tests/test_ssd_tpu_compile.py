@@ -23,6 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tpu_compiler import run_alone
 
 from pallas_kernels import tpu_profile
+from pallas_kernels.chips import TPUS
 from pallas_kernels.ssd import rotary_ssd, rotary_ssd_state, tpu
 from pallas_kernels.ssd.api import STATES_NAME
 
@@ -161,7 +162,7 @@ def spills_of(chip, shape):
     assert all(len(kernels) == 1 for kernels in found.values()), [k.name for k in profile.kernels]
     for (kernel,) in found.values():
         # With operands that XLA keeps in VMEM; a kernel's own beyond its limit is refused by the compiler.
-        assert 0 < kernel.vmem <= tpu_profile.CHIPS[chip].vmem
+        assert 0 < kernel.vmem <= TPUS[chip].vmem
     return tuple(kernel.spills + kernel.fills for (kernel,) in found.values())
 
 
@@ -181,7 +182,7 @@ def test_compiles_for_v5e():
 @needs_compiler
 @pytest.mark.tpu_compile_full
 @pytest.mark.parametrize('name', SHAPES)
-@pytest.mark.parametrize('chip', tpu_profile.CHIPS)
+@pytest.mark.parametrize('chip', TPUS)
 def test_compiles(chip, name):
     check(chip, name, SHAPES[name])
 
@@ -242,7 +243,7 @@ def main(argv):
     if argv and argv[0].startswith('--pod='):
         return compile_for_pod(int(argv[0].removeprefix('--pod=')))
     print('SPILLS = {')
-    for chip in argv or tpu_profile.CHIPS:
+    for chip in argv or TPUS:
         print(f'    {chip!r}: {{')
         for name, shape in SHAPES.items():
             if name.startswith('long_'):

@@ -9,14 +9,15 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import bench, bench_tpu, tpu_profile, tpu_traffic
+from pallas_kernels import bench, bench_tpu, hlo, tpu_profile
+from pallas_kernels.chips import TPUS
 from pallas_kernels.ssd import rotary_ssd
 
 ROWS, INNER, COLUMNS = 512, 256, 256  # a block of the matmuls below
 
 
 def matmul_case(kind='plain', M=2048, N=512, dtype='bfloat16'):
-    """A matmul of M / ROWS x N / COLUMNS grid steps: in one piece a step, or in a loop of four."""
+    """A matmul of M / ROWS x N / COLUMNS grid steps: whole in each step, or in a loop of four."""
 
     def plain(a_ref, b_ref, out_ref):
         out_ref[...] = jnp.dot(a_ref[...], b_ref[...], preferred_element_type=jnp.float32).astype(out_ref.dtype)
@@ -66,10 +67,10 @@ def compiler():
 
 
 @pytest.mark.tpu_compile_full
-@pytest.mark.parametrize('chip', tpu_profile.CHIPS)
+@pytest.mark.parametrize('chip', TPUS)
 @pytest.mark.parametrize('kind', ['plain', 'looped', 'parallel'])
 def test_matmul_of_known_work(chip, kind, compiler):
-    device = tpu_profile.CHIPS[chip]
+    device = TPUS[chip]
     profile = tpu_profile.profile(chip, 'test_tpu_profile:matmul_case', kind)
     (kernel,) = [k for k in profile.kernels if k.name.startswith('known_matmul')]
     cores = device.cores if kind == 'parallel' else 1
@@ -93,7 +94,7 @@ def test_matmul_of_known_work(chip, kind, compiler):
 @pytest.mark.tpu_compile_full
 @pytest.mark.parametrize('chip', ['v5e', 'v5p', 'v6e', 'tpu7x'])
 def test_refusal_carries_the_compilers_message(chip, compiler):
-    limit = tpu_profile.CHIPS[chip].scoped_vmem >> 20
+    limit = TPUS[chip].scoped_vmem >> 20
     with pytest.raises(
         RuntimeError, match=rf'refused_case\(\) does not compile for {chip}: .* 40.00M and limit {limit}.00M'
     ):
@@ -109,8 +110,8 @@ def test_table_of_the_scan(compiler, capsys):
     np.testing.assert_allclose(both['ms'], sums['forward']['ms'] + sums['backward']['ms'])
     np.testing.assert_allclose(both['least'], both['hbm_mb'] / (bench.least_work(shape, 'forward+backward')[0] / 1e6))
     for direction, row in sums.items():
-        parts = [r for r in rows if r['direction'] == direction and r is not row]
-        np.testing.assert_allclose(sum(r['hbm_mb'] for r in parts), row['hbm_mb'])
+        kernels = [r for r in rows if r['direction'] == direction and r is not row]
+        np.testing.assert_allclose(sum(r['hbm_mb'] for r in kernels), row['hbm_mb'])
         assert row['least'] > 1 and 0 < row['busy']['MXU'] < 1
     assert sums['state']['ms'] < sums['forward']['ms'] < sums['backward']['ms']
     assert capsys.readouterr().out.count('tiny') == len(rows) + 1
@@ -199,10 +200,10 @@ ENTRY %main (a.1: f32[64,128], b.1: bf16[3,5]) -> f32[8,128] {
 
 
 def test_traffic_of_hlo():
-    computations = tpu_traffic.parse_hlo(HLO)
+    computations = hlo.parse(HLO)
     ops = {op.name: op for op in computations['ENTRY']}
     shapes = {name: op.shape for name, op in ops.items()}
-    counted = {name: tpu_traffic.op_bytes(op, shapes, computations) for name, op in ops.items()}
+    counted = {name: hlo.op_bytes(op, shapes, computations) for name, op in ops.items()}
     row = 128 * 4
     assert {name: size for name, size in counted.items() if size} == {
         'copy.1': 2 * (8 * 128 * 2),  # both layouts are padded to one tile
@@ -211,9 +212,9 @@ def test_traffic_of_hlo():
         'two.1': 8 * row,  # the operand and the second result are in VMEM
         'fusion.1': 3 * 8 * row,  # a slice of a, all of the second operand, the result
     }
-    assert tpu_traffic.array_bytes('f32', [4, 32, 64], '1,2,0:T(8,128)') == 4 * 128 * 64 * 4
-    assert tpu_traffic.array_bytes('pred', [5], '0:T(512)') == 512
-    assert tpu_traffic.array_bytes('s32', []) == 4
+    assert hlo.array_bytes('f32', [4, 32, 64], '1,2,0:T(8,128)') == 4 * 128 * 64 * 4
+    assert hlo.array_bytes('pred', [5], '0:T(512)') == 512
+    assert hlo.array_bytes('s32', []) == 4
 
 
 def test_traffic_of_blocks():
@@ -245,7 +246,7 @@ def test_traffic_of_blocks():
         return jax.lax.scan(lambda carry, _: (carry, jax.jit(f)(carry, b, c, raw)), a, None, length=2)
 
     sizes = ((2, 10, 128), (4, 128), (2, 10, 128), (7, 128))
-    grids = tpu_traffic.pallas_grids(jax.make_jaxpr(outer)(*(jnp.zeros(s) for s in sizes)).jaxpr)
+    grids = hlo.pallas_grids(jax.make_jaxpr(outer)(*(jnp.zeros(s) for s in sizes)).jaxpr)
     cut, whole = [1, 2, 128], [1, 4, 128]
     assert grids == {
         'blocks': {
@@ -262,9 +263,9 @@ def test_traffic_of_blocks():
     }
     array, tiles = 'f32[2,10,128]{2,1,0:T(8,128)}', ':T(8,128)}'
     shapes = {'a': array, 'b': 'f32[4,128]{1,0' + tiles, 'c': array, 'raw': 'f32[7,128]{1,0' + tiles}
-    op = tpu_traffic.Op('blocks.1', 'custom-call', f'({array}, {array})', '(%a, %b, %c, %raw)', '')
+    op = hlo.Op('blocks.1', 'custom-call', f'({array}, {array})', '(%a, %b, %c, %raw)', '')
     tile = 8 * 128 * 4  # blocks of 4 rows are padded to it too
-    assert tpu_traffic.op_bytes(op, shapes, {}, grids['blocks']) == tile * (6 + 1 + 12 + 1 + 6 + 2)
+    assert hlo.op_bytes(op, shapes, {}, grids['blocks']) == tile * (6 + 1 + 12 + 1 + 6 + 2)
 
 
 def test_prefetched_scalars_are_refused():
@@ -276,7 +277,7 @@ def test_prefetched_scalars_are_refused():
     call = pl.pallas_call(kernel, grid_spec=grid, out_shape=jax.ShapeDtypeStruct((16, 128), 'float32'))
     jaxpr = jax.make_jaxpr(call)(jnp.zeros(2, jnp.int32), jnp.zeros((16, 128))).jaxpr
     with pytest.raises(NotImplementedError, match='prefetched'):
-        tpu_traffic.pallas_grids(jaxpr)
+        hlo.pallas_grids(jaxpr)
 
 
 def test_cases_pass_only_the_boundary_states_on():
@@ -318,9 +319,9 @@ def test_least_bytes():
     assert round(state) == 214  # x 134, dt 4.2, b 67, state 8.4
 
 
-@pytest.mark.parametrize('chip', tpu_profile.CHIPS)
+@pytest.mark.parametrize('chip', TPUS)
 def test_clocks_are_plausible(chip):
-    assert 1e9 < tpu_profile.CHIPS[chip].clock < 2.3e9
+    assert 1e9 < TPUS[chip].clock < 2.3e9
 
 
 def test_bench_without_the_compiler(monkeypatch, capsys):

@@ -25,6 +25,7 @@ from train_fixtures import (
 )
 
 from transxssm_jax import config as config_lib
+from transxssm_jax.data import prepare
 from transxssm_jax.training import loop, metrics
 
 
@@ -412,13 +413,28 @@ def test_a_workdir_of_another_config_is_refused(config, finished, copy):
 
 def test_replaced_data_is_refused(config, copy, tmp_path):
     data = config.parent / 'prepared'
-    shutil.copytree(data, tmp_path / 'kept')
-    index = data / 'train.index.json'
+    shutil.move(data, tmp_path / 'kept')
     try:
-        index.write_text(index.read_text() + ' ')
+        # The same text from another place is the same data.
+        (tmp_path / 'again').mkdir()
+        shutil.copytree(prepare_bytes(tmp_path / 'again'), data)
+        assert train(config, copy, train__steps=13).code == 0
+        shutil.rmtree(data)
+        source = tmp_path / 'again/train.jsonl'
+        source.write_text(source.read_text().replace('make', 'give'))
+        for split in ('train', 'validation'):
+            flags = [
+                f'--output={data}',
+                f'--split={split}',
+                '--tokenizer=byte',
+                f'--source={source}',
+                '--num_workers=1',
+            ]
+            assert prepare.main(flags) == 0
         refused(train(config, copy, train__steps=14), f'data.path={data}', 'not what the run')
     finally:
-        shutil.copy(tmp_path / 'kept' / 'train.index.json', index)
+        shutil.rmtree(data, ignore_errors=True)
+        shutil.move(tmp_path / 'kept', data)
 
 
 def test_a_workdir_that_cannot_be_made_is_refused(config, tmp_path):

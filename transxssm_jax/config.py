@@ -170,6 +170,11 @@ class Data(Section):
     seed: int = setting(0, 'Seed of the order of documents and of rows.', minimum=0, of_checkpoint=True)
     num_workers: int = setting(0, 'Loader processes a host; 0: threads in this process.', minimum=0)
     prefetch_batches: int = setting(4, 'Batches read ahead.', minimum=1)
+    verify: str = setting(
+        'sizes',
+        'Check of the shards at opening: their sizes, or their full contents (sha256).',
+        choices=('sizes', 'full'),
+    )
 
 
 @dataclasses.dataclass

@@ -170,7 +170,7 @@ def _devices(config: Config, arguments):
 
 
 def _encode(generator: Generator, text: str) -> np.ndarray:
-    return generator.tokenizer.encode_batch([text])[0]
+    return generator.tokenizer.encode_batch([text], special_tokens=True)[0]
 
 
 def _print_stream(generator: Generator, text: str, request: dict, seed: int) -> None:

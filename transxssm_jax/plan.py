@@ -12,6 +12,7 @@ and says so.
 Exit codes: 0 it fits; 2 wrong input, said in one line; 3 it does not fit.
 """
 
+import functools
 import json
 import re
 import sys
@@ -24,8 +25,8 @@ from transxssm_jax import config as config_lib
 from transxssm_jax.config import Config, ConfigError
 from transxssm_jax.parallel import mesh
 from transxssm_jax.planning import plan_search
-from transxssm_jax.planning.report import compiled_report, report, show, show_chips
-from transxssm_jax.planning.topology import DoesNotFitError, Topology, compile_step
+from transxssm_jax.planning.report import compiled_report, refused_report, report, show, show_chips
+from transxssm_jax.planning.topology import DoesNotFitError, Progress, Topology, compile_step
 
 FITS, WRONG_INPUT, DOES_NOT_FIT = 0, 2, 3
 
@@ -94,21 +95,15 @@ def _plan(config: Config, topology: Topology, as_json: bool) -> int:
         result = report(config, topology)
         print(json.dumps(result) if as_json else show(result))
         return FITS if result['fits'] else DOES_NOT_FIT
-    mesh.axis_sizes(config, topology.num_devices)  # what does not divide is said before the compiler is looked for
+    mesh.axis_sizes(config, topology.num_devices)  # what does not divide is refused before the compiler is looked for
     device_mesh = mesh.build(config, topology.devices())
+    progress = Progress(functools.partial(print, file=sys.stderr, flush=True))
     try:
-        compiled = compile_step(config, device_mesh)
+        result = compiled_report(config, topology, device_mesh, compile_step(config, device_mesh, progress))
     except DoesNotFitError as error:
-        result = report(config, topology) | dict(fits=False, message=str(error), largest=error.largest)
-        print(
-            json.dumps(result)
-            if as_json
-            else '\n'.join([show(result), f'the compiler: {error}', 'largest temporaries:', *error.largest])
-        )
-        return DOES_NOT_FIT
-    result = compiled_report(config, topology, device_mesh, compiled)
+        result = refused_report(config, topology, error)
     print(json.dumps(result) if as_json else show(result))
-    return FITS
+    return FITS if result['fits'] else DOES_NOT_FIT
 
 
 def _search(config: Config, topology: Topology, argv: list[str], flag_values) -> int:
@@ -125,7 +120,8 @@ def _search(config: Config, topology: Topology, argv: list[str], flag_values) ->
         print(json.dumps(found))
     elif found:
         rows = [
-            f'{1e3 * result["bound_seconds"]:7.0f} ms  MFU {100 * result["mfu"]:3.0f}%  {result["overrides"]}'
+            f'bound {1e3 * result["bound_seconds"]:.0f} ms, expected {1e3 * result["expected_seconds"]:.0f} ms  '
+            f'{result["overrides"]}'
             for result in found
         ]
         print('\n'.join([*reversed(rows), '', show(found[0]), '', 'the best as overrides:', found[0]['overrides']]))

@@ -3,8 +3,9 @@
 python -m transxssm_jax.train --config=configs/pods/1p3b_v5e_256.py --workdir=DIR --config.data.path=PREPARED
 python -m transxssm_jax.plan --config=configs/pods/1p3b_v5e_256.py --topology=v5e:16x16
 
-What plan says: 7.50 of 15.75 GiB a chip; 7.66 GB sent a chip and step, 1.00 of the least that fsdp and data must send; 73 ms
-of it, 180 ms of HBM and 395 ms of compute bound a step from below: at best 395 ms, 85% MFU. Not run on a TPU.
+What plan prints: 7.50 of 15.75 GiB per chip; 7.66 GB sent per chip and step, 1.00 of the least that fsdp and data must
+send; 73 ms of it, 180 ms of HBM and 395 ms of compute bound a step from below, which takes more than 395 ms and stays
+below 85% MFU. Not run on a TPU.
 """
 
 from transxssm_jax.config import start_from

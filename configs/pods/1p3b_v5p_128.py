@@ -3,8 +3,9 @@
 python -m transxssm_jax.train --config=configs/pods/1p3b_v5p_128.py --workdir=DIR --config.data.path=PREPARED
 python -m transxssm_jax.plan --config=configs/pods/1p3b_v5p_128.py --topology=v5p:4x4x4
 
-What plan says: 26.69 of 95.73 GiB a chip; 7.60 GB sent a chip and step, 1.00 of the least that fsdp and data must send; 18 ms
-of it, 241 ms of HBM and 677 ms of compute bound a step from below: at best 677 ms, 85% MFU. Not run on a TPU.
+What plan prints: 26.69 of 95.73 GiB per chip; 7.60 GB sent per chip and step, 1.00 of the least that fsdp and data must
+send; 18 ms of it, 241 ms of HBM and 677 ms of compute bound a step from below, which takes more than 677 ms and stays
+below 85% MFU. Not run on a TPU.
 """
 
 from transxssm_jax.config import start_from

@@ -1,5 +1,7 @@
-"""Causal self-attention with packed documents, `api.causal_attention`, over a split sequence, `ring.ring_attention`,
-and over a cache, `decode.decode_attention`."""
+"""Causal self-attention of packed documents.
+
+`api.causal_attention` on one device, `ring.ring_attention` over a sharded sequence, `decode.decode_attention` over a cache.
+"""
 
 from pallas_kernels.attention.api import IMPLEMENTATIONS, causal_attention, save_residuals
 from pallas_kernels.attention.decode import decode_attention, write_token

@@ -4,21 +4,16 @@ Shapes: B batch, L length, H heads, G key/value heads, K head width.
 """
 
 # ruff: noqa: F722  (shape strings of jaxtyping)
-import functools
-import logging
 import math
+import typing
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels import dispatch
 from pallas_kernels.attention import cudnn, reference, splash, xla
-
-IMPLEMENTATIONS = ('reference', 'xla', 'cudnn', 'splash')
-_FUSED = {'gpu': 'cudnn', 'tpu': 'splash'}
-
-_log = logging.getLogger(__name__)
 
 
 def causal_attention(
@@ -40,11 +35,11 @@ def causal_attention(
       q_BLHK: [B, L, H, K] bfloat16 or float32, L >= 1.
       k_BLGK: [B, L, G, K], q's dtype; H % G == 0, head h reads key/value head h // (H / G).
       v_BLGK: [B, L, G, K], q's dtype.
-      segment_ids: [B, L] int32; equal ids stand together (a row's padding may end it with
-        another id); a query attends only to keys with its own id. None: one document a row.
+      segment_ids: [B, L] int32; equal ids are contiguous (padding may end a row with an id of its
+        own); a query attends only to keys with its own id. None: one document per row.
       scale: factor of the scores; None: 1 / sqrt(K).
-      chunk_size: side of a score block of 'xla'; None: 256. The others choose their own blocks.
-      implementation: a word of the table, or None: the fused one of `jax.default_backend()`
+      chunk_size: side of a score block of 'xla'. None: 256. The other implementations ignore it.
+      implementation: a name of the table, or None: the fused one of `jax.default_backend()`
         where it can serve, otherwise 'xla', with the reason logged once. When lowering for a
         platform other than the process's (a TPU topology on a CPU host), name it.
 
@@ -56,7 +51,7 @@ def causal_attention(
         | 'splash'    | TPU               | bf16       | no: wrap in jax.shard_map     |
 
         "wrap" means shard_map over batch and heads, with L and K whole on every device and G
-        split as H is. 'xla' and 'reference' work there too, so a model can always wrap. The
+        sharded as H is. 'xla' and 'reference' work there too, so a model can always wrap. The
         kernels of 'splash' declare no varying axes: their shard_map needs check_vma=False.
 
     Returns:
@@ -64,7 +59,7 @@ def causal_attention(
 
     Raises:
       ValueError: a shape, dtype, scale, chunk_size or name breaks a rule above.
-      NotImplementedError: the named implementation cannot serve these arguments.
+      dispatch.UnsupportedError (a NotImplementedError): the named implementation cannot serve these arguments.
 
     Bitwise repeatable, except the gradients of 'cudnn' without
     `XLA_FLAGS=--xla_gpu_deterministic_ops=true`.
@@ -74,80 +69,95 @@ def causal_attention(
     check(q_BLHK, k_BLGK, v_BLGK, segment_ids, scale, chunk_size, implementation)
     if scale is None:
         scale = 1 / math.sqrt(q_BLHK.shape[-1])
-    implementation = choose(implementation, q_BLHK, k_BLGK, segment_ids)
-    q_BLHK, k_BLGK, v_BLGK, segment_ids = vary_alike(q_BLHK, k_BLGK, v_BLGK, segment_ids)
-    match implementation:
-        case 'reference':
-            return reference.attention(q_BLHK, k_BLGK, v_BLGK, segment_ids, scale)
-        case 'xla':
-            chunk = chunk_size or xla.DEFAULT_CHUNK
-            return xla.attention(q_BLHK, k_BLGK, v_BLGK, segment_ids, scale, chunk)
-        case 'cudnn':
-            return cudnn.attention(q_BLHK, k_BLGK, v_BLGK, segment_ids, scale)
-        case 'splash':
-            return splash.attention(q_BLHK, k_BLGK, v_BLGK, segment_ids, scale)
+    implementation = OPERATOR.choose(implementation, Call(q_BLHK, k_BLGK, segment_ids))
+    arrays = vary_alike(q_BLHK, k_BLGK, v_BLGK, segment_ids)
+    return OPERATOR.implementations[implementation].run(*arrays, scale, chunk_size or xla.DEFAULT_CHUNK)
 
 
 def save_residuals(primitive, *_, **params) -> bool:
-    """`jax.checkpoint` policy that keeps what attention's backward needs besides q, k and v.
+    """`jax.checkpoint` policy that saves what attention's backward pass needs besides q, k and v.
 
-    With it, rematerialising a layer does not run attention's forward a second time. It costs the
-    output and one float32 a query and head ('cudnn' with segment_ids: up to 32). Combine it with
-    others by `jax.checkpoint_policies.save_from_both_policies`.
+    With it, the rematerialisation of a layer does not compute attention's forward pass again. It
+    saves the output and one float32 per query and head ('cudnn' with segment_ids: up to 32). Combine
+    it with other policies by `jax.checkpoint_policies.save_from_both_policies`.
     """
     if primitive.name == 'name':
         return params['name'] == xla.RESIDUAL_NAME
     return primitive.name == 'dot_product_attention_fwd_wrapper'  # cuDNN without segment ids
 
 
-def unsupported(implementation, q_BLHK, k_BLGK, segment_ids):
-    """Why an implementation cannot serve these arguments, or None."""
-    match implementation:
-        case 'cudnn':
-            return cudnn.unsupported(q_BLHK, k_BLGK, segment_ids)
-        case 'splash':
-            return splash.unsupported(q_BLHK)
-        case 'xla' if q_BLHK.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-            return f'blockwise attention takes bfloat16, float16 or float32, got {q_BLHK.dtype}'
+# ---- implementations ----
+
+
+class Call(typing.NamedTuple):
+    """The arrays whose shapes and dtypes decide the choice."""
+
+    q_BLHK: jax.Array
+    k_BLGK: jax.Array
+    segment_ids_BL: jax.Array | None
+
+
+def _run_reference(q, k, v, segment_ids, scale, chunk):
+    return reference.attention(q, k, v, segment_ids, scale)
+
+
+def _run_cudnn(q, k, v, segment_ids, scale, chunk):
+    return cudnn.attention(q, k, v, segment_ids, scale)
+
+
+def _run_splash(q, k, v, segment_ids, scale, chunk):
+    return splash.attention(q, k, v, segment_ids, scale)
+
+
+def xla_unsupported(device, call):
+    if call.q_BLHK.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f'blockwise attention takes bfloat16, float16 or float32, got {call.q_BLHK.dtype}'
     return None
 
 
-def choose(implementation, q_BLHK, k_BLGK, segment_ids, *, unsupported=unsupported, of='causal_attention'):
-    """The named implementation, or for None the fused one of this backend where it can serve, otherwise 'xla'.
-
-    Raises:
-      NotImplementedError: the named one cannot serve these arguments.
-    """
-    if implementation is not None:
-        reason = unsupported(implementation, q_BLHK, k_BLGK, segment_ids)
-        if reason:
-            raise NotImplementedError(
-                f"implementation={implementation!r} cannot serve this call: {reason}; use implementation='xla' or None"
-            )
-        return implementation
-    backend = jax.default_backend()
-    fused = _FUSED.get(backend)
-    if fused is None:
-        _log_once(f"{of}: 'xla' on {backend}, which has no fused implementation")
-        return 'xla'
-    reason = unsupported(fused, q_BLHK, k_BLGK, segment_ids)
-    if reason:
-        _log_once(f"{of}: 'xla' on {backend}, not {fused!r}: {reason}")
-        return 'xla'
-    _log_once(f'{of}: {fused!r} on {backend}')
-    return fused
+def cudnn_unsupported(device, call):
+    return cudnn.unsupported(*call)
 
 
-@functools.cache
-def _log_once(message):
-    _log.info(message)
+def splash_unsupported(device, call):
+    return splash.unsupported(call.q_BLHK)
+
+
+def log_line(operator):
+    """Line that is logged of a choice, as `dispatch.Operator.log_line`."""
+
+    def line(device, call, chosen, passed_over):
+        if device.backend not in FUSED:
+            passed_over = 'which has no fused implementation'
+        return f'{operator}: {chosen!r} on {device.backend}' + (f', {passed_over}' if passed_over else '')
+
+    return line
+
+
+FUSED = {'gpu': ('cudnn',), 'tpu': ('splash',)}
+BLOCKWISE_REMEDY = "; use implementation='xla' or None"
+OPERATOR = dispatch.Operator(
+    implementations={
+        'reference': dispatch.Implementation(_run_reference),
+        'xla': dispatch.Implementation(xla.attention, xla_unsupported, remedy="; use implementation='reference'"),
+        'cudnn': dispatch.Implementation(_run_cudnn, cudnn_unsupported, remedy=BLOCKWISE_REMEDY),
+        'splash': dispatch.Implementation(_run_splash, splash_unsupported, remedy=BLOCKWISE_REMEDY),
+    },
+    order=FUSED,
+    everywhere=('xla',),
+    log_line=log_line('causal_attention'),
+)
+IMPLEMENTATIONS = tuple(OPERATOR.implementations)
+
+
+# ---- checks ----
 
 
 def vary_alike(*arrays):
-    """Inside shard_map, let every array vary over the mesh axes that any of them varies over.
+    """Casts every array to vary over all the axes of a shard_map that any of them varies over.
 
-    Keys and values may be replicated over an axis that splits the queries. The cast makes the
-    sum of their gradients over that axis part of differentiation.
+    Keys and values may be replicated over an axis that shards the queries. The transpose of the cast
+    is the psum of their gradients over that axis.
     """
     axes = frozenset().union(*(jax.typeof(x).mat.varying for x in arrays if x is not None))
 

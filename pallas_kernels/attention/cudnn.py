@@ -1,21 +1,21 @@
 """Causal attention by cuDNN's fused kernels, for NVIDIA GPUs.
 
-Without segment ids this is the public `jax.nn.dot_product_attention`. With them it is cuDNN's
-packed (THD) layout: the kernel gets the start and the length of every document instead of a
-mask, so memory stays linear in L and blocks between documents are skipped. JAX has the packed
-layout only below its public API, so the two primitives are used directly; `_private` refuses
-with a clear message if a release of JAX moves them.
+Without segment ids the call is the public `jax.nn.dot_product_attention`. With them it uses
+cuDNN's packed (THD) layout: the kernel gets the start and the length of every document instead of
+a mask, so memory stays linear in L, and the kernel skips the blocks between documents. JAX has the
+packed layout only below its public API, so this file binds the two primitives itself; `_private`
+raises with a clear message if a release of JAX moves them.
 
-The packed layout sees the whole batch as one stream of B L tokens: a document is any slice of
-at most T tokens of it, and one call takes at most N documents, both static. cuDNN's statistics
-and workspace grow with N T (not with the documents that are there), so one (N, T) that fits
-every batch would be wasteful. `PACKED_SHAPES` lists a few, cheapest first; `lax.switch` takes
-the first that fits this batch's documents, and the blockwise form of `xla.py` if none does, so
-the result is right for any segment ids. T < L works because documents may straddle the rows of
-the [B f, L / f] view of the stream.
+The packed layout treats the whole batch as one stream of B L tokens. A document is any slice of at
+most T tokens of it, and one call takes at most N documents; both are static. cuDNN's statistics and
+workspace grow with N T, whatever the number of documents in the batch, so one (N, T) that fits every
+batch would be wasteful. `PACKED_SHAPES` lists a few, cheapest first. `lax.switch` takes the first
+that fits this batch's documents, or the blockwise form of `xla.py` if none does, so the result is
+right for any segment ids. T < L works because documents may straddle the rows of the [B f, L / f]
+view of the stream.
 
-Shapes: B batch, L length, H heads, G key/value heads, K head width, N documents a call,
-f rows that one row of length L is split into, m documents per split row (N = B f m, T = L / f).
+Shapes: B batch, L length, H heads, G key/value heads, K head width, N documents per call,
+f rows that one row of length L becomes, m documents per such row (N = B f m, T = L / f).
 """
 
 import functools
@@ -27,8 +27,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
 
 from pallas_kernels.attention import xla
+from pallas_kernels.dispatch import UnsupportedError
 
-# (f, m): up to B f m documents of up to L / f tokens. Statistics take m float32 a query head.
+# (f, m): up to B f m documents of up to L / f tokens. Statistics take m float32 per query and head.
 PACKED_SHAPES = ((1, 8), (4, 16), (1, 32))
 
 
@@ -43,7 +44,7 @@ def _private():
             fused.AttentionLayout.BTNH.value,
         )
     except (ImportError, AttributeError) as error:
-        raise NotImplementedError(
+        raise UnsupportedError(
             f"implementation='cudnn' with segment_ids uses JAX internals that jax {jax.__version__}"
             f" does not have ({error}); use implementation='xla' or jax 0.11.2"
         ) from error
@@ -65,8 +66,8 @@ def _library_problem():
 def unsupported(q_BLHK, k_BLGK, segment_ids_BL):
     """Why cuDNN cannot serve these arguments, or None.
 
-    The GPU is looked at only where this process has one: lowering for CUDA on a host without
-    a GPU trusts the caller.
+    The device is checked only where this process has a GPU: lowering for CUDA on a host without
+    one relies on the caller.
     """
     B, L, H, K = q_BLHK.shape
     if q_BLHK.dtype not in (jnp.bfloat16, jnp.float16):
@@ -95,7 +96,7 @@ def unsupported(q_BLHK, k_BLGK, segment_ids_BL):
         return f'packed cuDNN attention takes fewer than 2**31 elements of q, got {q_BLHK.shape}'
     try:
         _private()
-    except NotImplementedError as error:
+    except UnsupportedError as error:
         return str(error)
     return None
 
@@ -116,14 +117,14 @@ def attention(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, scale):
     `--xla_gpu_deterministic_ops=true` (or `--xla_gpu_exclude_nondeterministic_ops=true`).
     """
     if segment_ids_BL is None:
-        # JAX refuses to differentiate cuDNN attention at odd lengths: one more key, at the end, is
-        # hidden from every real query by causality.
+        # JAX does not differentiate cuDNN attention of odd lengths. Causality hides one more key at the
+        # end from every real query.
         L = q_BLHK.shape[1]
         even = [jnp.pad(x, ((0, 0), (0, L % 2), (0, 0), (0, 0))) for x in (q_BLHK, k_BLGK, v_BLGK)]
         try:
             return jax.nn.dot_product_attention(*even, scale=scale, is_causal=True, implementation='cudnn')[:, :L]
         except RuntimeError as error:  # JAX asks for the library while tracing
-            raise NotImplementedError(
+            raise UnsupportedError(
                 f"implementation='cudnn' without segment_ids: {error} Use implementation='xla' or install jax[cuda13]"
             ) from error
     return _packed(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, scale)
@@ -132,7 +133,7 @@ def attention(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, scale):
 def _documents(segment_ids_BL, N):
     """(starts [N], lengths [N]) of the documents in the stream of B L tokens, int32.
 
-    Unused entries start at the end of the stream with length 0. Right only if there are at
+    Unused entries start at the end of the stream and have length 0. The result is right only for at
     most N documents.
     """
     starts_T = _is_start(segment_ids_BL).reshape(-1)
@@ -212,7 +213,7 @@ def _by_token(statistics_NHT, segment_ids_BL):
 
 
 def _by_document(statistics_BHL, segment_ids_BL, N, T):
-    """The inverse, [N, H, T]; past a document's end there is what another one holds."""
+    """The inverse, [N, H, T]; entries past a document's end hold those of the next document."""
     B, H, L = statistics_BHL.shape
     starts_N, _ = _documents(segment_ids_BL, N)
     token_NT = jnp.minimum(starts_N[:, None] + jnp.arange(T, dtype=jnp.int32), B * L - 1)
@@ -222,8 +223,8 @@ def _by_document(statistics_BHL, segment_ids_BL, N, T):
 def _forward(scale, q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, by_token=False):
     """(out [B, L, H, K], statistics [_statistics_size] float32, or by_token the logsumexp [B, H, L]).
 
-    What the statistics hold and how is the business of the branch that wrote them; the
-    backward takes the same branch, because the branch is a function of the segment ids.
+    The layout of the statistics is private to the branch that writes them. The backward pass takes
+    the same branch, because the segment ids alone decide it.
     """
     B, L, H, K = q_BLHK.shape
     size = _statistics_size(B, L, H)
@@ -332,13 +333,16 @@ _packed.defvjp(_packed_fwd, _packed_bwd)
 
 
 def _reach(ids_BL, key_ids_BT):
-    """How many tokens from the first query and to the last key are of the last key's document, each [B] int32.
+    """How many of the first queries and how many of the last keys belong to the last key's document, each [B] int32.
 
-    All queries are after all keys, and a document stands together: it is at the end of the keys and at the start of
-    the queries, or not in both.
+    All queries are after all keys and a document is contiguous, so a document that is in both ends the keys and
+    begins the queries.
     """
     last = key_ids_BT[:, -1:]
-    queries, keys = (lax.cummin((ids == last).astype(jnp.int32), axis=1).sum(1) for ids in (ids_BL, key_ids_BT[:, ::-1]))
+    queries, keys = (
+        lax.cummin((ids == last).astype(jnp.int32), axis=1).sum(1, dtype=jnp.int32)
+        for ids in (ids_BL, key_ids_BT[:, ::-1])
+    )
     return queries, keys
 
 
@@ -348,16 +352,16 @@ def _rolled(x_BTGK, shift_B):
 
 def _block_operands(q_BLHK, k_BTGK, v_BTGK, lengths):
     none = jnp.zeros(0, q_BLHK.dtype)
-    # Of a document that is on one side only cuDNN still gets a token, and what it makes of it is dropped.
+    # cuDNN needs a length of at least 1, also for a document that is on one side only; the caller drops its results.
     lengths = (none, none) if lengths is None else (jnp.maximum(x, 1) for x in lengths)
     return q_BLHK, k_BTGK, v_BTGK, none, *lengths, none, none, none, none
 
 
 def block_forward(q_BLHK, k_BTGK, v_BTGK, segments, scale, causal):
-    """A block of attention over a longer sequence: all L queries stand after all T keys, or T = L and causal.
+    """A block of attention over a longer sequence: causal with T = L, or all L queries are after all T keys.
 
-    Between two parts of a row there is one document at most, a suffix of the keys and a prefix of the queries. The
-    keys are rolled so that it is a prefix of both, which are cuDNN's lengths of sequences.
+    At most one document is in both: a suffix of the keys and a prefix of the queries. The keys are rolled so that it
+    is a prefix of both, which cuDNN takes as the lengths of sequences.
 
     Args:
       q_BLHK, k_BTGK, v_BTGK: bfloat16 or float16.
@@ -376,12 +380,12 @@ def block_forward(q_BLHK, k_BTGK, v_BTGK, segments, scale, causal):
     queries_B, keys_B = _reach(*segments)
     operands = _block_operands(q_BLHK, _rolled(k_BTGK, keys_B), _rolled(v_BTGK, keys_B), (queries_B, keys_B))
     out, lse = _private()[0].bind(*operands, is_training=True, **_parameters(scale, 'PADDING'))
-    sees_BL = jnp.arange(q_BLHK.shape[1]) < queries_B[:, None]
+    sees_BL = jnp.arange(q_BLHK.shape[1], dtype=jnp.int32) < queries_B[:, None]
     return jnp.where(sees_BL[:, :, None, None], out, 0), jnp.where(sees_BL[:, None], lse, -jnp.inf)
 
 
 def block_backward(q_BLHK, k_BTGK, v_BTGK, segments, scale, causal, lse_BHL, out_BLHK, dout_BLHK):
-    """Parts of (dq, dk, dv) of such a block, in q's dtype; lse and out are those of the whole sequence."""
+    """Terms of (dq, dk, dv) from such a block, in q's dtype; lse and out are those of the whole sequence."""
     if segments is None:
         operands = _block_operands(q_BLHK, k_BTGK, v_BTGK, None)
         mask = 'CAUSAL' if causal else 'NO_MASK'
@@ -390,10 +394,10 @@ def block_backward(q_BLHK, k_BTGK, v_BTGK, segments, scale, causal, lse_BHL, out
         return _backward(scale, q_BLHK, k_BTGK, v_BTGK, segments[0], out_BLHK, lse_BHL, dout_BLHK, by_token=True)
     queries_B, keys_B = _reach(*segments)
     operands = _block_operands(q_BLHK, _rolled(k_BTGK, keys_B), _rolled(v_BTGK, keys_B), (queries_B, keys_B))
-    sees_BL = jnp.arange(q_BLHK.shape[1]) < queries_B[:, None]
+    sees_BL = jnp.arange(q_BLHK.shape[1], dtype=jnp.int32) < queries_B[:, None]
     # A query that sees no key here: exp(score - lse) is 0 for any score.
     lse_BHL = jnp.where(sees_BL[:, None], lse_BHL, 1e30)
     dq, dk, dv = _private()[1].bind(*operands, lse_BHL, out_BLHK, dout_BLHK, **_parameters(scale, 'PADDING'))
-    seen_BT = jnp.arange(k_BTGK.shape[1]) < jnp.where(queries_B > 0, keys_B, 0)[:, None]
+    seen_BT = jnp.arange(k_BTGK.shape[1], dtype=jnp.int32) < jnp.where(queries_B > 0, keys_B, 0)[:, None]
     dk, dv = (_rolled(jnp.where(seen_BT[:, :, None, None], x, 0), -keys_B) for x in (dk, dv))
     return jnp.where(sees_BL[:, :, None, None], dq, 0), dk, dv

@@ -1,6 +1,6 @@
-"""Dense causal attention: the definition that every other implementation is tested against.
+"""Dense causal attention: the definition against which every other implementation is tested.
 
-Shapes: B batch, L query position, S key position, H heads, G key/value heads, R heads a
+Shapes: B batch, L query position, S key position, H heads, G key/value heads, R heads per
 key/value head (H = G R, head h reads key/value head h // R), K head width.
 """
 

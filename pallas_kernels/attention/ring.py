@@ -1,39 +1,42 @@
-"""Causal self-attention over a sequence that is split over a mesh axis, by a ring of keys and values.
+"""Ring attention: causal self-attention over a sequence that is sharded over a mesh axis.
 
-Outside, shard i of n holds the i-th contiguous part of every row. Causality gives the last part 2n-1
-times the work of the first, so inside each part is cut into two pieces, and shard i works on pieces i
-and 2n-1-i of the 2n. Keys and values then visit every shard in n-1 steps, and each step is the same
-work on each of them, two full (unmasked) blocks of piece x piece:
+The caller's shard i of n holds the i-th contiguous 1/n of every row. Causality gives the last shard
+2n-1 times the work of the first, so the rows are cut into 2n pieces, half a shard each, and device i
+works on pieces i and 2n-1-i (the zigzag layout). Keys and values then visit every device in n-1 steps,
+and each step is the same work on each of them, two full (unmasked) blocks of piece x piece:
 
-    keys from a shard before (j < i):   both pieces of queries see piece j; nothing sees 2n-1-j
-    keys from a shard after  (j > i):   only the late queries see, and see both pieces
+    keys from a device before (j < i):   both pieces of queries see piece j; no query sees 2n-1-j
+    keys from a device after  (j > i):   only the late queries see keys, and they see both pieces
 
-so `_operands` selects what meets, and one call of one shape serves. The shard's own step is causal
-attention over its two pieces as one row. Partial results meet by their logsumexp, in float32.
+`_operands` selects the queries and keys that meet, so one call of one shape computes every step. The
+device's own step is causal attention over its two pieces as one row. The results of the steps are
+combined by their logsumexp, in float32.
 
-The backward sends keys and values round again, and their gradients one step behind them: a shard adds
-its part to the sum that arrives. The first and the last step stand outside of the loop, so that nothing
-travels in vain, and what comes next is sent before a step computes. A device holds its own keys and
-values, the visiting ones and the next.
+The backward pass sends keys and values around the ring again, and their gradients one step behind
+them: a device adds its term to the sum that arrives. The first and the last step are outside of the
+loop, so that no array is sent in vain, and the next arrays are sent before a step computes. A device
+holds its own keys and values, the visiting ones and the next ones.
 
-Pieces go to their shards by two permutations, of the even and of the odd ones (`_to_pieces`). Where no
-document reaches from the visiting keys to the queries, the step's blocks are not computed.
+Two permutations, of the even and of the odd pieces, bring pieces to their devices (`_to_pieces`).
+Where no document reaches from the visiting keys to the queries, the step's blocks are not computed.
 
-What a device sends, in bytes of one shard's K and V (u) and of its queries (q): forward (n-1) u around
-the ring, and u + 2 q to and from the pieces (at n = 2 half of that, the rest is at home); backward
-(n-1) u and as many gradients in float32 (at n = 2 in k's dtype, for they are no sums), and u + 2 q to and
-from the pieces ('cudnn': 3 q). Ids of documents come on top, and one float32 a query and head.
+Bytes that a device sends, with u for one shard's K and V and q for its queries. Forward: (n-1) u around
+the ring, and u + 2 q to and from the pieces (at n = 2 half of that, because the other half stays).
+Backward: (n-1) u and as many gradients in float32 (at n = 2 in k's dtype, because they are no sums), and
+u + 2 q to and from the pieces ('cudnn': 3 q). The ids of documents and one float32 per query and head
+are sent as well.
 
-Source: Ring Attention (arXiv:2310.01889); the balanced pieces: Striped Attention (arXiv:2311.09431) and
+Source: Ring Attention (arXiv:2310.01889); balanced pieces: Striped Attention (arXiv:2311.09431) and
 the zigzag form of Llama 3 (arXiv:2407.21783, section 3.3.2).
 
 Shapes: B batch, L length of a shard, S length of a piece (L = 2 S), H heads, G key/value heads,
-K head width; 2 the early and the late piece.
+K head width; 2: the early and the late piece.
 """
 
 # ruff: noqa: F722  (shape strings of jaxtyping)
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -42,6 +45,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels import dispatch
 from pallas_kernels.attention import api, cudnn, splash, xla
 
 
@@ -71,11 +75,11 @@ def ring_attention(
 
     Args:
       q_BLHK: [B, L, H, K] bfloat16 or float32, this shard's L tokens, L even.
-      k_BLGK, v_BLGK: [B, L, G, K], q's dtype, H % G == 0; also what travels: heads are not repeated.
-      axis_name: mesh axis that splits the length; the shard's position in the row is its index there.
-      axis_size: number of shards; 1: `causal_attention`.
-      segment_ids: [B, L] int32, this shard's part of the row's ids, which follow the rule of
-        `causal_attention` over the whole row: equal ids stand together. None: one document a row.
+      k_BLGK, v_BLGK: [B, L, G, K], q's dtype, H % G == 0; sent as they are, without repeated heads.
+      axis_name: mesh axis that shards the length; the shard's position in the row is its index there.
+      axis_size: number of shards. With 1 the call is `causal_attention`.
+      segment_ids: [B, L] int32, this shard of the row's ids, which follow the rule of
+        `causal_attention` over the whole row: equal ids are contiguous. None: one document per row.
       scale: factor of the scores; None: 1 / sqrt(K).
       implementation: as for `causal_attention` ('reference' does not exist here). 'splash' takes
         L / 2 that are multiples of 128, and its shard_map needs check_vma=False.
@@ -86,14 +90,17 @@ def ring_attention(
 
     Raises:
       ValueError: a shape, dtype or name breaks a rule above.
-      NotImplementedError: the named implementation cannot serve these arguments.
+      dispatch.UnsupportedError (a NotImplementedError): the named implementation cannot serve these arguments.
     """
     api.check(q_BLHK, k_BLGK, v_BLGK, segment_ids, scale, None, implementation)
     if not isinstance(axis_size, int) or axis_size < 1:
-        raise ValueError(f'axis_size={axis_size!r}; it must be an int of at least 1, the size of mesh axis {axis_name!r}')
+        raise ValueError(
+            f'axis_size={axis_size!r}; it must be an int of at least 1, the size of mesh axis {axis_name!r}'
+        )
     if axis_size == 1:
-        return api.causal_attention(q_BLHK, k_BLGK, v_BLGK, segment_ids=segment_ids, scale=scale,
-                                    implementation=implementation)
+        return api.causal_attention(
+            q_BLHK, k_BLGK, v_BLGK, segment_ids=segment_ids, scale=scale, implementation=implementation
+        )
     L = q_BLHK.shape[1]
     if L % 2:
         whole, unit = L * axis_size, 2 * axis_size
@@ -102,26 +109,17 @@ def ring_attention(
             f'two pieces: make the whole length {whole} a multiple of {unit}, such as {whole // unit * unit or unit} or '
             f'{-(-whole // unit) * unit}'
         )
-    implementation = api.choose(implementation, q_BLHK, k_BLGK, segment_ids, unsupported=_unsupported, of='ring_attention')
+    implementation = OPERATOR.choose(implementation, api.Call(q_BLHK, k_BLGK, segment_ids))
     scale = 1 / math.sqrt(q_BLHK.shape[-1]) if scale is None else scale
     ring = _Ring(axis_name, axis_size, implementation, float(scale), interpret)
     return _attention(*api.vary_alike(q_BLHK, k_BLGK, v_BLGK, segment_ids), ring)
-
-
-def _unsupported(implementation, q_BLHK, k_BLGK, segment_ids):
-    if implementation == 'reference':
-        return "'reference' holds all scores of a row at once, on one device"
-    S = q_BLHK.shape[1] // 2
-    if implementation == 'splash' and S % splash.LANES:
-        return f'splash attention takes pieces (half of a shard) that are multiples of {splash.LANES}, got {S}'
-    return api.unsupported(implementation, q_BLHK, k_BLGK, segment_ids)
 
 
 # ---- between the contiguous shards and the pieces ----
 
 
 def _home(piece, n):
-    """Shard that works on a piece."""
+    """Device that works on a piece."""
     return min(piece, 2 * n - 1 - piece)
 
 
@@ -132,17 +130,17 @@ def _move(x, routes, ring):
 
 
 def _routes(ring):
-    """Where shard i's first (even) and second (odd) piece go: two permutations of the shards."""
+    """Where the first (even) and the second (odd) piece of shard i go: two permutations of the devices."""
     return [[(i, _home(2 * i + odd, ring.n)) for i in range(ring.n)] for odd in (0, 1)]
 
 
 def _early_is_even(ring):
-    # Shard i's early piece is piece i, its late one 2n-1-i: one of each parity.
+    # The early piece of device i is piece i, its late one 2n-1-i: one of each parity.
     return lax.axis_index(ring.axis_name) % 2 == 0
 
 
 def _to_pieces(x, ring):
-    """[B, L, ...] contiguous -> [B, 2, S, ...], the early and the late piece of this shard's work."""
+    """[B, L, ...], a contiguous shard -> [B, 2, S, ...], the early and the late piece of this device."""
     halves = x.reshape(x.shape[0], 2, x.shape[1] // 2, *x.shape[2:])
     even, odd = (_move(halves[:, i], routes, ring) for i, routes in enumerate(_routes(ring)))
     swap = ~_early_is_even(ring)
@@ -160,43 +158,91 @@ def _to_rows(x_B2S, ring):
 
 
 def _pass_on(tree, ring):
-    """To the next shard; a reply from the one before."""
+    """Sends to the next device, and returns what the one before sends."""
     return jax.tree.map(lambda x: lax.ppermute(x, ring.axis_name, [(i, (i + 1) % ring.n) for i in range(ring.n)]), tree)
 
 
 # ---- blocks ----
 
 
+def _forward_xla(ring, *arrays, causal):
+    return xla.forward(*arrays, ring.scale, xla.DEFAULT_CHUNK, causal=causal, dtype=jnp.float32)
+
+
+def _forward_cudnn(ring, *arrays, causal):
+    return cudnn.block_forward(*arrays, ring.scale, causal)
+
+
+def _forward_splash(ring, *arrays, causal):
+    return splash.block_forward(*arrays, ring.scale, causal, ring.interpret)
+
+
+def _backward_xla(ring, *arrays, causal, lse_BHL, known, dout):
+    return xla.backward(*arrays, ring.scale, xla.DEFAULT_CHUNK, lse_BHL, known.swapaxes(1, 2), dout, causal=causal,
+                        dtype=jnp.float32)  # fmt: skip
+
+
+def _backward_cudnn(ring, *arrays, causal, lse_BHL, known, dout):
+    return cudnn.block_backward(*arrays, ring.scale, causal, lse_BHL, known, dout)
+
+
+def _backward_splash(ring, *arrays, causal, lse_BHL, known, dout):
+    return splash.block_backward(*arrays, ring.scale, causal, lse_BHL, known.swapaxes(1, 2), dout, ring.interpret)
+
+
+class _Blocks(NamedTuple):
+    """An implementation of attention of some queries over some keys, and of its gradient."""
+
+    forward: Callable
+    backward: Callable
+    needs_output: bool = False  # backward takes the output itself, not its product with its gradient
+
+
+def _reference_unsupported(device, call):
+    return "'reference' holds all scores of a row at once, on one device"
+
+
+def _splash_unsupported(device, call):
+    S = call.q_BLHK.shape[1] // 2
+    if S % splash.LANES:
+        return f'splash attention takes pieces (half of a shard) that are multiples of {splash.LANES}, got {S}'
+    return api.splash_unsupported(device, call)
+
+
+OPERATOR = dispatch.Operator(
+    implementations={
+        'reference': dispatch.Implementation(None, _reference_unsupported, remedy=api.BLOCKWISE_REMEDY),
+        'xla': dispatch.Implementation(_Blocks(_forward_xla, _backward_xla), api.xla_unsupported),
+        'cudnn': dispatch.Implementation(
+            _Blocks(_forward_cudnn, _backward_cudnn, needs_output=True), api.cudnn_unsupported,
+            remedy=api.BLOCKWISE_REMEDY),
+        'splash': dispatch.Implementation(
+            _Blocks(_forward_splash, _backward_splash), _splash_unsupported, remedy=api.BLOCKWISE_REMEDY),
+    },
+    order=api.FUSED,
+    everywhere=('xla',),
+    log_line=api.log_line('ring_attention'),
+)  # fmt: skip
+
+
 def _block_forward(ring, q, k, v, segments, causal):
     """(output [B, L, H, K], logsumexp [B, L, H] float32) of queries over the keys of this call."""
-    match ring.implementation:
-        case 'xla':
-            out, lse_BHL = xla.forward(q, k, v, segments, ring.scale, xla.DEFAULT_CHUNK, causal=causal, dtype=jnp.float32)
-        case 'cudnn':
-            out, lse_BHL = cudnn.block_forward(q, k, v, segments, ring.scale, causal)
-        case 'splash':
-            out, lse_BHL = splash.block_forward(q, k, v, segments, ring.scale, causal, ring.interpret)
+    blocks = OPERATOR.implementations[ring.implementation].run
+    out, lse_BHL = blocks.forward(ring, q, k, v, segments, causal=causal)
     return out, lse_BHL.swapaxes(1, 2)
 
 
 def _block_backward(ring, q, k, v, segments, causal, lse_BLH, known, dout):
-    """Parts of (dq, dk, dv), float32; lse and known (see `_known`) are those of the whole sequence."""
-    lse_BHL = lse_BLH.swapaxes(1, 2)
-    match ring.implementation:
-        case 'xla':
-            grads = xla.backward(q, k, v, segments, ring.scale, xla.DEFAULT_CHUNK, lse_BHL, known.swapaxes(1, 2), dout,
-                                 causal=causal, dtype=jnp.float32)
-        case 'cudnn':
-            grads = cudnn.block_backward(q, k, v, segments, ring.scale, causal, lse_BHL, known, dout)
-        case 'splash':
-            grads = splash.block_backward(q, k, v, segments, ring.scale, causal, lse_BHL, known.swapaxes(1, 2), dout,
-                                          ring.interpret)
+    """Terms of (dq, dk, dv), float32; lse and known (see `_known`) are those of the whole sequence."""
+    blocks = OPERATOR.implementations[ring.implementation].run
+    grads = blocks.backward(
+        ring, q, k, v, segments, causal=causal, lse_BHL=lse_BLH.swapaxes(1, 2), known=known, dout=dout)  # fmt: skip
     return [x.astype(jnp.float32) for x in grads]
 
 
 def _known(ring, y_BLHK, dy_BLHK):
-    """What a backward needs of the output: cuDNN itself, the others only its product with its gradient, [B, L, H]."""
-    if ring.implementation == 'cudnn':
+    """What the backward pass needs of the output: cuDNN the output, the others its product with its gradient, [B, L, H]."""
+    if OPERATOR.implementations[ring.implementation].run.needs_output:
         return y_BLHK
     return xla.row_products(y_BLHK, dy_BLHK).swapaxes(1, 2)
 
@@ -211,17 +257,18 @@ def _rows(x_B2S):
 
 def _piece(x_B2S):
     """0 of the early and 1 of the late piece, along axis 1 of x."""
-    return jnp.arange(2).reshape(2, *(1,) * (x_B2S.ndim - 2))
+    return jnp.arange(2, dtype=jnp.int32).reshape(2, *(1,) * (x_B2S.ndim - 2))
 
 
-# What follows selects along the axis of the pieces instead of cutting and stacking them: one pass over memory each.
+# The functions below select along the axis of the pieces instead of slicing and stacking: one pass over memory each.
 
 
 def _operands(is_before, of_queries, of_keys):
-    """What meets in this step, as a batch of 2 B rows; is_before: the keys come from a shard before this one.
+    """The queries and keys that meet in a step, as a batch of 2 B rows. is_before: the keys come from a device before.
 
     Row 0 of each pair is (early or late queries, early keys), row 1 (late queries, early or late keys).
     """
+
     def queries(x):
         return None if x is None else jnp.where(is_before | (_piece(x) == 1), x, x[:, 1:])
 
@@ -238,20 +285,20 @@ def _pairs(x):
     return x.reshape(-1, 2, *x.shape[1:])
 
 
-def _combine(*parts):
-    """Attention over the keys of all parts, [(output, logsumexp float32)]; every row saw a key of the first part."""
-    total = functools.reduce(jnp.logaddexp, (lse for _, lse in parts))
-    return sum(out.astype(jnp.float32) * jnp.exp(lse - total)[..., None] for out, lse in parts), total
+def _combine(*results):
+    """Attention over the keys of all results, (output, logsumexp float32) each. In the first, every query saw a key."""
+    total = functools.reduce(jnp.logaddexp, (lse for _, lse in results))
+    return sum(out.astype(jnp.float32) * jnp.exp(lse - total)[..., None] for out, lse in results), total
 
 
 def _sum_of_queries(is_before, x_B2S):
-    """What row 0 and row 1 give to each piece of the queries, summed."""
+    """Sum of what row 0 and row 1 of a step add to each piece of the queries."""
     late = _piece(x_B2S) == 1
     return jnp.where(late | is_before, x_B2S, 0.0) + jnp.where(late & ~is_before, x_B2S[:, :1], 0.0)
 
 
 def _sum_of_keys(is_before, x_B2S):
-    """What row 0 and row 1 give to each piece of the keys, summed."""
+    """Sum of what row 0 and row 1 of a step add to each piece of the keys."""
     early = _piece(x_B2S) == 0
     return jnp.where(early | ~is_before, x_B2S, 0.0) + jnp.where(early & is_before, x_B2S[:, 1:], 0.0)
 
@@ -259,7 +306,7 @@ def _sum_of_keys(is_before, x_B2S):
 def _if_shared(is_before, ids_B2S, key_ids_B2S, compute, otherwise):
     """compute() where a document reaches from these keys to these queries, otherwise otherwise().
 
-    One that does fills all that stands between, so the last key has the id of the first query.
+    Such a document fills everything between them, so the last key has the id of the first query.
     """
     if ids_B2S is None:
         return compute()
@@ -268,7 +315,7 @@ def _if_shared(is_before, ids_B2S, key_ids_B2S, compute, otherwise):
 
 
 def _visit_forward(ring, step, q, ids, so_far, here):
-    """(output, logsumexp) so far with the keys and values that have travelled step shards."""
+    """(output, logsumexp) so far, with the keys and values that have been sent on `step` times."""
     out, lse = so_far
     k, v, key_ids = here
     is_before = lax.axis_index(ring.axis_name) >= step
@@ -276,16 +323,19 @@ def _visit_forward(ring, step, q, ids, so_far, here):
     def compute():
         (q_, ids_), (k_, v_, key_ids_) = _operands(is_before, [q, ids], [k, v, key_ids])
         block = _block_forward(ring, q_, k_, v_, None if ids is None else (ids_, key_ids_), causal=False)
-        part, part_lse = (_pairs(x) for x in block)
-        late, nothing = _piece(part_lse) == 1, -jnp.inf
-        return _combine((out, lse), (part, jnp.where(late | is_before, part_lse, nothing)),
-                        (part[:, :1], jnp.where(late & ~is_before, part_lse[:, :1], nothing)))
+        block_out, block_lse = (_pairs(x) for x in block)
+        late, nothing = _piece(block_lse) == 1, -jnp.inf
+        return _combine(
+            (out, lse),
+            (block_out, jnp.where(late | is_before, block_lse, nothing)),
+            (block_out[:, :1], jnp.where(late & ~is_before, block_lse[:, :1], nothing)),
+        )
 
     return _if_shared(is_before, ids, key_ids, compute, lambda: (out, lse))
 
 
 def _visit_backward(ring, step, queries, dq, here):
-    """(dq with this visit's part, the visit's part of dk and dv), float32; queries: (q, ids, lse, known, dout)."""
+    """(dq with this step's term, the step's terms of dk and dv), float32; queries: (q, ids, lse, known, dout)."""
     k, v, key_ids = here
     is_before = lax.axis_index(ring.axis_name) >= step
 
@@ -306,11 +356,11 @@ def _visit_backward(ring, step, queries, dq, here):
 
 
 def _forward(ring, q, k, v, segment_ids):
-    """(y [B, L, H, K], what the backward needs besides y)."""
+    """(y [B, L, H, K], what the backward pass needs besides y)."""
     dtype = q.dtype
     q, k, v = (_to_pieces(x, ring) for x in (q, k, v))
     ids = None if segment_ids is None else _to_pieces(segment_ids, ring)
-    here = _pass_on((k, v, ids), ring)  # issued before the own step, which does not need it
+    here = _pass_on((k, v, ids), ring)  # sent before the device's own step, which does not need them
     segments = None if ids is None else (_rows(ids),) * 2
     out, lse = _block_forward(ring, *map(_rows, (q, k, v)), segments, causal=True)
     so_far = out.astype(jnp.float32).reshape(q.shape), lse.reshape(q.shape[:-1])
@@ -320,7 +370,7 @@ def _forward(ring, q, k, v, segment_ids):
         following = _pass_on(here, ring)
         return (_visit_forward(ring, step, q, ids, so_far, here), following), None
 
-    (so_far, here), _ = lax.scan(body, (so_far, here), jnp.arange(1, ring.n - 1))
+    (so_far, here), _ = lax.scan(body, (so_far, here), jnp.arange(1, ring.n - 1, dtype=jnp.int32))
     out, lse = _visit_forward(ring, ring.n - 1, q, ids, so_far, here)
     return _to_rows(out.astype(dtype), ring), (q, k, v, ids, lse)
 
@@ -340,10 +390,11 @@ def _backward(ring, y, residuals, dy):
     following = _pass_on(here, ring) if ring.n > 2 else None
     dq, travelling = _visit_backward(ring, 1, queries, dq, here)
     if ring.n > 2:
+
         def add(dq, travelling, here, step):
             arriving = _pass_on(travelling, ring)
-            dq, part = _visit_backward(ring, step, queries, dq, here)
-            return dq, jax.tree.map(jnp.add, arriving, part)
+            dq, term = _visit_backward(ring, step, queries, dq, here)
+            return dq, jax.tree.map(jnp.add, arriving, term)
 
         def body(carry, step):
             dq, travelling, here = carry
@@ -351,10 +402,10 @@ def _backward(ring, y, residuals, dy):
             return (*add(dq, travelling, here, step), following), None
 
         carry = dq, travelling, following
-        (dq, travelling, here), _ = lax.scan(body, carry, jnp.arange(2, ring.n - 1))
+        (dq, travelling, here), _ = lax.scan(body, carry, jnp.arange(2, ring.n - 1, dtype=jnp.int32))
         dq, travelling = add(dq, travelling, here, ring.n - 1)
     else:
-        # One visitor: its part is what the kernel wrote in this dtype.
+        # There is one step, and its term is what the kernel wrote in this dtype.
         travelling = jax.tree.map(lambda x: x.astype(dtype), travelling)
     home = _pass_on(travelling, ring)
     dk, dv = (mine + theirs.astype(jnp.float32) for mine, theirs in zip(own, home, strict=True))
@@ -368,7 +419,7 @@ def _attention(q, k, v, segment_ids, ring):
 
 def _attention_fwd(q, k, v, segment_ids, ring):
     y, (*pieces, lse) = _forward(ring, q, k, v, segment_ids)
-    # y as it leaves is kept by what follows too; in pieces it would be a second copy.
+    # The layers that follow save y as it is returned; saved in pieces it would be a second copy.
     y, lse = checkpoint_name(y, xla.RESIDUAL_NAME), checkpoint_name(lse, xla.RESIDUAL_NAME)
     return y, (y, (*pieces, lse))
 

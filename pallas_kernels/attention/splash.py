@@ -1,7 +1,7 @@
 """Causal attention by the splash kernels that ship with JAX, for TPUs.
 
-Splash skips the blocks above the diagonal, takes grouped key/value heads without repeating
-them, and compares segment ids inside the kernel.
+Splash attention skips the blocks above the diagonal, takes grouped key/value heads without
+repeating them, and compares segment ids inside the kernel.
 
 Shapes: B batch, L length, H heads, G key/value heads, K head width.
 """
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.attention import xla
+from pallas_kernels.dispatch import UnsupportedError, in_32_bits
 
 # Side of a kernel block. 512 fills the 128 x 128 MXU with long inner loops and, at head widths
 # to 256, leaves VMEM for double buffering in the backward kernels.
@@ -24,11 +25,15 @@ def unsupported(q_BLHK):
     """Why splash cannot serve these arguments, or None."""
     K = q_BLHK.shape[-1]
     if q_BLHK.dtype != jnp.bfloat16:
-        # The kernel multiplies float32 operands in one bfloat16 pass, which breaks the accuracy
-        # that this package promises for float32.
+        # The kernel multiplies float32 operands in one bfloat16 pass, which is less accurate than
+        # this package promises for float32.
         return f'splash attention takes bfloat16, got {q_BLHK.dtype}'
     if K > 256:
         return f'splash attention takes head widths up to 256, got K={K}'
+    try:
+        _modules()
+    except UnsupportedError as error:
+        return str(error)
     return None
 
 
@@ -47,7 +52,7 @@ def _modules():
         from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
         from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
     except ImportError as error:
-        raise NotImplementedError(
+        raise UnsupportedError(
             f"implementation='splash' needs jax.experimental.pallas.ops.tpu.splash_attention, which"
             f" jax {jax.__version__} does not have ({error}); use implementation='xla'"
         ) from error
@@ -55,9 +60,9 @@ def _modules():
     uniform = functools.cache(lambda value, rows, columns: np.full((rows, columns), value))
 
     class Causal(masks.CausalMask):
-        """The same mask; the blocks off the diagonal are not compared number by number while tracing.
+        """The same mask, without a comparison of every number of the blocks off the diagonal while tracing.
 
-        At 65,536 tokens that took half a minute.
+        At 65,536 tokens the comparison took half a minute.
         """
 
         def __getitem__(self, index):
@@ -90,6 +95,17 @@ def _scaled(q_BLHK, scale):
     return (q_BLHK.astype(jnp.float32) * scale).astype(q_BLHK.dtype)
 
 
+def _traced_in_32_bits(f):
+    """f, which has a gradient of its own, with both traced by `in_32_bits`.
+
+    The gradient of JAX's kernel is traced when the caller's is taken, after the call.
+    """
+    run = jax.custom_vjp(in_32_bits(f))
+    run.defvjp(in_32_bits(functools.partial(jax.vjp, f)), in_32_bits(lambda pull, cotangent: pull(cotangent)))
+    return run
+
+
+@in_32_bits
 def attention(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, scale, interpret=False):
     """Fused causal attention.
 
@@ -104,11 +120,13 @@ def attention(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, scale, interpret=False):
       [B, L, H, K] in q's dtype.
 
     Raises:
-      NotImplementedError: this JAX has no splash attention.
+      UnsupportedError: this JAX has no splash attention.
     """
     B, L, H, K = q_BLHK.shape
     block, padded = _block(L)
-    splash, kernel = _kernel(H, padded, block, causal=True, interpret=interpret, residual_checkpoint_name=xla.RESIDUAL_NAME)
+    splash, kernel = _kernel(
+        H, padded, block, causal=True, interpret=interpret, residual_checkpoint_name=xla.RESIDUAL_NAME
+    )
     q_BLHK = _scaled(q_BLHK, scale)
 
     def heads_first(x):
@@ -117,11 +135,11 @@ def attention(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, scale, interpret=False):
 
     arguments = [heads_first(x) for x in (q_BLHK, k_BLGK, v_BLGK)]
     if segment_ids_BL is not None:
-        # Padded positions stand after every real one, so causality alone hides their keys; they
-        # continue the last document so that each of them still sees a key.
+        # Padded positions are after every real one, so causality alone hides their keys. They
+        # continue the last document, so that each of them still sees a key.
         ids = jnp.pad(segment_ids_BL, [(0, 0), (0, padded - L)], mode='edge')
         arguments.append(splash.SegmentIds(ids, ids))
-    out_BHLK = jax.vmap(lambda *args: kernel(*args))(*arguments)
+    out_BHLK = _traced_in_32_bits(jax.vmap(lambda *args: kernel(*args)))(*arguments)
     return out_BHLK.transpose(0, 2, 1, 3)[:, :L]
 
 
@@ -137,8 +155,9 @@ def _block_operands(q_BLHK, k_BLGK, v_BLGK, segments, scale, causal, **options):
     return splash, kernel, arrays, None if segments is None else splash.SegmentIds(*segments)
 
 
+@in_32_bits
 def block_forward(q_BLHK, k_BLGK, v_BLGK, segments, scale, causal, interpret=False):
-    """A block of attention over a longer sequence: all L queries stand after all L keys, or causal.
+    """A block of attention over a longer sequence: causal, or all L queries are after all L keys.
 
     Args:
       q_BLHK, k_BLGK, v_BLGK: bfloat16, L a multiple of LANES.
@@ -150,31 +169,48 @@ def block_forward(q_BLHK, k_BLGK, v_BLGK, segments, scale, causal, interpret=Fal
       finite and about -1e38.
     """
     _, kernel, arrays, ids = _block_operands(
-        q_BLHK, k_BLGK, v_BLGK, segments, scale, causal, save_residuals=True, interpret=interpret)
+        q_BLHK, k_BLGK, v_BLGK, segments, scale, causal, save_residuals=True, interpret=interpret
+    )
     out_BHLK, (lse_BHL,) = jax.vmap(kernel)(*arrays, ids)
     return out_BHLK.transpose(0, 2, 1, 3), lse_BHL
 
 
+@in_32_bits
 def block_backward(q_BLHK, k_BLGK, v_BLGK, segments, scale, causal, lse_BHL, delta_BHL, dout_BLHK, interpret=False):
-    """Parts of (dq, dk, dv) of such a block, in q's dtype.
+    """Terms of (dq, dk, dv) from such a block, in q's dtype.
 
-    lse_BHL, delta_BHL: [B, H, L] float32, the logsumexp and `xla.row_products` of the queries over the whole sequence,
-    which the public kernel would take from its own forward; hence the functions below it.
+    lse_BHL, delta_BHL: [B, H, L] float32, the logsumexp and `xla.row_products` of the queries over the whole sequence.
+    The public kernel would compute them from this block alone, so this function calls the functions below it.
     """
     splash, kernel, (q, k, v), ids = _block_operands(
-        q_BLHK, k_BLGK, v_BLGK, segments, scale, causal, save_residuals=True, interpret=interpret)
+        q_BLHK, k_BLGK, v_BLGK, segments, scale, causal, save_residuals=True, interpret=interpret
+    )
     sizes, options = kernel.kwargs['block_sizes'], kernel.kwargs
     shared = dict(
-        is_mqa=False, mask_value=options['mask_value'], attn_logits_soft_cap=None, q_layout=sizes.q_layout,
-        k_layout=sizes.k_layout, v_layout=sizes.v_layout, mask_function=options['mask_function'], interpret=interpret)
+        is_mqa=False,
+        mask_value=options['mask_value'],
+        attn_logits_soft_cap=None,
+        q_layout=sizes.q_layout,
+        k_layout=sizes.k_layout,
+        v_layout=sizes.v_layout,
+        mask_function=options['mask_function'],
+        interpret=interpret,
+    )
 
     def one(q, k, v, ids, lse, delta, dout):
         arguments = q, k, v, ids, None, lse, dout, delta
         _, dk, dv = splash._splash_attention_bwd_dkv(
-            *arguments, bq=sizes.block_q_dkv, bkv=sizes.block_kv_dkv, bkv_compute=sizes.block_kv_dkv_compute,
-            mask_info=kernel.dkv_mask_info, use_fused_bwd_kernel=False, **shared)
+            *arguments,
+            bq=sizes.block_q_dkv,
+            bkv=sizes.block_kv_dkv,
+            bkv_compute=sizes.block_kv_dkv_compute,
+            mask_info=kernel.dkv_mask_info,
+            use_fused_bwd_kernel=False,
+            **shared,
+        )
         dq = splash._splash_attention_bwd_dq(
-            *arguments, bq=sizes.block_q_dq, bkv=sizes.block_kv_dq, mask_info=kernel.dq_mask_info, **shared)
+            *arguments, bq=sizes.block_q_dq, bkv=sizes.block_kv_dq, mask_info=kernel.dq_mask_info, **shared
+        )
         return dq, dk, dv
 
     grads = jax.vmap(one)(q, k, v, ids, lse_BHL, delta_BHL, dout_BLHK.transpose(0, 2, 1, 3))

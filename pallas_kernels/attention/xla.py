@@ -1,26 +1,26 @@
 """Blockwise (flash) attention in plain JAX, for every backend.
 
-The score matrix exists only as one [Q, Q] block a head at a time. One `lax.scan` walks the
+Only one [Q, Q] block per head of the score matrix exists at a time. One `lax.scan` computes the
 blocks on and below the diagonal, row by row, and inside a row from the diagonal to the left:
 
-  * the list of blocks is static, so the loop has a known trip count. XLA can then pipeline and
-    cost it; a loop to a data-dependent bound would make a GPU wait for the host in every step
-    and would turn into selects under vmap. Blocks above the diagonal are never computed.
-  * the diagonal block comes first because each query may see at least itself there. The running
-    maximum is finite from then on, so a block masked away by segment ids contributes
-    exp(-inf) = 0 and never a NaN.
-  * `forward` and `backward` also serve a block of a longer sequence (causal=False): queries that
-    all stand after the keys of this call. A row may see none of them; its output is 0 and its
-    logsumexp -inf.
-  * only batch and head axes are batched in the matmuls and nothing gathers along them, so the
+  * The list of blocks is static, so the loop has a known trip count, and XLA can pipeline it and
+    estimate its cost. A loop to a data-dependent bound would make a GPU wait for the host in every
+    step, and would become selects under vmap. Blocks above the diagonal are never computed.
+  * The diagonal block comes first because each query sees at least itself there. The running
+    maximum is finite from then on, so a block that segment ids mask away adds exp(-inf) = 0 and
+    never a NaN.
+  * `forward` and `backward` also compute a block of a longer sequence (causal=False), in which all
+    queries are after the keys of this call. A query may see none of these keys; then its output is
+    0 and its logsumexp -inf.
+  * The matmuls batch over the batch and head axes only, and nothing gathers along these axes, so the
     SPMD partitioner shards the loop over batch and heads without communication.
 
 Source: FlashAttention-2 (arXiv:2307.08691), algorithms 1 and 2.
 
 Shapes: B batch, L length, T keys of a call (L where causal), H heads, G key/value heads, K head
-width, C blocks of queries, D blocks of keys, Q query and S key inside a block, M query rows of a
-block with the heads that share a key/value head stacked (M = (H / G) Q, so that grouped heads
-become one larger matmul).
+width, C blocks of queries, D blocks of keys, Q query and S key inside a block, M queries of a
+block, stacked over the heads that share a key/value head (M = (H / G) Q), so that grouped heads
+become one larger matmul.
 """
 
 import functools
@@ -99,7 +99,7 @@ def _unblock_rows(x_CBGM, L, Q):
 def _block_segments(segment_ids_BL, C, Q):
     if segment_ids_BL is None:
         return None
-    # What a padded position holds does not matter: causality hides padded keys from real queries.
+    # The ids of padded positions do not matter: causality hides padded keys from real queries.
     return _pad_length(segment_ids_BL, C * Q).reshape(-1, C, Q).transpose(1, 0, 2)
 
 
@@ -113,9 +113,9 @@ def _scores(q_BGMK, k_BGSK, i, j, segments_CBQ, key_segments_DBS, scale, Q, T, c
         preferred_element_type=jnp.float32,
     )
     M, S = s_BGMS.shape[-2:]
-    key_S = j * S + jnp.arange(S)[None, :]
+    key_S = j * S + jnp.arange(S, dtype=jnp.int32)[None, :]
     if causal:
-        allowed = i * Q + jnp.arange(M)[:, None] % Q >= key_S
+        allowed = i * Q + jnp.arange(M, dtype=jnp.int32)[:, None] % Q >= key_S
     else:
         allowed = key_S < T  # padded keys
     if segments_CBQ is not None:
@@ -130,8 +130,13 @@ def _block_all(q_BLHK, k_BTGK, v_BTGK, segments, chunk):
     Q, S = min(chunk, L), min(chunk, T)
     C, D = -(-L // Q), -(-T // S)
     ids_BL, key_ids_BT = (None, None) if segments is None else segments
-    arrays = (_block_queries(q_BLHK, C, Q, G), _block_keys(k_BTGK, D, S), _block_keys(v_BTGK, D, S),
-              _block_segments(ids_BL, C, Q), _block_segments(key_ids_BT, D, S))
+    arrays = (
+        _block_queries(q_BLHK, C, Q, G),
+        _block_keys(k_BTGK, D, S),
+        _block_keys(v_BTGK, D, S),
+        _block_segments(ids_BL, C, Q),
+        _block_segments(key_ids_BT, D, S),
+    )
     return arrays, (C, D, Q, S)
 
 
@@ -194,8 +199,8 @@ def row_products(out_BLHK, dout_BLHK):
 def backward(q_BLHK, k_BTGK, v_BTGK, segments, scale, chunk, lse_BHL, delta_BHL, dout_BLHK, *, causal=True, dtype=None):
     """Gradients (dq, dk, dv) in dtype (None: that of q, k, v); dk and dv accumulate in float32.
 
-    segments, causal: as in `forward`. lse and delta (`row_products`) are those of the whole sequence, of which T keys
-    may be a part.
+    segments, causal: as in `forward`. lse and delta (`row_products`) are those of the whole sequence, which may have
+    more keys than these T.
     """
     L, T, G = q_BLHK.shape[1], k_BTGK.shape[1], k_BTGK.shape[2]
     f32 = jnp.float32
@@ -239,7 +244,7 @@ def backward(q_BLHK, k_BTGK, v_BTGK, segments, scale, chunk, lse_BHL, delta_BHL,
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def attention(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, scale, chunk):
-    """Blockwise attention; keeps q, k, v, the output and one float32 a query for the backward.
+    """Blockwise attention; saves q, k, v, the output and one float32 per query and head for the backward pass.
 
     Args:
       q_BLHK: [B, L, H, K] bfloat16 or float32.

@@ -3,8 +3,6 @@
 Legend: B batch, L length, H heads, G groups (H % G == 0), P head width, N state width.
 """
 
-import functools
-import logging
 import os
 import typing
 
@@ -14,18 +12,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int
 
+from pallas_kernels import dispatch
 from pallas_kernels.ssd import decode, gpu, reference, tpu, xla
 from pallas_kernels.ssd.residuals import STATES_NAME
 
 __all__ = ['IMPLEMENTATIONS', 'STATES_NAME', 'rotary_ssd', 'rotary_ssd_state', 'rotary_ssd_step']
 
-IMPLEMENTATIONS = ('reference', 'xla', 'mosaic_tpu', 'mosaic_gpu')
-
 Table = Float32[Array, '*table L half']
 Rope = tuple[Table, Table] | None
 Interpret = bool | pltpu.InterpretParams | plgpu.InterpretGPUParams
-
-_log = logging.getLogger(__name__)
 
 
 def rotary_ssd(
@@ -53,15 +48,15 @@ def rotary_ssd(
       a: [H] float32, < 0; the log-decay of a step is dt * a.
       b, c: [B, L, G, N] in x's dtype, not rotated; N a multiple of 16, H % G == 0. Head h
         uses group h // (H / G).
-      rope: (cos, sin), each [L, N/2] or [B, L, N/2] float32, half-split rotation; None: none.
+      rope: (cos, sin), each [L, N/2] or [B, L, N/2] float32, half-split rotation. None: no rotation.
       segment_ids: [B, L] int32. The state restarts at t where segment_ids[t] != segment_ids[t-1].
-      initial_state: [B, H, P, N] float32, rotated frame, belongs to the first segment of the
+      initial_state: [B, H, P, N] float32, rotated frame; it belongs to the first segment of the
         row. None: zeros.
-      chunk_size: tokens worked on at once, a multiple of 16 in [16, 256]; changes speed and
-        rounding only. None: from the implementation's table. No effect on 'reference'.
-      implementation: a word of the table, or None: the one of `jax.default_backend()` by
-        `_choose`, with the reason logged once. When lowering for a platform other than the
-        process's (a TPU topology on a CPU host), name it.
+      chunk_size: tokens per chunk, a multiple of 16 in [16, 256]; it changes speed and rounding
+        only. None: from the implementation's table. 'reference' ignores it.
+      implementation: a name of the table, or None: the fastest on `jax.default_backend()` that can
+        serve (`OPERATOR`), with the reason logged once. When lowering for a platform other than
+        the process's (a TPU topology on a CPU host), name it.
 
         | name         | runs on       | dtypes    | chunk_size | partitioned by GSPMD / Shardy |
         | 'reference'  | all           | all       | any        | yes                           |
@@ -70,23 +65,23 @@ def rotary_ssd(
         | 'mosaic_gpu' | NVIDIA Hopper | bf16      | 64         | no: wrap in jax.shard_map     |
 
         "wrap" means shard_map over batch and heads, with L, P and N whole on every device and
-        G split as H is, or whole where G is 1. All work there, so a model can always wrap.
-        'mosaic_gpu' takes P that is a multiple of 64 and N of 64 or 128.
-      interpret: run the Pallas kernels on CPU, slowly: True, or pltpu.InterpretParams to model
-        the TPU's memory and DMA as well, or plgpu.InterpretGPUParams, which True means for
-        'mosaic_gpu': its warpgroups then are threads that wait for each other, and a machine of
-        fewer than 8 cores needs NPROC=8 in the environment. No effect on 'reference' and 'xla'.
+        G sharded as H is, or replicated where G is 1. Every implementation works there, so a
+        model can always wrap. 'mosaic_gpu' takes P that is a multiple of 64 and N of 64 or 128.
+      interpret: run the Pallas kernels on CPU, slowly. True; or pltpu.InterpretParams, which also
+        models the TPU's memory and DMA; or plgpu.InterpretGPUParams, which is what True means for
+        'mosaic_gpu'. Its warpgroups are then threads that wait for each other, and a machine of
+        fewer than 8 cores needs NPROC=8 in the environment. 'reference' and 'xla' ignore it.
 
     Returns:
-      y [B, L, H, P] in x's dtype; final_state [B, H, P, N] float32, rotated frame: what
-      `initial_state` of the next piece and `rotary_ssd_step` take.
+      y [B, L, H, P] in x's dtype, and final_state [B, H, P, N] float32 in the rotated frame, which
+      `initial_state` of the tokens that follow and `rotary_ssd_step` take.
 
     Raises:
       ValueError: an argument's shape, dtype or value breaks a rule above, or the
         implementation is unknown.
-      NotImplementedError: the named implementation cannot serve this call. For which platform
-        a traced function is compiled shows only at lowering: there 'mosaic_tpu' refuses others
-        than TPU, and 'mosaic_gpu' others than CUDA.
+      dispatch.UnsupportedError (a NotImplementedError): the named implementation cannot serve this
+        call. For which platform a traced function is compiled shows only at lowering: there
+        'mosaic_tpu' refuses others than TPU, and 'mosaic_gpu' others than CUDA.
     """
     _check_sequence(x, dt, a, b, rope, segment_ids, chunk_size)
     _check_like('c', c, 'b', b)
@@ -112,14 +107,14 @@ def rotary_ssd_state(
 ) -> tuple[Float[Array, 'B H'], Float[Array, 'B H P N']]:
     """What one shard of a sequence passes on: final_state(initial h) = decay * h + state.
 
-    Arguments, dtypes and errors as `rotary_ssd`, without c. A boundary between this shard and
-    the one before is not seen here: the caller drops the incoming state where the shards'
-    segment_ids differ. Differentiable in x, dt, a and b, through both results.
+    Arguments, dtypes and errors are those of `rotary_ssd`, without c. This function does not see a
+    boundary between this shard and the one before: the caller drops the incoming state where the
+    shards' segment_ids differ. Differentiable in x, dt, a and b, through both results.
 
     Returns:
-      decay [B, H] float32: what is left at the end of an incoming state that belongs to the
-        shard's first segment; 0 if a segment boundary lies within the shard.
-      state [B, H, P, N] float32: the shard's own contribution.
+      decay [B, H] float32: the factor of an incoming state that belongs to the shard's first
+        segment; 0 if a segment boundary lies within the shard.
+      state [B, H, P, N] float32: the final state of the shard alone.
     """
     _check_sequence(x, dt, a, b, rope, segment_ids, chunk_size)
     B, _, H, P = x.shape
@@ -146,7 +141,7 @@ def rotary_ssd_step(
     Args:
       state: [B, H, P, N] float32, rotated frame.
       x_t: [B, H, P]; dt_t: [B, H] float32; a: [H] float32; b_t, c_t: [B, G, N] in x_t's dtype.
-      rope_t: (cos, sin) of the token's position, each [N/2] or [B, N/2] float32; None: none.
+      rope_t: (cos, sin) of the token's position, each [N/2] or [B, N/2] float32. None: no rotation.
 
     Returns:
       state [B, H, P, N] float32, and y_t [B, H, P] in x_t's dtype.
@@ -156,6 +151,7 @@ def rotary_ssd_step(
     """
     _check_rank('x_t', x_t, 3, '[B, H, P]')
     _check_rank('b_t', b_t, 3, '[B, G, N]')
+
     # The same rules as a sequence of one token, checked on shapes; nothing is computed.
     def token(v):
         return jax.ShapeDtypeStruct((v.shape[0], 1, *v.shape[1:]), v.dtype)
@@ -172,15 +168,13 @@ def rotary_ssd_step(
 
 
 def _scan(x, dt, a, b, c, rope, segment_ids, state, chunk_size, implementation, interpret):
-    """Dispatch, after the checks. c None: no y. Returns (y or None, final state)."""
-    shape = (*x.shape, *b.shape[2:])
-    if implementation is None:
-        implementation = _choose(_device(), x.dtype.name, chunk_size, shape)
-    if implementation not in IMPLEMENTATIONS:
+    """Dispatches a checked call. c None: y is not wanted. Returns (y or None, final state)."""
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f'implementation={implementation!r} is unknown; use None or one of {IMPLEMENTATIONS}')
-    refused = _unsupported(implementation, _Device() if interpret else _device(), x.dtype, chunk_size, shape)
-    if refused:
-        raise NotImplementedError(f'implementation={implementation!r} cannot serve this call: {refused}')
+    call = Call(x.dtype.name, chunk_size, (*x.shape, *b.shape[2:]), interpret)
+    # An interpreted kernel asks nothing of the device.
+    device = dispatch.Device() if implementation is not None and interpret else None
+    implementation = OPERATOR.choose(implementation, call, device)
     if rope is not None:
         rope = tuple(jnp.asarray(table if table.ndim == 3 else table[None]) for table in rope)
     run_BL = None
@@ -188,26 +182,16 @@ def _scan(x, dt, a, b, c, rope, segment_ids, state, chunk_size, implementation, 
         # Numbers of runs, because an id may come back after another one.
         starts_BL = segment_ids[:, 1:] != segment_ids[:, :-1]
         run_BL = jnp.pad(jnp.cumsum(starts_BL, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
-    x, dt, a, b, c, rope, run_BL, state = _vary_alike((x, dt, a, b, c, rope, run_BL, state))
-    if implementation == 'reference':
-        return reference.scan_tokens(x, dt, a, b, c, rope, run_BL, state)
-    _check_interpreter(implementation, interpret)
-    if implementation == 'mosaic_tpu':
-        plan = tpu.default_plan(tpu.generation(), shape)
-        return tpu.scan_chunks(plan, x, dt, a, b, c, rope, run_BL, state, interpret)
-    if implementation == 'mosaic_gpu':
-        if interpret:
-            interpret = _gpu_interpreter(interpret)
-        return gpu.scan_chunks(gpu.default_plan(shape), x, dt, a, b, c, rope, run_BL, state, interpret)
-    plan = xla.default_plan(jax.default_backend(), chunk_size)
-    return xla.scan_chunks(plan, x, dt, a, b, c, rope, run_BL, state)
+    arrays = _vary_alike((x, dt, a, b, c, rope, run_BL, state))
+    return OPERATOR.implementations[implementation].run(call, *arrays)
 
 
 def _vary_alike(tree):
-    """Casts arrays that vary over fewer axes of a shard_map than others to vary over all.
+    """Casts every array to vary over all the axes of a shard_map that any of them varies over.
 
-    Such are c of one group on every head shard, or a state of zeros. Carries then keep one
-    type, and the transpose of the cast is the psum that the gradients of such arrays need.
+    c of one group, replicated over the shards of the heads, varies over fewer axes than x; so does a
+    state of zeros. After the cast the carries of loops keep one type, and the transpose of the cast
+    is the psum that the gradients of such arrays need.
     """
 
     def varying(v):
@@ -222,93 +206,129 @@ def _vary_alike(tree):
     return jax.tree.map(cast, tree)
 
 
-class _Device(typing.NamedTuple):
-    """What the process computes on. '' where it is not known."""
-
-    backend: str = ''
-    kind: str = ''
-    compute_capability: str = ''  # of an NVIDIA GPU, such as '9.0'
+# --- implementations ---------------------------------------------------------------------------
 
 
-def _device():
-    device = jax.local_devices()[0]
-    return _Device(jax.default_backend(), device.device_kind, getattr(device, 'compute_capability', ''))
+class Call(typing.NamedTuple):
+    """The static properties of a call, which decide the choice."""
+
+    dtype: str  # of x
+    chunk_size: int | None
+    shape: tuple[int, ...]  # B, L, H, P, G, N
+    interpret: Interpret = False
 
 
-def _unsupported(implementation, device, dtype, chunk_size, shape):
-    """Why an implementation cannot serve, with the remedy, or None."""
-    *_, P, _, N = shape
-    if implementation != 'reference' and dtype == jnp.float64:
+def _run_reference(call, *arrays):
+    return reference.scan_tokens(*arrays)
+
+
+def _run_xla(call, *arrays):
+    return xla.scan_chunks(xla.default_plan(jax.default_backend(), call.chunk_size), *arrays)
+
+
+def _run_tpu(call, *arrays):
+    _check_interpreter('mosaic_tpu', call.interpret, pltpu.InterpretParams)
+    return tpu.scan_chunks(tpu.default_plan(tpu.generation(), call.shape), *arrays, call.interpret)
+
+
+def _run_gpu(call, *arrays):
+    _check_interpreter('mosaic_gpu', call.interpret, plgpu.InterpretGPUParams)
+    interpret = _gpu_interpreter(call.interpret) if call.interpret else False
+    return gpu.scan_chunks(gpu.default_plan(call.shape), *arrays, interpret)
+
+
+def _computes_in_float32(device, call):
+    if call.dtype == 'float64':
         return "it computes in float32, but x is float64; use implementation='reference'"
-    chunk = {'mosaic_tpu': tpu.CHUNK, 'mosaic_gpu': gpu.CHUNK}.get(implementation)
-    if chunk and chunk_size not in (None, chunk):
-        return f"chunk_size={chunk_size}, but its chunks are of {chunk}; leave chunk_size to None or use implementation='xla'"
-    if implementation == 'mosaic_gpu':
-        if dtype != jnp.bfloat16:
-            return f"x is {dtype}, but it is for bfloat16; cast x, b and c with astype or use implementation='xla'"
-        if P % gpu.WIDTH or N not in gpu.STATES:
-            served = ' or '.join(map(str, gpu.STATES))
-            return f"P={P} and N={N}, but it is for P a multiple of {gpu.WIDTH} and N of {served}; use implementation='xla'"
-        # Blackwell (10.x) has other matrix instructions than Hopper, which the kernels are made of.
-        if device.backend == 'gpu' and not device.compute_capability.startswith('9.'):
-            return (f'{device.kind} has compute capability {device.compute_capability or "unknown"}, but it is for 9.x '
-                    "(Hopper); use implementation='xla'")  # fmt: skip
     return None
 
 
-def _check_interpreter(implementation, interpret):
-    kind = {'mosaic_tpu': pltpu.InterpretParams, 'mosaic_gpu': plgpu.InterpretGPUParams}.get(implementation)
-    if kind and not isinstance(interpret, bool | kind):
-        raise NotImplementedError(
+def _has_other_chunks(call, chunk):
+    if call.chunk_size not in (None, chunk):
+        return (f"chunk_size={call.chunk_size}, but its chunks are of {chunk}; leave chunk_size to None or use "
+                "implementation='xla'")  # fmt: skip
+    return None
+
+
+def _tpu_unsupported(device, call):
+    return _computes_in_float32(device, call) or _has_other_chunks(call, tpu.CHUNK)
+
+
+def _tpu_unwanted(device, call):
+    """The static profile (see `OPERATOR`) was taken in bfloat16, of widths that fill tiles.
+
+    Float32 products take six passes of the matrix unit or more in either form.
+    """
+    *_, P, _, N = call.shape
+    if call.dtype != 'bfloat16':
+        return f'it is for bfloat16; name it to have it in {call.dtype}'
+    if not tpu.fills_tiles(P, N):
+        return f'it would pad P={P} or N={N}; name it to have it do so'
+    return None
+
+
+def _gpu_unsupported(device, call):
+    reason = _computes_in_float32(device, call) or _has_other_chunks(call, gpu.CHUNK)
+    if reason:
+        return reason
+    *_, P, _, N = call.shape
+    if call.dtype != 'bfloat16':
+        return f"x is {call.dtype}, but it is for bfloat16; cast x, b and c with astype or use implementation='xla'"
+    if P % gpu.WIDTH or N not in gpu.STATES:
+        served = ' or '.join(map(str, gpu.STATES))
+        return f"P={P} and N={N}, but it is for P a multiple of {gpu.WIDTH} and N of {served}; use implementation='xla'"
+    # Blackwell (10.x) has other matrix instructions than Hopper, which the kernels are made of.
+    if device.backend == 'gpu' and not device.compute_capability.startswith('9.'):
+        return (f'{device.kind} has compute capability {device.compute_capability or "unknown"}, but it is for 9.x '
+                "(Hopper); use implementation='xla'")  # fmt: skip
+    return None
+
+
+def _log_line(device, call, chosen, passed_over):
+    B, L, H, P, G, N = call.shape
+    first = 'the fused kernel' if device.backend in OPERATOR.order else f'no kernel for {device.backend}'
+    return (f'rotary_ssd on {device.kind}, {call.dtype} B={B} L={L} H={H} P={P} G={G} N={N}: {chosen}, '
+            f'{passed_over or first}')  # fmt: skip
+
+
+# On TPU the kernel: its lower bound by the compiler's static profile (`python -m pallas_kernels.bench
+# --target=v5p`) is 10 to 20 times below that of the XLA form on v4, v5e, v5p and v6e, and 7 times
+# forward on tpu7x, where backward was not compared.
+# On Hopper the kernel wherever it serves: 4 to 9 times faster on one H200 than XLA's form at the
+# shapes of `python -m pallas_kernels.bench --target=gpu`.
+OPERATOR = dispatch.Operator(
+    implementations={
+        'reference': dispatch.Implementation(_run_reference),
+        'xla': dispatch.Implementation(_run_xla, _computes_in_float32),
+        'mosaic_tpu': dispatch.Implementation(_run_tpu, _tpu_unsupported, _tpu_unwanted),
+        'mosaic_gpu': dispatch.Implementation(_run_gpu, _gpu_unsupported),
+    },
+    order={'tpu': ('mosaic_tpu',), 'gpu': ('mosaic_gpu',)},
+    everywhere=('xla',),
+    log_line=_log_line,
+)
+IMPLEMENTATIONS = tuple(OPERATOR.implementations)
+
+
+def _check_interpreter(implementation, interpret, kind):
+    if not isinstance(interpret, bool | kind):
+        raise dispatch.UnsupportedError(
             f'implementation={implementation!r} cannot be interpreted with interpret={type(interpret).__name__}; '
             f'use True or {kind.__name__}'
         )
 
 
 def _gpu_interpreter(interpret):
-    """Its parameters. Refuses where it would hang: each warpgroup blocks a thread of JAX's CPU client."""
+    """Parameters of the GPU interpreter. Raises where it would hang: each warpgroup blocks a thread of JAX's CPU client."""
     needed = 8  # 4 warpgroups of one device, the program that launches them, and room
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     threads = max(int(os.environ.get('NPROC') or cores), jax.local_device_count())
     if jax.default_backend() == 'cpu' and threads < needed:
-        raise NotImplementedError(
+        raise dispatch.UnsupportedError(
             f"implementation='mosaic_gpu' cannot be interpreted here: JAX's CPU client has {threads} threads and its "
             f'warpgroups need {needed}; set the environment variable NPROC={needed} before jax starts'
         )
     return plgpu.InterpretGPUParams() if interpret is True else interpret
-
-
-@functools.cache
-def _choose(device: _Device, dtype: str, chunk_size: int | None, shape: tuple[int, ...]) -> str:
-    """The fastest for these arguments. Cached, so that each set of them is logged once.
-
-    On TPU the kernel: its lower bound by the compiler's static profile (`python -m pallas_kernels.bench
-    --target=v5p`) is 10 to 20 times below that of the XLA form on v4, v5e, v5p and v6e, and 7 times
-    forward on tpu7x, where backward was not compared. XLA's form where the profile was
-    not taken: other dtypes than bfloat16 (float32 products take six passes of the matrix unit or
-    more in either form) and widths that the kernel would pad.
-
-    On Hopper the kernel wherever it serves: 4 to 9 times faster on one H200 than XLA's form at the
-    shapes of `python -m pallas_kernels.bench --target=gpu`.
-    """
-    B, L, H, P, G, N = shape
-    kernel = {'tpu': 'mosaic_tpu', 'gpu': 'mosaic_gpu'}.get(device.backend)
-    chosen = 'xla'
-    if kernel is None:
-        reason = f'no kernel for {device.backend}'
-    elif refused := _unsupported(kernel, device, jnp.dtype(dtype), chunk_size, shape):
-        reason = f'not {kernel!r}: {refused}'
-    elif kernel == 'mosaic_tpu' and dtype != 'bfloat16':
-        reason = f"'mosaic_tpu' is for bfloat16; name it to have it in {dtype}"
-    elif kernel == 'mosaic_tpu' and not tpu.fills_tiles(P, N):
-        reason = f"'mosaic_tpu' would pad P={P} or N={N}; name it to have it do so"
-    else:
-        chosen, reason = kernel, 'the fused kernel'
-    _log.info(
-        'rotary_ssd on %s, %s B=%d L=%d H=%d P=%d G=%d N=%d: %s, %s',
-        device.kind, dtype, B, L, H, P, G, N, chosen, reason,
-    )  # fmt: skip
-    return chosen
 
 
 # --- checks: shapes and dtypes only, so that they run before lowering ------------------------
@@ -372,10 +392,10 @@ def _check_like(name, v, other_name, other):
 def _check_rope(name, rope, shapes, meaning, dtype=jnp.float32):
     if not isinstance(rope, (tuple, list)) or len(rope) != 2:
         raise ValueError(f'{name}: must be None or a pair (cos, sin), got {type(rope).__name__}')
-    for part, table in zip(('cos', 'sin'), rope):
+    for half, table in zip(('cos', 'sin'), rope):
         if tuple(table.shape) not in shapes:
-            raise ValueError(f'{name} {part}: shape {tuple(table.shape)} must be {meaning}: one of {shapes}')
-        _check_dtype(f'{name} {part}', table, dtype)
+            raise ValueError(f'{name} {half}: shape {tuple(table.shape)} must be {meaning}: one of {shapes}')
+        _check_dtype(f'{name} {half}', table, dtype)
     if rope[0].shape != rope[1].shape:
         raise ValueError(f'{name}: cos {rope[0].shape} and sin {rope[1].shape} must have one shape')
     return tuple(rope)

@@ -1,6 +1,6 @@
 """One token of the rotary scan, for decoding.
 
-Legend: B batch, H heads, G groups, R heads a group (H = G R), P head width, N state width.
+Legend: B batch, H heads, G groups, R heads per group (H = G R), P head width, N state width.
 """
 
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from pallas_kernels.ssd.rotation import rotate_heads
 
 
 def step_token(state_BHPN, x_BHP, dt_BH, a_H, b_BGN, c_BGN, rope):
-    """h = exp(dt a) h + dt x (R b)^T;  y = h R c. All float32: the step is bound by the state's bytes.
+    """h = exp(dt a) h + dt x (R b)^T;  y = h R c. All float32: the bytes of the state bound the step's time.
 
     rope: None or (cos, sin), each [1 or B, N/2]. Returns (state_BHPN float32, y_BHP in x's dtype).
     """

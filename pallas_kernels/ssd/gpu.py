@@ -1,7 +1,7 @@
 """The rotary scan as Pallas Mosaic GPU kernels for Hopper: decays, cuts, gradients.
 
 Legend: B batch, L length, H heads, G groups, P head width, N state width, C chunks,
-Q and S positions in a chunk (query and source side), W pieces of a row that are walked side by side.
+Q and S positions in a chunk (query and source side), W spans of a row that are walked at the same time.
 """
 
 import functools
@@ -22,27 +22,27 @@ from pallas_kernels.ssd.residuals import STATES_NAME
 from pallas_kernels.ssd.rotation import rotate_heads, unrotate_heads
 
 MULTIPROCESSORS = 132  # of an H100 SXM and an H200
-WIDTH = 64  # of a head's piece: wider heads are several with one dt
-STATES = (64, 128)  # N that are served
-# exp2 of it is 0 in float32. Log-decays are clipped to it, one step each.
+WIDTH = 64  # head width of the kernels: a wider head is computed as several heads with one dt
+STATES = (64, 128)  # the N that the kernels take
+# The log-decay of every step is clipped to it: exp2 of it is 0 in float32.
 MIN_LOG2_DECAY = -150.0
 LOG2_E, LN_2 = math.log2(math.e), math.log(2)
 _only_on_cuda_p = only_on('cuda', 'NVIDIA GPUs', 'mosaic_gpu')
 
 
 class Plan(typing.NamedTuple):
-    """How to cut the work. Static under jit."""
+    """How the kernels cut their work. Static under jit."""
 
-    pieces: int = 1  # W
+    spans: int = 1  # W
 
 
 def default_plan(shape: tuple[int, ...]) -> Plan:
-    """Cuts rows until the walks, two to a multiprocessor, fill the device; shape (B, L, H, P, G, N)."""
+    """Cuts rows into spans until the walks, two per multiprocessor, fill the device. shape: (B, L, H, P, G, N)."""
     B, L, H, P, _, _ = shape
-    walks, chunks, pieces = B * H * (P // WIDTH), -(-L // CHUNK), 1
-    while walks * pieces <= MULTIPROCESSORS and chunks >= 16 * pieces:
-        pieces *= 2
-    return Plan(pieces)
+    walks, chunks, spans = B * H * (P // WIDTH), -(-L // CHUNK), 1
+    while walks * spans <= MULTIPROCESSORS and chunks >= 16 * spans:
+        spans *= 2
+    return Plan(spans)
 
 
 def scan_chunks(plan, x_BLHP, dt_BLH, a_H, b_BLGN, c_BLGN, rope, run_BL, state_BHPN, interpret=False):
@@ -54,8 +54,9 @@ def scan_chunks(plan, x_BLHP, dt_BLH, a_H, b_BLGN, c_BLGN, rope, run_BL, state_B
         x_BLHP = x_BLHP.reshape(B, L, H * split, WIDTH)
         dt_BLH, log2_BLH = (jnp.repeat(v, split, axis=2) for v in (dt_BLH, log2_BLH))
         state_BHPN = state_BHPN.reshape(B, H * split, WIDTH, -1)
-    pad = -L % (CHUNK * plan.pieces)
+    pad = -L % (CHUNK * plan.spans)
     if pad:  # dt 0 and log-decay 0: the state stays as it is
+
         def longer(v, mode='constant'):
             return None if v is None else jnp.pad(v, ((0, 0), (0, pad)) + ((0, 0),) * (v.ndim - 2), mode=mode)
 
@@ -69,7 +70,7 @@ def scan_chunks(plan, x_BLHP, dt_BLH, a_H, b_BLGN, c_BLGN, rope, run_BL, state_B
 
 # --- gradients ----------------------------------------------------------------------------------
 
-# The identity that forgets over which axes of a shard_map its operand varies.
+# The identity, whose result varies over no axes of a shard_map.
 _local_p = jax.extend.core.Primitive('rotary_ssd_local')
 _local_p.def_abstract_eval(lambda x: x.update(manual_axis_type=type(x.manual_axis_type)()))
 _local_p.def_impl(lambda x: x)
@@ -78,9 +79,10 @@ mlir.register_lowering(_local_p, lambda ctx, x: [x])
 
 
 def _of_one_device(f):
-    """Runs f(static, *arrays) on CUDA only, and on arrays that vary over no axes; its results vary as the first array does.
+    """f(static, *arrays), for CUDA only, called with arrays that vary over no axes of a shard_map.
 
-    The bodies of the kernels are traced without these axes, but for what they load and receive.
+    The results vary over the axes of the first array. Pallas traces the bodies of the kernels without
+    these axes, but not what the bodies load and receive.
     """
 
     def run(static, *arrays, **keywords):
@@ -115,20 +117,22 @@ def _scan_bwd(static, residuals, cotangents):
     (B, L, H, _), (G, N) = x.shape, b_in.shape[2:]
     b, c = _rotated(b_in, rope, x.dtype), _rotated(c_in, rope, x.dtype)
     vectors, starts, log2_BCH = _vectors(dt, log2, run)
-    cut, join = functools.partial(_cut, plan.pieces), functools.partial(_join, plan.pieces)
+    cut, join = functools.partial(_cut, plan.spans), functools.partial(_join, plan.spans)
     dfinals = dfinal
-    if plan.pieces > 1:
+    if plan.spans > 1:
         scaled = (None, None) if dy is None else (dy, c)
         dfinals = _received(plan, interpret, *scaled, vectors, log2_BCH, dfinal, reverse=True)
     r = gpu_backward.walk(*map(cut, (x, vectors, b, c, starts, states, dy)), dfinals, interpret=interpret)
     dinitial = join(r['dinitial'])[:, 0]
 
     def by_group(v):
-        # Each head's was rounded once, in the kernel; their sum and its inverse rotation are float32 up to the second rounding.
+        # The kernel has rounded each head's gradient once. The sum and its inverse rotation are float32, then rounded.
         v = jnp.sum(v.reshape(B, L, G, H // G, N), axis=3, dtype=jnp.float32)
         return unrotate_heads(v, rope).astype(b.dtype)
 
-    by_source, by_query = (jnp.moveaxis(r[name].reshape(B, L // CHUNK, H, -1, CHUNK), 3, 0) for name in ('by_source', 'by_query'))
+    by_source, by_query = (
+        jnp.moveaxis(r[name].reshape(B, L // CHUNK, H, -1, CHUNK), 3, 0) for name in ('by_source', 'by_query')
+    )
     leaving, passed = by_source[gpu_backward.LEAVING], by_query[gpu_backward.PASSED]
     dlog = jnp.sum(passed, axis=-1, keepdims=True)
     dlog = dlog + _sum_of(leaving * vectors[:, :, :, gpu_chunk.DT], np.tri(CHUNK, k=-1).T)
@@ -150,9 +154,9 @@ def _forward(static, x, dt, log2, b, c, rope, run, state, with_states):
     plan, interpret = static
     b, c = _rotated(b, rope, x.dtype), _rotated(c, rope, x.dtype)
     vectors, starts, log2_BCH = _vectors(dt, log2, run)
-    cut, join = functools.partial(_cut, plan.pieces), functools.partial(_join, plan.pieces)
+    cut, join = functools.partial(_cut, plan.spans), functools.partial(_join, plan.spans)
     states = state
-    if plan.pieces > 1:
+    if plan.spans > 1:
         states = _received(plan, interpret, x, b, vectors, log2_BCH, state)
     keywords = dict(with_states=with_states, interpret=interpret)
     if c is None:
@@ -164,38 +168,45 @@ def _forward(static, x, dt, log2, b, c, rope, run, state, with_states):
     return y, join(r['final'])[:, -1], states
 
 
-# --- what XLA makes for the kernels ---------------------------------------------------------------
+# --- what XLA computes for the kernels ---------------------------------------------------------------
 
 
 def _rotated(v, rope, dtype):
     return None if v is None else rotate_heads(v, rope).astype(dtype)
 
 
-def _cut(pieces, v):
+def _cut(spans, v):
     """[B, L or C, ...] -> [B W, L / W, ...]"""
-    return v if v is None or pieces == 1 else v.reshape(v.shape[0] * pieces, v.shape[1] // pieces, *v.shape[2:])
+    return v if v is None or spans == 1 else v.reshape(v.shape[0] * spans, v.shape[1] // spans, *v.shape[2:])
 
 
-def _join(pieces, v):
+def _join(spans, v):
     """[B W, ...] -> [B, W, ...]"""
-    return v.reshape(v.shape[0] // pieces, pieces, *v.shape[1:])
+    return v.reshape(v.shape[0] // spans, spans, *v.shape[1:])
 
 
 def _received(plan, interpret, x, b, vectors, log2_BCH, edge_BHPN, reverse=False):
-    """The state that each piece receives, [B W, H, P, N], or the gradient of it from the other end.
+    """The state that enters each span, [B W, H, P, N], or with reverse the gradient of the state that leaves it.
 
-    x, b: what adds to the state: x and b, or in reverse dy and c; None: nothing does.
+    x, b: what is added to the state, as x b^T: x and b, or with reverse dy and c. None: nothing is.
+    edge_BHPN: the state that enters the row, or with reverse the gradient of the one that leaves it.
     """
     (B, H, P, N), C = edge_BHPN.shape, log2_BCH.shape[1]
-    cut = functools.partial(_cut, plan.pieces)
-    local = jnp.zeros((B * plan.pieces, H, P, N), jnp.float32)
+    cut = functools.partial(_cut, plan.spans)
+    local = jnp.zeros((B * plan.spans, H, P, N), jnp.float32)
     if x is not None:
         scale = gpu_chunk.ENTER if reverse else gpu_chunk.SCALE
         local = gpu_forward.walk_states(
-            cut(x), cut(vectors), cut(b), local, scale=scale, reverse=reverse, interpret=interpret)['final']
-    log_BWH = LN_2 * jnp.sum(log2_BCH.reshape(B, plan.pieces, C // plan.pieces, H), axis=2)
+            cut(x), cut(vectors), cut(b), local, scale=scale, reverse=reverse, interpret=interpret
+        )['final']
+    log_BWH = LN_2 * jnp.sum(log2_BCH.reshape(B, plan.spans, C // plan.spans, H), axis=2)
     received, _ = xla.pass_states(
-        _join(plan.pieces, local)[:, :, :, None], log_BWH[..., None], edge_BHPN[:, :, None], jnp.float32, reverse=reverse)
+        _join(plan.spans, local)[:, :, :, None],
+        log_BWH[..., None],
+        edge_BHPN[:, :, None],
+        jnp.float32,
+        reverse=reverse,
+    )
     return received[:, :, :, 0].reshape(-1, H, P, N)
 
 
@@ -222,8 +233,8 @@ def _vectors(dt_BLH, log2_BLH, run_BL):
         decay, last = jnp.where(whole, decay, 0.0), jnp.where(whole, last, -1e4)
         begins = jnp.diff(run_BCQ, axis=-1, prepend=run_BCQ[..., :1]) != 0
         starts = jax.lax.cummax(jnp.where(begins, jnp.arange(CHUNK, dtype=jnp.int32), 0), axis=2)
-    parts = {
+    rows = {
         gpu_chunk.CUM: cum, gpu_chunk.DT: dt, gpu_chunk.ENTER: enter, gpu_chunk.SCALE: dt * leave,
         gpu_chunk.DECAY: jnp.broadcast_to(decay, cum.shape), gpu_chunk.LEAVE: leave,
     }  # fmt: skip
-    return jnp.stack([parts[i] for i in range(gpu_chunk.VECTORS)], axis=3), starts, last[..., 0]
+    return jnp.stack([rows[i] for i in range(gpu_chunk.VECTORS)], axis=3), starts, last[..., 0]

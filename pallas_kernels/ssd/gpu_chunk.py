@@ -3,8 +3,8 @@
 Legend: B rows, L length, H heads, P head width, N state width, C chunks, Q position in a chunk
 (query side), S position in the same chunk (source side).
 
-JAX lowers these kernels lane by lane (LoweringSemantics.Lane): inferring the layouts of a whole
-kernel, the other way, did not end within five minutes.
+JAX lowers these kernels lane by lane (LoweringSemantics.Lane). The other semantics, which infers the
+layouts of a whole kernel, did not finish within five minutes.
 """
 
 import jax
@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.dispatch import in_32_bits
 
 CHUNK = 64  # Q: the rows of one wgmma
 SLOTS = 2  # chunks in flight
@@ -21,7 +23,7 @@ SLOTS = 2  # chunks in flight
 #   DT
 #   ENTER: decay from the chunk's start to q; 0 if a segment starts between
 #   SCALE: dt and the decay from s to the chunk's end; 0 if a segment starts between
-#   DECAY: decay of the whole chunk, in every place; 0 if a segment starts in it
+#   DECAY: decay of the whole chunk, at every position; 0 if a segment starts in it
 #   LEAVE: SCALE without dt
 # The forward walks take the first FORWARD_VECTORS.
 CUM, DT, ENTER, SCALE, DECAY, LEAVE = range(6)
@@ -54,7 +56,7 @@ def of_columns(ref, rows):
     return lax.broadcast_in_dim(vector, (rows, vector.shape[0]), [1])
 
 
-def places(dimension):
+def positions(dimension):
     return plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), dimension, layout=plgpu.Layout.WGMMA)
 
 
@@ -94,25 +96,26 @@ def transposed(ref):
 def decay_QS(vector, start):
     """exp of the decay from s to q where s <= q in one segment, else 0."""
     exponent = of_rows(vector.at[CUM], CHUNK) - of_columns(vector.at[CUM], CHUNK)
-    seen = places(0) >= places(1)
+    seen = positions(0) >= positions(1)
     if start is not None:
-        seen = seen & (places(1) >= of_rows(start, CHUNK))
+        seen = seen & (positions(1) >= of_rows(start, CHUNK))
     return jnp.exp2(jnp.where(seen, exponent, -jnp.inf))
 
 
 def decay_SQ(vector, start):
     """Its transpose, of the same bits."""
     exponent = of_columns(vector.at[CUM], CHUNK) - of_rows(vector.at[CUM], CHUNK)
-    seen = places(1) >= places(0)
+    seen = positions(1) >= positions(0)
     if start is not None:
-        seen = seen & (places(0) >= of_columns(start, CHUNK))
+        seen = seen & (positions(0) >= of_columns(start, CHUNK))
     return jnp.exp2(jnp.where(seen, exponent, -jnp.inf))
 
 
-def launch(body, grid, name, outputs, scratch, interpret, warpgroups=1):
+def launch(body, inputs, grid, name, outputs, scratch, interpret, warpgroups=1):
+    """Runs a kernel. inputs, outputs and scratch: name -> array, shape and memory. Returns name -> array."""
     body.__name__ = 'rotary_ssd_' + name
-    return plgpu.kernel(
-        body,
+    run = plgpu.kernel(
+        in_32_bits(body),  # under vmap it is traced again, after the call
         out_type=list(outputs.values()),
         scratch_types=list(scratch.values()),
         grid=grid,
@@ -121,3 +124,4 @@ def launch(body, grid, name, outputs, scratch, interpret, warpgroups=1):
         **(dict(num_threads=warpgroups, thread_name='warpgroup') if warpgroups > 1 else {}),
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
     )
+    return dict(zip(outputs, in_32_bits(run)(*inputs.values()), strict=True))

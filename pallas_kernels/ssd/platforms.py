@@ -1,4 +1,4 @@
-"""Refusal, by name, of kernels lowered for a platform that they do not run on."""
+"""Kernels raise by name where they are lowered for a platform that they do not run on."""
 
 import functools
 
@@ -6,18 +6,20 @@ import jax
 import jax.extend.core
 from jax.interpreters import batching, mlir
 
+from pallas_kernels.dispatch import refusal
+
 
 def only_on(platform: str, hardware: str, implementation: str) -> jax.extend.core.Primitive:
-    """The identity, which lowers for one platform only; bind it on an operand of a kernel.
+    """The identity that lowers for one platform only, to be bound on an operand of a kernel.
 
-    The platform of a traced function is known no earlier, and an accelerator's program may be
-    lowered on a host without one. Pallas would refuse without naming us. Not differentiable:
-    kernels have gradients of their own.
+    A traced function's platform is known at lowering, not earlier: a host without an accelerator may
+    lower a program for one. Pallas would raise too, but without the name of the implementation. Not
+    differentiable: kernels have gradients of their own.
 
     Args:
       platform: as in `lowering_platforms`: 'tpu', 'cuda'.
-      hardware: its name for people.
-      implementation: word of rotary_ssd's `implementation` that runs there.
+      hardware: the platform's name in the message.
+      implementation: name of rotary_ssd's implementation that runs there.
     """
     only_p = jax.extend.core.Primitive(f'rotary_ssd_only_on_{platform}')
     only_p.def_abstract_eval(lambda x: x)
@@ -27,9 +29,10 @@ def only_on(platform: str, hardware: str, implementation: str) -> jax.extend.cor
     @functools.partial(mlir.register_lowering, only_p)
     def refuse(ctx, x):
         platforms = ', '.join(ctx.module_context.platforms)
-        raise NotImplementedError(
-            f'implementation={implementation!r} cannot serve this call: it is lowered for {platforms} and runs on '
-            f"{hardware} only; use implementation='xla' or None, or interpret=True for a test"
+        raise refusal(
+            implementation,
+            f"it is lowered for {platforms} and runs on {hardware} only; use implementation='xla' or None, or "
+            'interpret=True for a test',
         )
 
     @only_p.def_impl

@@ -1,4 +1,4 @@
-"""The definition of the rotary scan: token by token, no chunks, no tricks.
+"""The definition of the rotary scan, token by token.
 
 Legend: B batch, L length, H heads, G groups (H % G == 0), P head width, N state width.
 """
@@ -12,8 +12,8 @@ from pallas_kernels.ssd.rotation import rotate_heads
 def scan_tokens(x_BLHP, dt_BLH, a_H, b_BLGN, c_BLGN, rope, run_BL, state_BHPN):
     """h_t = exp(dt_t a) h_{t-1} + dt_t x_t (R_t b_t)^T;  y_t = h_t R_t c_t  (paper, SSD with RoPE).
 
-    Computes in float32, or in float64 if x is float64 (needs x64), whatever the dtype of
-    the inputs. Gradients are JAX's own, so memory is one state a token: for checking.
+    Computes in float32, or in float64 if x is float64 (which needs jax_enable_x64), whatever the
+    dtype of the other inputs. JAX differentiates it, so it saves one state per token: use it to check.
 
     Args:
       x_BLHP, dt_BLH, a_H, b_BLGN: as in `api.rotary_ssd`.

@@ -1,4 +1,4 @@
-"""What every implementation with a backward pass of its own keeps for it, by name."""
+"""Names of the arrays that implementations save for their own backward passes."""
 
 # Name of the boundary states among the residuals, for `jax.checkpoint` policies: a policy
 # that saves it (and the inputs) spares the backward pass a second forward pass.

@@ -1,7 +1,7 @@
 """The rotary scan as Pallas Mosaic kernels for TPU: geometry of the grid, layout, gradients.
 
-Legend: B batch, L length, H heads, G groups, R heads a group, P head width, N state width,
-C chunks, Q chunk length, W blocks of heads (a grid step works on one), T = N / 2.
+Legend: B batch, L length, H heads, G groups, R heads per group, P head width, N state width,
+C chunks, Q chunk length, W blocks of heads (a grid step computes one), T = N / 2.
 """
 
 import functools
@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.dispatch import in_32_bits
 from pallas_kernels.ssd import tpu_backward, tpu_chunk, tpu_forward
 from pallas_kernels.ssd.platforms import only_on
 from pallas_kernels.ssd.residuals import STATES_NAME
@@ -23,29 +24,29 @@ _only_on_tpu_p = only_on('tpu', 'TPU', 'mosaic_tpu')
 
 
 class Plan(typing.NamedTuple):
-    """How to cut the work. Static under jit."""
+    """How the kernels cut their work. Static under jit."""
 
     chunk: int = CHUNK  # Q
-    heads: int = 32  # of a grid step, at most
+    heads: int = 32  # per grid step, at most
     vmem_limit: int = 0  # bytes; 0: the compiler's own
 
 
-# The tuning table: heads of a grid step, at most, where a group has fewer than 4 heads and where
-# it has more. Many heads hide the chain of small operations that every chunk begins with: on v5e,
+# The tuning table: most heads per grid step, where a group has fewer than 4 heads, and where it has
+# 4 or more. Many heads hide the chain of small operations that every chunk begins with: on v5e,
 # cycles of a backward step for 8, 16 and 32 heads 4,740, 7,400 and 13,000. The limit is VMEM:
-# scores and rotated b and c are held once a group. The backward kernel takes up to 18 MiB at 32
+# scores and rotated b and c are held once per group. The backward kernel takes up to 18 MiB at 32
 # heads and 8 groups, which is more than the compiler grants unasked on v5e and v5p (16 MiB of 128
 # and of 64), and than v4 has at all.
 HEADS = {'v4': (16, 16), 'v5e': (16, 32), 'v5p': (16, 32), 'v6e': (16, 32), '7x': (16, 32)}
-TWO_CORES = ('v4', 'v5p')  # make one device, which splits the grid over batch or blocks of heads
+TWO_CORES = ('v4', 'v5p')  # two cores are one device, which shards the grid over rows or blocks of heads
 FALLBACK_HEADS = (16, 16)  # fits the least VMEM of the table
 VMEM_LIMIT = {'v5e': 32 << 20, 'v5p': 32 << 20, 'v6e': 32 << 20, '7x': 32 << 20}
 
 
 def generation() -> str:
-    """TPU generation that is traced for, as `pltpu.get_tpu_info` names it; '' where none is known.
+    """The TPU generation that the trace is for, as `pltpu.get_tpu_info` names it; '' where it is unknown.
 
-    On a host without TPU it is known under an abstract mesh of TPU devices, as in a shard_map
+    On a host without a TPU it is known under an abstract mesh of TPU devices, as in a shard_map
     over a topology.
     """
     try:
@@ -75,7 +76,7 @@ def fills_tiles(P: int, N: int) -> bool:
 
 
 class _Call(typing.NamedTuple):
-    """What is static of a call, after padding."""
+    """The static properties of a call, after padding."""
 
     g: tpu_chunk.Geometry
     B: int
@@ -112,15 +113,29 @@ def scan_chunks(plan, x_BLHP, dt_BLH, a_H, b_BLGN, c_BLGN, rope, run_BL, state_B
     heads, width = x.shape[2:]
     groups, states = b.shape[2:]
     g = tpu_chunk.Geometry(
-        Q=Q, H=_heads_of_a_step(heads, R, width, plan.heads), R=R, P=width, N=states, L=L,
-        exact=x.dtype == jnp.float32, interpret=bool(interpret), rotated=rope is not None, segmented=run_BL is not None,
+        Q=Q,
+        H=_heads_of_a_step(heads, R, width, plan.heads),
+        R=R,
+        P=width,
+        N=states,
+        L=L,
+        exact=x.dtype == jnp.float32,
+        interpret=bool(interpret),
+        rotated=rope is not None,
+        segmented=run_BL is not None,
     )
     call = _Call(g, B, heads, groups, R, interpret, plan.vmem_limit)
     # dt and the table with positions in lanes: XLA keeps arrays with a narrow last axis like this.
     y, final = _scan(
-        call, x.reshape(*x.shape[:2], -1), jnp.swapaxes(dt, 1, 2), a, b.reshape(*b.shape[:2], -1),
-        None if c is None else c.reshape(*c.shape[:2], -1), None if rope is None else tuple(jnp.swapaxes(t, 1, 2) for t in rope),
-        _runs_by_chunk(run_BL, L, Q), state.reshape(B, -1, states),
+        call,
+        x.reshape(*x.shape[:2], -1),
+        jnp.swapaxes(dt, 1, 2),
+        a,
+        b.reshape(*b.shape[:2], -1),
+        None if c is None else c.reshape(*c.shape[:2], -1),
+        None if rope is None else tuple(jnp.swapaxes(t, 1, 2) for t in rope),
+        _runs_by_chunk(run_BL, L, Q),
+        state.reshape(B, -1, states),
     )
     if y is not None:
         y = y[:, :L].reshape(B, L, -1)
@@ -169,16 +184,18 @@ def _fill_tiles(x, dt, a, b, c, rope, state):
 
 
 def _heads_of_a_step(H, R, P, most):
-    """The largest number of heads, at most `most`, that cuts H into equal blocks of whole tiles and groups."""
+    """The largest number of heads, at most `most`, that divides H into blocks of whole tiles and groups."""
 
     def fits(h):
-        return H % h == 0 and h * P % LANES == 0 and (h % R == 0 or R % h == 0) and (h % tpu_chunk.SUBLANES == 0 or h == H)
+        return (
+            H % h == 0 and h * P % LANES == 0 and (h % R == 0 or R % h == 0) and (h % tpu_chunk.SUBLANES == 0 or h == H)
+        )
 
     return max((h for h in range(1, min(most, H) + 1) if fits(h)), default=H)
 
 
 def _runs_by_chunk(run_BL, L, Q):
-    """[B, C, 2, Q]: the run of each token, and of the token before it; the last one's goes on beyond the end."""
+    """[B, C, 2, Q]: the run of each token, and of the token before it. Padding continues the last run."""
     if run_BL is None:
         return None
     run_BL = run_BL[:, :L]
@@ -209,17 +226,20 @@ _scan.defvjp(_scan_fwd, _scan_bwd)
 
 
 class _Specs:
-    """Block specifications by what a block holds; `at` maps the grid's last index to a chunk."""
+    """Block specifications, named by what a block holds. `at`: the grid's last index -> a chunk."""
 
     def __init__(self, call, at):
         g, Q = call.g, call.g.Q
         heads = g.H * g.P
         if g.H % g.R == 0:
+
             def group(w):
                 return w
         else:
+
             def group(w):
                 return w * g.H // g.R
+
         self.heads = pl.BlockSpec((1, Q, heads), lambda b, w, c: (b, at(c), w))
         self.groups = pl.BlockSpec((1, Q, g.G * g.N), lambda b, w, c: (b, at(c), group(w)))
         self.steps = pl.BlockSpec((1, g.H, Q), lambda b, w, c: (b, w, at(c)))
@@ -239,7 +259,7 @@ def _call(call, kernel, name, steps, inputs, outputs, scratch):
         inputs = inputs | {'x': (_only_on_tpu_p.bind(example), inputs['x'][1])}
     shapes = [_like(example, shape, dtype) for shape, dtype, _ in outputs.values()]
     names = (*inputs, *outputs, *scratch)
-    results = pl.pallas_call(
+    run = pl.pallas_call(
         functools.partial(kernel, names),
         grid=(call.B, call.W, steps),
         in_specs=[spec for _, spec in inputs.values()],
@@ -247,10 +267,12 @@ def _call(call, kernel, name, steps, inputs, outputs, scratch):
         out_shape=shapes,
         scratch_shapes=list(scratch.values()),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=('parallel', 'parallel', 'arbitrary'), vmem_limit_bytes=call.vmem_limit or None),
+            dimension_semantics=('parallel', 'parallel', 'arbitrary'), vmem_limit_bytes=call.vmem_limit or None
+        ),
         interpret=call.interpret,
         name=name,
-    )(*(array for array, _ in inputs.values()))
+    )
+    results = in_32_bits(run)(*(array for array, _ in inputs.values()))
     return dict(zip(outputs, results, strict=True))
 
 
@@ -260,7 +282,7 @@ def _like(example, shape, dtype):
 
 
 def _common_inputs(call, specs, x, dt, a, b, c, rope, runs, ahead):
-    """ahead: specs of what is worked on one chunk before x, see tpu_forward.py."""
+    """ahead: specs of the inputs that a step reads one chunk before it reads x, see tpu_forward.py."""
     inputs = {'x': (x, specs.heads), 'dt': (dt, ahead.steps), 'a': (a.reshape(call.W, call.g.H, 1), ahead.rates)}
     inputs['b_in'] = (b, ahead.groups)
     if c is not None:
@@ -283,12 +305,9 @@ def _forward(call, x, dt, a, b, c, rope, runs, state, with_states):
         outputs['y'] = (x.shape, x.dtype, specs.heads)
     if with_states:
         outputs['states'] = ((call.B, call.C, g.N, call.H * g.P), x.dtype, specs.states)
-    scratch, staged = tpu_forward.scratch_shapes(g, x.dtype, c is not None)
-
-    def kernel(names, *refs):
-        tpu_forward.kernel(g, names, staged, *refs)
-
+    scratch = tpu_forward.scratch_shapes(g, x.dtype, c is not None)
     name = 'rotary_ssd_forward' if c is not None else 'rotary_ssd_state'
+    kernel = functools.partial(tpu_forward.kernel, g)
     results = _call(call, kernel, name, call.C + 1, inputs, outputs, scratch)
     return results.get('y'), results['final'], results.get('states')
 
@@ -304,7 +323,8 @@ def _backward(call, x, dt, a, b, c, rope, runs, states, dy, dfinal):
     db_shape = b.shape[:2] + ((W if split else call.G) * g.N,)
     groups = pl.BlockSpec((1, g.Q, g.N), lambda b, w, c: (b, call.C - 1 - c, w)) if split else specs.groups
     outputs = {
-        'dx': (x.shape, x.dtype, specs.heads), 'ddt': (dt.shape, jnp.float32, specs.steps),
+        'dx': (x.shape, x.dtype, specs.heads),
+        'ddt': (dt.shape, jnp.float32, specs.steps),
         'da': ((call.B, W, g.H, 1), jnp.float32, specs.rate_sums),
         'db': (db_shape, jnp.float32 if split else b.dtype, groups),
         'dinitial': (dfinal.shape, jnp.float32, specs.state),
@@ -312,15 +332,14 @@ def _backward(call, x, dt, a, b, c, rope, runs, states, dy, dfinal):
     if dy is not None:
         outputs['dc'] = (db_shape, outputs['db'][1], groups)
     scratch = tpu_backward.scratch_shapes(g, x.dtype, dy is not None)
-
-    def kernel(names, *refs):
-        tpu_backward.kernel(g, names, *refs)
-
+    kernel = functools.partial(tpu_backward.kernel, g)
     r = _call(call, kernel, 'rotary_ssd_backward', call.C, inputs, outputs, scratch)
     if split:
         for name in ('db', 'dc'):
             if name in r:
-                r[name] = jnp.sum(r[name].reshape(*b.shape[:2], call.G, -1, g.N), axis=3).reshape(b.shape).astype(b.dtype)
+                r[name] = (
+                    jnp.sum(r[name].reshape(*b.shape[:2], call.G, -1, g.N), axis=3).reshape(b.shape).astype(b.dtype)
+                )
     da = jnp.sum(r['da'], axis=0).reshape(a.shape)
     rope_gradient = None if rope is None else tuple(jnp.zeros_like(t) for t in rope)
     return r['dx'], r['ddt'], da, r['db'], r.get('dc'), rope_gradient, None, r['dinitial']

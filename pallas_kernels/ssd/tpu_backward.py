@@ -6,7 +6,7 @@ step k is the sum of T_qs over s < k <= q. It is taken block by block, from tria
 diagonal and from sums of rows and columns off it, and never as a difference of two sums.
 """
 
-import types
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -30,22 +30,77 @@ def _batches(g):
 
 def _slots(g):
     """Groups whose sums are under way at a time."""
-    return max(len({group for tile in tiles for group, _ in tile.parts}) for tiles in _batches(g))
+    return max(len({group for tile in tiles for group, _ in tile.groups}) for tiles in _batches(g))
+
+
+class Refs(typing.NamedTuple):
+    """Memory of a grid step. Blocks of the inputs and outputs, then scratch in VMEM; None: not wanted.
+
+    X: LANES; E: pairs of blocks, `g.pairs`; K: groups whose sums are under way at a time, `_slots(g)`.
+    """
+
+    # Inputs.
+    x: typing.Any  # [1, Q, H P]
+    dt: typing.Any  # [1, H, Q] float32
+    a: typing.Any  # [1, H, 1] float32
+    b_in: typing.Any  # [1, Q, G N], x's dtype, not rotated
+    states: typing.Any  # [1, 1, N, H P], x's dtype: the state before the chunk
+    dfinal: typing.Any  # [1, H P, N] float32
+    # Outputs.
+    dx: typing.Any  # [1, Q, H P], x's dtype
+    ddt: typing.Any  # [1, H, Q] float32
+    da: typing.Any  # [1, 1, H, 1] float32
+    db: typing.Any  # [1, Q, G N], b's dtype, or float32 where blocks of heads share a group
+    dinitial: typing.Any  # [1, H P, N] float32
+    # Scratch, float32 unless noted.
+    dstate: typing.Any  # [N, H P]
+    columns: typing.Any  # [Q, g.columns()]: see turn_columns
+    fold: typing.Any  # [g.rows, Q]: see pack
+    sums: typing.Any  # [4, g.rows, Q]: DIRECT, SOURCE, QUERY, COLUMN
+    products: typing.Any  # [T, X]: of the state and its gradient, summed over N
+    b: typing.Any  # [G, Q, N], x's dtype, rotated
+    db_sum: typing.Any  # [K, Q, N]
+    # Where there was a y.
+    c_in: typing.Any = None  # input [1, Q, G N], x's dtype, not rotated
+    dy: typing.Any = None  # input [1, Q, H P], x's dtype
+    dc: typing.Any = None  # output, as db
+    packed: typing.Any = None  # [g.blocks, 1 or (exact) 2, T, X]: sums of the log-decay, see pack
+    row_sums: typing.Any = None  # [g.blocks, T, X]
+    straddling: typing.Any = None  # [g.blocks, T, X]: see _straddling
+    diagonal: typing.Any = None  # [Q, X]: additive mask, see chunk.masks
+    c: typing.Any = None  # [G, Q, N], x's dtype, rotated
+    c_turned: typing.Any = None  # [G, N, Q], x's dtype: its transpose
+    scores: typing.Any = None  # [G, E, M, X]
+    dscores: typing.Any = None  # [K, E, M, X]
+    dc_sum: typing.Any = None  # [K, Q, N]
+    # Where b and c are rotated, and where there are segments.
+    cos: typing.Any = None  # input [1, N / 2, Q] float32
+    sin: typing.Any = None  # input [1, N / 2, Q] float32
+    table: typing.Any = None  # [2, Q, N]: cos and sin
+    run: typing.Any = None  # input [1, 1, 2, Q] int32: the segment of each token, and of the token before it
 
 
 def scratch_shapes(g, dtype, with_y):
     f32, X = jnp.float32, chunk.LANES
     shapes = {
-        'dstate': ((g.N, g.H * g.P), f32), 'columns': ((g.Q, g.columns()), f32), 'fold': ((g.rows, g.Q), f32),
-        'sums': ((4, g.rows, g.Q), f32), 'products': ((g.T, X), f32), 'b': ((g.G, g.Q, g.N), dtype),
+        'dstate': ((g.N, g.H * g.P), f32),
+        'columns': ((g.Q, g.columns()), f32),
+        'fold': ((g.rows, g.Q), f32),
+        'sums': ((4, g.rows, g.Q), f32),
+        'products': ((g.T, X), f32),
+        'b': ((g.G, g.Q, g.N), dtype),
         'db_sum': ((_slots(g), g.Q, g.N), f32),
     }
     if with_y:
         shapes |= {
-            'packed': ((g.blocks, 2 if g.exact else 1, g.T, X), f32), 'row_sums': ((g.blocks, g.T, X), f32),
+            'packed': ((g.blocks, 2 if g.exact else 1, g.T, X), f32),
+            'row_sums': ((g.blocks, g.T, X), f32),
             'straddling': ((g.blocks, g.T, X), f32),
-            'diagonal': ((g.Q, X), f32), 'c': ((g.G, g.Q, g.N), dtype), 'c_turned': ((g.G, g.N, g.Q), dtype),
-            'scores': ((g.G, len(g.pairs), g.M, X), f32), 'dscores': ((_slots(g), len(g.pairs), g.M, X), f32),
+            'diagonal': ((g.Q, X), f32),
+            'c': ((g.G, g.Q, g.N), dtype),
+            'c_turned': ((g.G, g.N, g.Q), dtype),
+            'scores': ((g.G, len(g.pairs), g.M, X), f32),
+            'dscores': ((_slots(g), len(g.pairs), g.M, X), f32),
             'dc_sum': ((_slots(g), g.Q, g.N), f32),
         }
     if g.rotated:
@@ -54,10 +109,8 @@ def scratch_shapes(g, dtype, with_y):
 
 
 def kernel(g, names, *refs):
-    """One grid step. names: of refs, inputs and outputs as in tpu.py, then scratch; absent: not wanted."""
-    r = types.SimpleNamespace(dy=None, c_in=None, cos=None, run=None)
-    for name, ref in zip(names, refs, strict=True):
-        setattr(r, name, ref)
+    """One grid step. names: of the inputs, the outputs and the scratch."""
+    r = Refs(**dict(zip(names, refs, strict=True)))
     step, last_step = pl.program_id(2), pl.num_programs(2) - 1
     index = last_step - step
 
@@ -81,12 +134,12 @@ def kernel(g, names, *refs):
         r.table[0], r.table[1] = chunk.tables(g, chunk.load_lanes(g, r.cos, index), chunk.load_lanes(g, r.sin, index))
     for group in range(g.G):
         _score(g, r, group, index)
-    ends = {group: tile.index for tile in g.tiles for group, _ in tile.parts}
+    ends = {group: tile.index for tile in g.tiles for group, _ in tile.groups}
     started = set()
     for tiles in _batches(g):
         _alternate(_tile(g, r, tile, index, d, masks, started) for tile in tiles)
         for tile in tiles:
-            for group, _ in tile.parts:
+            for group, _ in tile.groups:
                 if ends[group] == tile.index:
                     _close_group(g, r, group)
     _close_chunk(g, r, dt_HQ, d)
@@ -131,13 +184,23 @@ def _accumulate(ref, where, value, started, key):
     started.add(key)
 
 
+class _Steps(typing.NamedTuple):
+    """dt and the sums of the log-decay of a tile, per position in rows, over the lanes of the position's head."""
+
+    dt_QX: jax.Array
+    cum_QX: jax.Array
+    fine_QX: jax.Array | None  # only where exact
+
+
 def _tile(g, r, tile, index, d, masks, started):
+    """Gradients through a tile's heads. d: `chunk.Decays`; started: what `_accumulate` has begun to sum."""
     dtype, t = r.x.dtype, tile.index
     _, enter_mask, leave_mask, across = masks
     columns = r.columns[...]
     dt_QX = chunk.spread(columns, tile.heads[0], tile)
     cum_QX = chunk.spread(columns, g.rows + tile.heads[0], tile)
     fine_QX = chunk.spread(columns, 2 * g.rows + tile.heads[0], tile) if g.exact else None
+    assert dt_QX.shape == cum_QX.shape == (g.Q, chunk.LANES)
     last = slice(g.Q - 1, g.Q)
 
     leave_QX = g.difference(cum_QX[last], fine_QX[last] if g.exact else None, cum_QX, fine_QX)
@@ -148,14 +211,15 @@ def _tile(g, r, tile, index, d, masks, started):
     dstate_NX = r.dstate[:, tile.lanes]
     dstate = dstate_NX.astype(dtype)
     state_NX = r.states[0, 0, :, tile.lanes]
+    assert x.shape == (g.Q, chunk.LANES) and state_NX.shape == dstate.shape == (g.N, chunk.LANES)
     r.products[t : t + 1] = jnp.sum(dstate_NX * state_NX, axis=0, keepdims=True)
 
     yield
-    dx_QX = sum(g.dot('nn', r.b[group], chunk.only(dstate, tile, heads)) for group, heads in tile.parts)
+    dx_QX = sum(g.dot('nn', r.b[group], chunk.only(dstate, tile, heads)) for group, heads in tile.groups)
     yield
     _head_sums(g, r, SOURCE, tile, x_QX * dx_QX)
     dx_QX = leave_QX * dx_QX
-    for group, heads in tile.parts:
+    for group, heads in tile.groups:
         db_QN = g.dot('nt', chunk.only(scaled_QX, tile, heads), dstate)
         _accumulate(r.db_sum, group % _slots(g), db_QN, started, ('db', group))
     decayed_NX = chunk.spread_one(d.chunk_H1, tile) * dstate_NX
@@ -171,15 +235,24 @@ def _tile(g, r, tile, index, d, masks, started):
     enter_QX = jnp.exp2(enter_QX + enter_mask if g.segmented else enter_QX)
     entering_QX = (dy_QX * enter_QX).astype(dtype)
     yield
-    y_QX = sum(g.dot('nn', r.c[group], chunk.only(state_NX, tile, heads)) for group, heads in tile.parts)
+    y_QX = sum(g.dot('nn', r.c[group], chunk.only(state_NX, tile, heads)) for group, heads in tile.groups)
     yield
     _head_sums(g, r, QUERY, tile, dy_QX * y_QX)
-    for group, heads in tile.parts:
+    for group, heads in tile.groups:
         mine = chunk.only(entering_QX, tile, heads)
         decayed_NX += g.dot('nn', r.c_turned[group], mine)
         _accumulate(r.dc_sum, group % _slots(g), g.dot('nt', mine, state_NX), started, ('dc', group))
     r.dstate[:, tile.lanes] = decayed_NX
+    yield from _pairs_of_blocks(g, r, tile, x, x_QX, dy, dx_QX, _Steps(dt_QX, cum_QX, fine_QX), across, started)
 
+
+def _pairs_of_blocks(g, r, tile, x, x_QX, dy, dx_QX, steps, across, started):
+    """What each pair of a block of queries and a block of sources adds to the gradients.
+
+    x, dy: [Q, X]; x_QX: x in float32; dx_QX: what the state adds to the gradient of dt x; across: see `chunk.masks`.
+    """
+    dtype, t = x.dtype, tile.index
+    dt_QX, cum_QX, fine_QX = steps
     stacked = [chunk.stack_heads(dy[g.block(q)], tile) for q in range(g.blocks)]
     row_sums, straddling, dx_rows = [None] * g.blocks, [], []
 
@@ -193,7 +266,7 @@ def _tile(g, r, tile, index, d, masks, started):
         for q in range(s, g.blocks):
             yield
             i = g.pairs.index((q, s))
-            scores = chunk.join([r.scores[group, i] for group, _ in tile.parts], tile)
+            scores = chunk.join([r.scores[group, i] for group, _ in tile.groups], tile)
             fine_q = row(1, q) if g.exact else None
             if q == s:
                 decay = jnp.exp2(g.difference(row(0, q), fine_q, cum_QX[rows], fine_rows) + r.diagonal[rows])
@@ -208,9 +281,12 @@ def _tile(g, r, tile, index, d, masks, started):
                 before, after = jnp.exp2(before), jnp.exp2(after)
                 dx += before * g.dot('nn', (scores * after).astype(dtype), stacked[q])
                 decay = before * after
+            assert scores.shape == decay.shape == (g.M, chunk.LANES)
             dscores = g.dot('nt', x[rows], stacked[q]) * (decay * dt_QX[rows])
-            for group, heads in tile.parts:
-                _accumulate(r.dscores, (group % _slots(g), i), chunk.only(dscores, tile, heads), started, ('ds', group, i))
+            for group, heads in tile.groups:
+                _accumulate(
+                    r.dscores, (group % _slots(g), i), chunk.only(dscores, tile, heads), started, ('ds', group, i)
+                )
             yield
             terms = dscores * scores
             if q == s:
@@ -251,7 +327,10 @@ def _straddling(g, terms):
 
 
 def _exact_dot(g, spec, v, ones):
-    """Product with a matrix of zeros and ones on either side, of float32 v to some 16 bits or more."""
+    """Product of v and a matrix of zeros and ones, which is the right operand ('nn') or the left ('nt').
+
+    v is float32 and keeps 16 bits or more.
+    """
     if g.exact:
         return g.dot(spec, v, ones) if spec == 'nn' else g.dot(spec, ones, v)
     high = v.astype(jnp.bfloat16)
@@ -270,7 +349,7 @@ def _head_sums(g, r, kind, tile, v, rows=slice(None)):
 
 
 def _close_group(g, r, group):
-    """Gradients of b and c of a group, from those of its heads' scores."""
+    """Gradients of a group's b and c, from those of its heads' scores."""
     slot, lanes = group % _slots(g), g.group_lanes(group)
     dtype = r.x.dtype
 

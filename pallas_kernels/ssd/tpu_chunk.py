@@ -1,12 +1,12 @@
 """What the TPU kernels of the rotary scan share: geometry, decays, masks, rotation.
 
-Legend: H heads of a grid step, G groups of it, R heads a group, P head width, N state width,
-Q chunk length, M = P positions a block, X = 128 lanes of a tile, T tiles of a grid step.
+Legend: H heads of a grid step, G groups of it, R heads per group, P head width, N state width,
+Q chunk length, M = P positions per block, X = 128 lanes of a tile, T tiles of a grid step.
 
 Heads lie side by side in lanes: x is [Q, H P], the state is held as [N, H P]. Work is cut into
 tiles of 128 lanes, one head of width 128 or two of width 64, so that the matrix unit's columns
 are full. Positions are cut into blocks of M = P, so that the weights of a block of queries and a
-block of sources, one [M, M] a head, fill the same 128 lanes: `pack` lays what belongs to
+block of sources, one [M, M] per head, fill the same 128 lanes: `pack` lays what belongs to
 positions out in the same way. Between two blocks a decay splits into a factor of the query and
 one of the source, with the last position before the query's block between them, so that both
 are at most 1 and only the blocks on the diagonal need an exponential for each pair.
@@ -22,21 +22,21 @@ from jax.experimental.pallas import tpu as pltpu
 LANES = 128
 SUBLANES = 8
 LOG2_E = 1.4426950408889634
-# exp2 of it is 0 in float32. One step's log-decay is clipped to it.
+# The log-decay of every step is clipped to it: exp2 of it is 0 in float32.
 MIN_LOG2_DECAY = -150.0
-HIDDEN = -1e30  # exponent of what is masked
+HIDDEN = -1e30  # exponent of a masked pair
 
 
 class Tile(typing.NamedTuple):
     """Heads that share 128 lanes of x."""
 
     index: int
-    parts: tuple[tuple[int, tuple[int, ...]], ...]  # (group, its heads), in order of lanes
+    groups: tuple[tuple[int, tuple[int, ...]], ...]  # (group, its heads), in order of lanes
     P: int
 
     @property
     def heads(self):
-        return tuple(h for _, heads in self.parts for h in heads)
+        return tuple(h for _, heads in self.groups for h in heads)
 
     @property
     def lanes(self):
@@ -118,7 +118,7 @@ class Geometry(typing.NamedTuple):
         )
 
     def difference(self, first, first_fine, second, second_fine):
-        """Of two sums of `Decays`, each coarse and fine; the fine parts are None where not exact."""
+        """Of two sums of `Decays`, each coarse and fine; the fine ones are None where not exact."""
         return (first - second) + (first_fine - second_fine) if self.exact else first - second
 
     def group_lanes(self, g):
@@ -129,7 +129,7 @@ class Geometry(typing.NamedTuple):
         return -(-(3 if self.exact else 2) * self.rows // LANES) * LANES
 
 
-# --- small pieces -----------------------------------------------------------------------------
+# --- small functions ---------------------------------------------------------------------------
 
 
 def iota(shape, axis):
@@ -151,7 +151,7 @@ def only(v, tile, heads):
 
 
 def join(values, tile):
-    """[rows, X] of each part of the tile (or of each head) -> every head's lanes from its own."""
+    """[rows, X] of each group of the tile (or of each head) -> every head's lanes from its own."""
     if len(values) == 1:
         return values[0]
     first, second = values
@@ -181,7 +181,7 @@ def spread(columns, first, tile):
 
 
 def spread_one(numbers_H1, tile):
-    """One number a head, [H, 1], over the heads' lanes: [1, X]."""
+    """One number per head, [H, 1], over the heads' lanes: [1, X]."""
     return join([jnp.broadcast_to(numbers_H1[h : h + 1], (1, LANES)) for h in tile.heads], tile)
 
 
@@ -275,15 +275,15 @@ def load_runs(g, run_ref):
 
 def turn_columns(g, arrays):
     """[H, Q] arrays stacked at distances of g.rows and turned: [Q, lanes]."""
-    pieces = []
+    stacked = []
     for v in arrays:
-        pieces.append(v)
+        stacked.append(v)
         if g.rows > g.H:
-            pieces.append(jnp.zeros((g.rows - g.H, g.Q), jnp.float32))
+            stacked.append(jnp.zeros((g.rows - g.H, g.Q), jnp.float32))
     rest = -len(arrays) * g.rows % LANES
     if rest:
-        pieces.append(jnp.zeros((rest, g.Q), jnp.float32))
-    return jnp.concatenate(pieces, axis=0).T
+        stacked.append(jnp.zeros((rest, g.Q), jnp.float32))
+    return jnp.concatenate(stacked, axis=0).T
 
 
 def masks(g, runs, queries_in_rows):
@@ -303,7 +303,9 @@ def masks(g, runs, queries_in_rows):
         return jnp.where(visible, 0.0, HIDDEN), None, None, {}
     run_1Q, before_11 = runs
     run_QX = jnp.broadcast_to(run_1Q, (LANES, Q)).T
-    same = jnp.concatenate([jnp.broadcast_to(double(run_1Q, g, i), (M, LANES)) for i in range(g.blocks)], axis=0) == run_QX
+    same = (
+        jnp.concatenate([jnp.broadcast_to(double(run_1Q, g, i), (M, LANES)) for i in range(g.blocks)], axis=0) == run_QX
+    )
     across = {}
     for q, s in g.pairs:
         if s < q:

@@ -1,29 +1,29 @@
 """The rotary scan as chunked einsums, with a backward pass written by hand.
 
-Legend: B batch, L length, H heads, G groups, R heads a group (H = G R, R-major within a
+Legend: B batch, L length, H heads, G groups, R heads per group (H = G R, R-major within a
 group), P head width, N state width, C chunks, Q position in a chunk (query side), S position
 in the same chunk (source side), Z chunk (source side).
 
 Within a chunk, with l the log-decay dt a and cum its running sum from the chunk's start,
 
-  scores_qs  = (R_q c_q) . (R_s b_s)                      once a group
-  weights_qs = scores_qs exp(cum_q - cum_s) dt_s, s <= q  once a head
+  scores_qs  = (R_q c_q) . (R_s b_s)                      once per group
+  weights_qs = scores_qs exp(cum_q - cum_s) dt_s, s <= q  once per head
   y_q        = sum_s weights_qs x_s + exp(cum_q) h_in R_q c_q
   h_out      = exp(cum_last) h_in + sum_s exp(cum_last - cum_s) dt_s x_s (R_s b_s)^T
 
-and `pass_states` walks h_in from chunk to chunk (Mamba-2, "state-space duality", section 6).
+and `pass_states` passes h_in from chunk to chunk (Mamba-2, "state-space duality", section 6).
 
-Why the backward pass is not left to autodiff:
+Why the backward pass is written by hand:
 - Autodiff of a bfloat16 dot that accumulates in float32 yields float32 cotangents, hence
   float32 matmuls; here every matmul has operands in x's dtype and accumulates in float32.
-- It saves only the inputs and one state a chunk, in x's dtype; weights are rebuilt.
-- The gradient of l_k is a sum over all pairs s < k <= q. Autodiff of the running sum takes it
-  as a running difference of row and column sums, and where decay is strong nothing but their
-  rounding is left, to be multiplied by a large dt in da; `_sum_across` never subtracts.
-So there is no forward-mode derivative and no second derivative.
+- It saves only the inputs and one state per chunk, in x's dtype, and computes the weights again.
+- The gradient of l_k is a sum over all pairs s < k <= q. Autodiff of the running sum computes it
+  as a running difference of row and column sums. Where decay is strong, nothing but their rounding
+  is left of that difference, and da multiplies it by a large dt; `_sum_across` never subtracts.
+A custom gradient has no forward-mode derivative and no second derivative.
 
-Memory: [B, C, H, Q, Q] is the largest array, Q times L and not L times L. A sequence longer
-than `Plan.block_length` is walked in blocks, so that it never exceeds one block's.
+Memory: [B, C, H, Q, Q] is the largest array, of B H L Q numbers. A sequence longer than
+`Plan.block_length` is computed block after block, so the array is never larger than one block's.
 """
 
 import typing
@@ -36,17 +36,17 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels.ssd.residuals import STATES_NAME
 from pallas_kernels.ssd.rotation import rotate_heads, unrotate_heads
 
-# exp of it is 0 in float32. Log-decays are clipped to it, one step each, which bounds
-# |cum| by 104 Q and keeps the exact part of `_Decays` exact.
+# The log-decay of every step is clipped to it: exp of it is 0 in float32. The clip bounds |cum| by
+# 104 Q, so that the coarse sums of `_Decays` are exact.
 MIN_LOG_DECAY = -104.0
 MAX_CHUNK = 256
 
 
 class Plan(typing.NamedTuple):
-    """How to cut the work. Static under jit."""
+    """How the computation is cut. Static under jit."""
 
     chunk: int  # Q
-    block_length: int = 16384  # positions worked on at once
+    block_length: int = 16384  # positions that are computed at once
 
 
 def default_plan(platform: str, chunk_size: int | None) -> Plan:
@@ -117,7 +117,7 @@ def _walk_forward(x, dt, log, b, c, rope, segments, state):
 
 
 def _walk(block, carry, inputs, reverse=False):
-    """lax.scan over blocks, without the loop where there is one."""
+    """lax.scan over blocks; without a loop where there is one block."""
     if jax.tree.leaves(inputs)[0].shape[0] > 1:
         return jax.lax.scan(block, carry, inputs, reverse=reverse)
     carry, outputs = block(carry, jax.tree.map(lambda v: v[0], inputs))
@@ -262,8 +262,8 @@ def _decays(log_BCQGR, segments) -> _Decays:
 
     One float32 sum would do where all steps decay alike. Where a strong step (-50) stands
     before weak ones, cum is large and cum_q - cum_s has lost the weak ones' digits. So the
-    multiples of 2^-9 are summed apart: below 2^15 = 128 * MAX_CHUNK such sums and their
-    differences are exact in float32, and what is left over is small.
+    multiples of 2^-9 are summed separately: below 2^15 = 128 * MAX_CHUNK such sums and their
+    differences are exact in float32, and the remainders are small.
     """
     Q = log_BCQGR.shape[2]
     lower = np.tri(Q, dtype=np.float32)

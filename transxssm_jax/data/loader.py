@@ -21,15 +21,15 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
-from pathlib import Path
 
 import grain
 import numpy as np
 from absl import flags
 
-from transxssm_jax.data.manifest import DataError, SplitIndex, finished_splits, read_index
-from transxssm_jax.data.packing import Epochs, assign_row, pack_row, packing_efficiency
-from transxssm_jax.data.workers import follow_parent
+from transxssm_jax.data.manifest import DataError, Manifest, broken_shard, finished_splits, read_manifest
+from transxssm_jax.data.mixture import Mixture
+from transxssm_jax.data.packing import pack_row
+from transxssm_jax.data.workers import exit_with_parent
 
 _ENDLESS = 1 << 60  # steps of a run that repeats its data
 
@@ -39,18 +39,24 @@ class Loader:
 
     Attributes:
       num_documents, num_tokens (eos included), num_bytes (UTF-8 text, for bits per byte): of the split.
-      vocab_size, eos_id: of the tokenizer.
+      vocab_size, eos_id, begin_id: of the tokenizer; begin_id is the input whose target is a document's first token.
       rows_per_epoch: rows that hold every document once (of all sources of a mixture).
-      packing_efficiency: share of slots that have a target, padded rows of a last batch aside.
-      fingerprint: changes with the prepared data; a checkpoint that keeps it can tell that its data was replaced.
+      packing_efficiency: share of slots that have a target, without the padded rows of a last batch.
+      fingerprint: digest of all that decides a batch of the split; a checkpoint that keeps it can tell that its data
+        was replaced. The same for the same data in another place.
       num_steps: steps of one pass, counted from step 0; only where repeat is False, else 0.
     """
 
     def __init__(self, batches: '_Batches', *, num_workers: int, num_threads: int, prefetch: int):
-        index = batches.index
-        self.num_documents, self.num_tokens, self.num_bytes = index.num_documents, index.num_tokens, index.num_bytes
-        self.vocab_size, self.eos_id = index.tokenizer['vocab_size'], index.tokenizer['eos_id']
-        self.fingerprint = index.fingerprint()
+        manifest = batches.manifest
+        self.num_documents, self.num_tokens, self.num_bytes = (
+            manifest.num_documents,
+            manifest.num_tokens,
+            manifest.num_bytes,
+        )
+        self.vocab_size, self.eos_id = manifest.tokenizer['vocab_size'], manifest.tokenizer['eos_id']
+        self.begin_id = manifest.tokenizer['begin_id']
+        self.fingerprint = manifest.fingerprint()
         self.rows_per_epoch = batches.rows_per_epoch
         self.packing_efficiency = batches.packing_efficiency
         self.num_steps = batches.num_steps
@@ -113,6 +119,7 @@ def make_loader(
     prefetch: int = 4,
     shuffle: bool = True,
     repeat: bool = True,
+    verify: str = 'sizes',
 ) -> Loader:
     """Opens a split of a prepared directory.
 
@@ -131,6 +138,8 @@ def make_loader(
       repeat: go on for ever, through a mixture's sources by weight. False: one pass over every
         document, whatever the weights; the last row and the last batch are padded with
         segment 0 and target -1.
+      verify: 'sizes' checks the size of every shard now and each record's checksum when it is read;
+        'full' reads every shard now and checks its sha256.
 
     Raises DataError for data that is missing, broken or too small.
     """
@@ -144,12 +153,15 @@ def make_loader(
     ):
         if value < least:
             raise DataError(f'{name}={value} must be at least {least}')
-    index = read_index(path, split)
-    check_shards(index)
-    rows = tuple(range(global_batch) if rows is None else map(int, rows))
-    if not rows or min(rows) < 0 or max(rows) >= global_batch:
-        raise DataError(f'rows={rows} must be of 0 .. {global_batch - 1}, the global batch')
-    batches = _Batches(index, seq_len, global_batch, seed, start_step, rows, shuffle, repeat)
+    manifest = read_manifest(path, split)
+    manifest.check_shards(verify)
+    if rows is None:
+        rows = range(global_batch)  # not a tuple: a batch that is refused below may be absurdly large
+    else:
+        rows = tuple(map(int, rows))
+        if not rows or min(rows) < 0 or max(rows) >= global_batch:
+            raise DataError(f'rows={rows} must be in 0 .. {global_batch - 1}, the rows of the global batch')
+    batches = _Batches(manifest, seq_len, global_batch, seed, start_step, rows, shuffle, repeat)
     if repeat and batches.rows_per_epoch < global_batch:
         raise DataError(
             f'{path} has {batches.rows_per_epoch} rows of {seq_len} tokens in split {split!r}, less than one batch of '
@@ -160,7 +172,7 @@ def make_loader(
 
 def check_vocab(path, vocab_size: int) -> None:
     """Raises DataError where the data's tokenizer has ids that a model of `vocab_size` lacks."""
-    need = read_index(path, finished_splits(path)[0]).tokenizer['vocab_size']  # one tokenizer for all splits
+    need = read_manifest(path, finished_splits(path)[0]).tokenizer['vocab_size']  # one tokenizer for all splits
     if need > vocab_size:
         raise DataError(
             f'the tokenizer of {path} has {need} ids, more than model.vocab_size={vocab_size}; '
@@ -168,29 +180,9 @@ def check_vocab(path, vocab_size: int) -> None:
         )
 
 
-def check_shards(index: SplitIndex) -> None:
-    """Raises DataError naming a shard that is missing or not of its size."""
-    for shard in index.shards:
-        path = index.directory / shard.file
-        try:
-            size = os.path.getsize(path)
-        except OSError as error:
-            raise _broken(path, error.strerror) from None
-        if size != shard.file_bytes:
-            raise _broken(path, f'{size} bytes instead of {shard.file_bytes}')
-
-
-def _broken(path: Path, reason) -> DataError:
-    reason = str(reason).strip().splitlines()[0][:200] if str(reason).strip() else 'no reason given'
-    return DataError(
-        f'shard {path} is missing or corrupt ({reason}); restore it, or delete {path.parent} and run '
-        'transxssm_jax.data.prepare again'
-    )
-
-
 def _start_worker(worker: int, num_workers: int) -> None:
     del worker, num_workers
-    follow_parent()
+    exit_with_parent()
     # grain imports jax; a reader must never take the accelerator.
     os.environ['JAX_PLATFORMS'] = 'cpu'
     if 'jax' in sys.modules:
@@ -200,20 +192,21 @@ def _start_worker(worker: int, num_workers: int) -> None:
 class _Documents:
     """Tokens of documents by random access; safe to use from several threads."""
 
-    def __init__(self, index: SplitIndex, lengths: np.ndarray):
+    def __init__(self, manifest: Manifest, lengths: np.ndarray):
         from tensorflow_datasets.proto import tf_example_pb2
 
         self._example = tf_example_pb2.Example
-        self._index = index
-        self._dtype = np.dtype(index.token_dtype).newbyteorder('<')
+        self._manifest = manifest
+        self._dtype = np.dtype(manifest.token_dtype).newbyteorder('<')
+        self._begin = np.array([manifest.tokenizer['begin_id']], self._dtype)
         self._lengths = lengths
-        self._shard_ends = np.cumsum([shard.records for shard in index.shards])
+        self._shard_ends = np.cumsum([shard.records for shard in manifest.shards])
         self._readers = {}
         self._lock = threading.Lock()
         # Without a document longer than a record, record and document numbers are the same.
         self._first_record = None
-        if int(lengths.max()) > index.record_tokens:
-            records = -(-lengths.astype(np.int64) // index.record_tokens)
+        if int(lengths.max()) > manifest.record_tokens:
+            records = -(-lengths.astype(np.int64) // manifest.record_tokens)
             self._first_record = np.cumsum(records) - records
 
     def _reader(self, shard: int):
@@ -221,42 +214,49 @@ class _Documents:
             if shard not in self._readers:
                 from array_record.python.array_record_module import ArrayRecordReader
 
-                path = self._index.directory / self._index.shards[shard].file
+                path = self._manifest.directory / self._manifest.shards[shard].file
                 try:
                     reader = ArrayRecordReader(
                         str(path), options='readahead_buffer_size:0,max_parallelism:0', file_reader_buffer_size=32768
                     )
                     records = reader.num_records()
                 except Exception as error:  # the extension raises what its C++ status maps to
-                    raise _broken(path, error) from None
-                if records != self._index.shards[shard].records:
-                    raise _broken(path, f'{records} records instead of {self._index.shards[shard].records}')
+                    raise broken_shard(path, error) from None
+                if records != self._manifest.shards[shard].records:
+                    raise broken_shard(path, f'{records} records instead of {self._manifest.shards[shard].records}')
                 self._readers[shard] = reader
             return self._readers[shard]
 
     def read(self, spans: list[tuple[int, int, int]]) -> list[np.ndarray]:
-        """Tokens [start:stop] of each (document, start, stop); every record is read once."""
-        size = self._index.record_tokens
-        needed = []
+        """The tokens of each (document, first slot, past last slot); every record is read once.
+
+        Of each span its slots' targets, stored tokens [start, stop), after the input of its first slot: the
+        stored token before them, or begin_id where the span begins the document.
+        """
+        size = self._manifest.record_tokens
+        needed = []  # (first record of the document, first record to read, last record to read) of each span
         for document, start, stop in spans:
             first = document if self._first_record is None else int(self._first_record[document])
-            needed.append((first, first + start // size, first + (stop - 1) // size))
+            needed.append((first, first + max(start - 1, 0) // size, first + (stop - 1) // size))
         records = self._read_records(
-            {record for _, begin, end in needed for record in range(begin, end + 1)},
             {
                 record: (document, record - first)
                 for (document, _, _), (first, begin, end) in zip(spans, needed, strict=True)
                 for record in range(begin, end + 1)
-            },
+            }
         )
         parts = []
         for (_, start, stop), (first, begin, end) in zip(spans, needed, strict=True):
             joined = records[begin] if begin == end else np.concatenate([records[r] for r in range(begin, end + 1)])
             skip = (begin - first) * size
-            parts.append(joined[start - skip : stop - skip])
+            if start:
+                parts.append(joined[start - 1 - skip : stop - skip])
+            else:
+                parts.append(np.concatenate([self._begin, joined[:stop]]))
         return parts
 
-    def _read_records(self, records: set[int], places: dict[int, tuple[int, int]]) -> dict[int, np.ndarray]:
+    def _read_records(self, records: dict[int, tuple[int, int]]) -> dict[int, np.ndarray]:
+        """Tokens of each record; records: the document that each is of, and which of its records it is."""
         by_shard = collections.defaultdict(list)
         ordered = np.array(sorted(records))
         for record, shard in zip(
@@ -265,8 +265,8 @@ class _Documents:
             by_shard[shard].append(record)
         tokens = {}
         for shard, own in by_shard.items():
-            path = self._index.directory / self._index.shards[shard].file
-            first = int(self._shard_ends[shard]) - self._index.shards[shard].records
+            path = self._manifest.directory / self._manifest.shards[shard].file
+            first = int(self._shard_ends[shard]) - self._manifest.shards[shard].records
             reader = self._reader(shard)
             try:
                 serialized = reader.read([record - first for record in own])
@@ -274,59 +274,52 @@ class _Documents:
                     (value,) = self._example.FromString(content).features.feature['tokens'].bytes_list.value
                     tokens[record] = np.frombuffer(value, self._dtype)
             except Exception as error:  # RuntimeError, DecodeError, ... by where it broke
-                raise _broken(path, error) from None
+                raise broken_shard(path, error) from None
             for record in own:
-                document, part = places[record]
-                expected = min(
-                    int(self._lengths[document]) - part * self._index.record_tokens, self._index.record_tokens
-                )
+                document, number = records[record]
+                size = self._manifest.record_tokens
+                expected = min(int(self._lengths[document]) - number * size, size)
                 if len(tokens[record]) != expected:
-                    raise _broken(path, f'document {document} has {len(tokens[record])} tokens instead of {expected}')
+                    raise broken_shard(
+                        path, f'document {document} has {len(tokens[record])} tokens instead of {expected}'
+                    )
         return tokens
 
 
 class _Batches:
-    """Random-access source of this host's part of each step, for grain. Pickles to its settings."""
+    """Random-access source of this host's rows of each step, for grain. Pickles to its settings."""
 
     def __init__(
         self,
-        index: SplitIndex,
+        manifest: Manifest,
         seq_len: int,
         global_batch: int,
         seed: int,
         start_step: int,
-        rows: tuple[int, ...],
+        rows: Sequence[int],
         shuffle: bool,
         repeat: bool,
     ):
-        self._settings = index, seq_len, global_batch, seed, start_step, rows, shuffle, repeat
-        self.index, self._seq_len, self._global_batch = index, seq_len, global_batch
+        self._settings = manifest, seq_len, global_batch, seed, start_step, rows, shuffle, repeat
+        self.manifest, self._seq_len, self._global_batch = manifest, seq_len, global_batch
         self._start_step, self._rows, self._repeat = start_step, rows, repeat
-        lengths = index.lengths()
-        self._documents = _Documents(index, lengths)
-        self._weights = index.mixture_weights() if repeat else []
-        if self._weights:
-            bounds = [(source.first_document, source.first_document + source.documents) for source in index.sources]
+        lengths = manifest.lengths()
+        self._documents = _Documents(manifest, lengths)
+        weights = manifest.mixture_weights() if repeat else []
+        if weights:
+            pools = [(source.first_document, source.documents) for source in manifest.sources]
         else:
-            bounds = [(0, index.num_documents)]
-        self._first_document = [first for first, _ in bounds]
-        self._pools = [
-            Epochs(lengths[first:last], seq_len, key=(seed, pool), shuffle=shuffle)
-            for pool, (first, last) in enumerate(bounds)
-        ]
-        self.rows_per_epoch = sum(pool.rows for pool in self._pools)
-        efficiencies = [
-            packing_efficiency(last - first, pool.tokens, pool.rows, seq_len)
-            for pool, (first, last) in zip(self._pools, bounds, strict=True)
-        ]
-        self.packing_efficiency = float(np.average(efficiencies, weights=self._weights or None))
+            pools = [(0, manifest.num_documents)]
+        self._mixture = Mixture(lengths, pools, weights, seq_len=seq_len, seed=seed, shuffle=shuffle)
+        self.rows_per_epoch = self._mixture.rows_per_epoch
+        self.packing_efficiency = self._mixture.packing_efficiency
         self.num_steps = 0 if repeat else -(-self.rows_per_epoch // global_batch)
 
     def __reduce__(self):
         return type(self), self._settings
 
     def __repr__(self) -> str:
-        return f'Batches({self.index.directory}, {self.index.split})'  # in grain's messages
+        return f'Batches({self.manifest.directory}, {self.manifest.split})'  # in grain's messages
 
     def __len__(self) -> int:
         return _ENDLESS if self._repeat else max(self.num_steps - self._start_step, 0)
@@ -338,12 +331,8 @@ class _Batches:
             row += step * self._global_batch
             if not self._repeat and row >= self.rows_per_epoch:
                 row_spans.append([])
-                continue
-            pool, row = assign_row(row, self._weights) if self._weights else (0, row)
-            first = self._first_document[pool]
-            row_spans.append(
-                [(first + document, start, stop) for document, start, stop in self._pools[pool].spans(row)]
-            )
+            else:
+                row_spans.append(self._mixture.spans(row))
         parts = iter(self._documents.read([span for spans in row_spans for span in spans]))
         batch = {
             name: np.empty((len(self._rows), self._seq_len), np.int32)

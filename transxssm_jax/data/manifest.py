@@ -1,30 +1,40 @@
-"""What a prepared directory holds besides its ArrayRecord shards, and how it is written.
+"""What a prepared directory holds besides its ArrayRecord shards, and how it is written and checked.
 
     DIR/dataset_info.json, features.json     for TFDS; a split is finished when dataset_info.json lists it
     DIR/tokenizer.json                       copy of the tokenizer (none for bytes)
     DIR/documents-SPLIT.array_record-00000-of-00009
                                              tf.train.Example records: tokens (bytes of uint16 or uint32),
                                              offset (int64; 0 begins a document)
-    DIR/SPLIT.index.json                     arguments, tokenizer, sources and shards with their counts
+    DIR/SPLIT.manifest.json                  arguments, tokenizer, sources, shards, digests
     DIR/SPLIT.lengths.npy                    uint32 [documents]: tokens of each document, eos included
 
 A document longer than `record_tokens` spans several records, all but the last
 of that length, so that reading a row out of a long document stays cheap and
 the record of any token follows from the lengths alone.
+
+Everything that decides a batch has a sha256: the manifest holds its own, that
+of the lengths, of the tokenizer and of every shard. The first three are checked
+whenever a split is opened. Of the shards the size is checked at opening, the
+number of records when one is first read, and every record by ArrayRecord's own
+checksums when it is read; `check_shards(verify='full')` reads them whole.
 """
 
 import dataclasses
 import hashlib
 import json
-import math
 import os
-from fractions import Fraction
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
+from transxssm_jax.data.mixture import whole_number_weights
+
 DATASET_NAME = 'documents'
-INDEX_VERSION = 1
+MANIFEST_VERSION = 2
+VERIFY = ('sizes', 'full')  # how the contents of shards are checked at opening
+# Nothing here advises to delete: a wrong --path may well hold what prepare did not write.
+RESTORE = 'restore it from a copy, or prepare the data again in another directory'
 
 
 class DataError(ValueError):
@@ -41,7 +51,7 @@ class Source:
     documents: int
     tokens: int  # eos included
     bytes: int  # UTF-8 bytes of the text
-    skipped: int  # documents without text (or binary files), not stored
+    skipped: dict[str, int]  # documents that are not stored, by reason: 'empty', 'binary file', 'not JSON', ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,16 +62,20 @@ class Shard:
     file_bytes: int
     records: int
     documents: int
+    sha256: str  # of the file
 
 
 @dataclasses.dataclass(frozen=True)
-class SplitIndex:
+class Manifest:
+    """What SPLIT.manifest.json holds."""
+
     directory: Path
     split: str
     arguments: dict  # of prepare, to tell whether a second run asks for the same
     tokenizer: dict  # ByteTokenizer.describe()
     token_dtype: str
     record_tokens: int
+    lengths_sha256: str  # of SPLIT.lengths.npy
     sources: tuple[Source, ...]
     shards: tuple[Shard, ...]
 
@@ -81,52 +95,93 @@ class SplitIndex:
         """Whole-number weights in the exact proportion of the sources' weights; empty where sources have none."""
         if not self.sources[0].weight:
             return []
-        fractions = [Fraction(source.weight) for source in self.sources]
-        denominator = math.lcm(*(fraction.denominator for fraction in fractions))
-        return [int(fraction * denominator) for fraction in fractions]
+        return whole_number_weights([source.weight for source in self.sources])
 
     def fingerprint(self) -> str:
-        """sha256 of the index file: arguments, tokenizer, and the size and count of every shard."""
-        return hashlib.sha256((self.directory / f'{self.split}.index.json').read_bytes()).hexdigest()
+        """sha256 of all that decides a batch: tokenizer, lengths, shards, and the sources' documents and weights.
+
+        It is the same wherever the text came from and wherever the directory lies.
+        """
+        content = self._content()
+        del content['arguments']
+        for source in content['sources']:
+            del source['spec'], source['skipped']
+        return _digest(content)
 
     def lengths(self) -> np.ndarray:
-        """uint32 [num_documents], memory-mapped."""
+        """uint32 [num_documents], memory-mapped. Raises DataError where the file is not the one that was written."""
         path = self.directory / f'{self.split}.lengths.npy'
         try:
+            if file_digest(path) != self.lengths_sha256:
+                raise ValueError('its sha256 is not that of the manifest')
             lengths = np.load(path, mmap_mode='r')
         except (OSError, ValueError) as error:
-            raise DataError(
-                f'{path} cannot be read ({error}); delete {self.directory} and run transxssm_jax.data.prepare again'
-            ) from None
-        if lengths.shape != (self.num_documents,):
-            raise DataError(
-                f'{path} has {lengths.size} documents, its index {self.num_documents}; '
-                f'delete {self.directory} and run transxssm_jax.data.prepare again'
-            )
+            raise _damaged(path, error) from None
         return lengths
+
+    def check_shards(self, verify: str = 'sizes') -> None:
+        """Raises DataError naming a shard that is missing, not of its size or, under 'full', not of its sha256.
+
+        'full' reads every shard, on all cores: 0.5 to 2 GB/s per core by whether the processor has SHA instructions.
+        """
+        if verify not in VERIFY:
+            raise DataError(f'verify={verify!r} must be one of {", ".join(map(repr, VERIFY))}')
+        for shard in self.shards:
+            path = self.directory / shard.file
+            try:
+                size = os.path.getsize(path)
+            except OSError as error:
+                raise broken_shard(path, error.strerror) from None
+            if size != shard.file_bytes:
+                raise broken_shard(path, f'{size} bytes instead of {shard.file_bytes}')
+        if verify == 'full':
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                paths = [self.directory / shard.file for shard in self.shards]
+                digests = [pool.submit(file_digest, path) for path in paths]
+                for path, digest, shard in zip(paths, digests, self.shards, strict=True):
+                    try:
+                        damaged = digest.result() != shard.sha256
+                    except OSError as error:
+                        raise broken_shard(path, error.strerror) from None
+                    if damaged:
+                        raise broken_shard(path, 'its sha256 is not that of the manifest')
+
+    def _content(self) -> dict:
+        content = {'version': MANIFEST_VERSION} | dataclasses.asdict(self)
+        del content['directory'], content['split']
+        return content
+
+    def write(self) -> None:
+        """Writes SPLIT.manifest.json, all of it or nothing."""
+        content = self._content()
+        content = {'sha256': _digest(content)} | content
+        write_file(self.directory / f'{self.split}.manifest.json', (json.dumps(content, indent=1) + '\n').encode())
 
 
 def finished_splits(directory) -> list[str]:
     """Splits of a prepared directory. Raises DataError with the prepare command where there is none."""
-    path = Path(directory) / 'dataset_info.json'
+    directory = Path(directory)
+    if os.path.isfile(directory):
+        raise DataError(f'{directory} is a file; give the directory that transxssm_jax.data.prepare wrote')
+    path = directory / 'dataset_info.json'
     try:
-        splits = [split['name'] for split in json.loads(path.read_text())['splits']]
+        splits = [str(split['name']) for split in json.loads(path.read_bytes())['splits']]
+        if not splits:
+            raise ValueError('it lists no split')
     except FileNotFoundError:
-        unfinished = sorted(Path(directory).glob('.incomplete.*'))
+        unfinished = sorted(directory.glob('.incomplete.*'))
         what = 'is not finished' if unfinished else 'holds no prepared data'
         raise DataError(
             f'{directory} {what}; run: python -m transxssm_jax.data.prepare --output={directory} '
             '--tokenizer=byte|FILE.json --split=train --source=...'
         ) from None
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(
-            f'{path} cannot be read ({error}); delete {directory} and run transxssm_jax.data.prepare again'
-        ) from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(path, error) from None
     return splits
 
 
-def read_index(directory, split: str) -> SplitIndex:
-    """Index of one finished split. Raises DataError where the directory or the split is not there."""
+def read_manifest(directory, split: str) -> Manifest:
+    """Manifest of one finished split. Raises DataError where the directory or the split is missing or damaged."""
     directory = Path(directory)
     splits = finished_splits(directory)
     if split not in splits:
@@ -134,31 +189,43 @@ def read_index(directory, split: str) -> SplitIndex:
             f'{directory} has no split {split!r}, only {", ".join(splits)}; name one of these, or run: '
             f'python -m transxssm_jax.data.prepare --output={directory} --split={split} ...'
         )
-    path = directory / f'{split}.index.json'
+    path = directory / f'{split}.manifest.json'
+    if not path.exists() and (directory / f'{split}.index.json').exists():
+        raise DataError(
+            f'{directory} was prepared by a version without digests, whose data is no longer read; '
+            'prepare it again in another directory'
+        )
     try:
-        content = json.loads(path.read_text())
-        if content.pop('version') != INDEX_VERSION:
-            raise ValueError(f'written for another version than {INDEX_VERSION}')
+        content = json.loads(path.read_bytes())
+        digest, version = content.pop('sha256'), content['version']
+        if digest != _digest(content):
+            raise ValueError('its content is not that of its sha256')
+        if version != MANIFEST_VERSION:
+            raise ValueError(f'it is of version {version}, not {MANIFEST_VERSION}')
+        del content['version']
         content['sources'] = tuple(Source(**source) for source in content['sources'])
         content['shards'] = tuple(Shard(**shard) for shard in content['shards'])
-        return SplitIndex(directory=directory, split=split, **content)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f'{path} cannot be read ({error}); delete {directory} and run transxssm_jax.data.prepare again'
-        ) from None
+        return Manifest(directory=directory, split=split, **content)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged(path, error) from None
 
 
-def write_index(index: SplitIndex, lengths: np.ndarray) -> None:
-    """Writes SPLIT.lengths.npy and SPLIT.index.json, each at once."""
-    path = index.directory / f'{index.split}.lengths.npy'
+def write_lengths(directory: Path, split: str, lengths: np.ndarray) -> str:
+    """Writes SPLIT.lengths.npy, all of it or nothing; returns its sha256."""
+    path = directory / f'{split}.lengths.npy'
     temporary = path.with_name(f'.{path.name}.tmp')
     with open(temporary, 'wb') as file:
         np.save(file, lengths)
         sync(file)
+    digest = file_digest(temporary)
     os.replace(temporary, path)
-    content = {'version': INDEX_VERSION} | dataclasses.asdict(index)
-    del content['directory'], content['split']
-    write_file(index.directory / f'{index.split}.index.json', (json.dumps(content, indent=1) + '\n').encode())
+    return digest
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file."""
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -182,3 +249,21 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def first_line(error) -> str:
+    """The first line of what an error reports, or its type where it reports nothing."""
+    return next((line.strip()[:200] for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def broken_shard(path: Path, reason) -> DataError:
+    return DataError(f'shard {path} is missing or corrupt ({first_line(reason)}); {RESTORE}')
+
+
+def _damaged(path: Path, error: Exception) -> DataError:
+    reason = first_line(getattr(error, 'strerror', None) or error)
+    return DataError(f'{path} cannot be read or is damaged ({reason}); {RESTORE}')
+
+
+def _digest(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,9 +1,14 @@
 """Documents to rows: which tokens row r holds, as a pure function of (lengths, seed, r).
 
-An epoch is a permutation of the documents, each with its eos, laid end to end
-and cut every `seq_len` tokens; the last row of an epoch is padded. A row reads
-one token more than its inputs, the target of the last of them. Every token is
-the input of exactly one row of an epoch.
+A document stored as t0 .. t(n-2), eos fills n slots of (input, target):
+(begin, t0), (t0, t1), ..., (t(n-2), eos), where begin is the tokenizer's
+`begin_id`. So every stored token is the target of one slot, the first token of
+a document is learnt too, and eos is never an input (unless it is the begin
+token).
+
+An epoch is a permutation of the documents, their slots laid end to end and cut
+every `seq_len` slots; only the last row of an epoch is padded. A row needs no
+token that another row predicts: its inputs and targets are those of its slots.
 
 The rows are then permuted. In packing order the rows of a long document follow
 one another, so that a batch would hold one book: the same model on books ends
@@ -46,41 +51,25 @@ def permutation(size: int, *key: int) -> np.ndarray:
         state = _mix(state * np.uint64(_GAMMA) + np.uint64(part & _MASK) + np.uint64(1))
     index_bits = np.uint64((1 << max(size - 1, 0).bit_length()) - 1)
     words = np.empty(size, np.uint64)
-    for start in range(0, size, 1 << 20):  # in pieces that stay in cache
+    for start in range(0, size, 1 << 20):  # in blocks that stay in cache
         index = np.arange(start, min(start + (1 << 20), size), dtype=np.uint64)
         words[start : start + (1 << 20)] = _mix(index * np.uint64(_GAMMA) + state) & ~index_bits | index
     words.sort()
     return (words & index_bits).astype(np.uint32)
 
 
-def assign_row(row: int, weights: list[int]) -> tuple[int, int]:
-    """(source, row in source) of global row `row` in a mixture with whole-number `weights`.
-
-    Halves the sources again and again; the left half with share w gets
-    floor(r * w) of the first r rows. So any sum(weights) rows that begin at a
-    multiple of it hold each source exactly its weight, and any first r rows
-    hold it r times its share, within one row a halving.
-    """
-    low, high = 0, len(weights)
-    while high - low > 1:
-        middle = (low + high) // 2
-        left, total = sum(weights[low:middle]), sum(weights[low:high])
-        before = row * left // total
-        if (row + 1) * left // total > before:
-            row, high = before, middle
-        else:
-            row, low = row - before, middle
-    return low, row
-
-
 class Epochs:
     """Row layout of one pool of documents through its epochs.
 
     Args:
-      lengths: uint32 [documents], tokens of each document with its eos.
-      seq_len: inputs of a row.
+      lengths: uint32 [documents], slots of each document: its tokens, eos included.
+      seq_len: slots of a row.
       key: integers that the permutations depend on, besides the epoch.
       shuffle: False keeps documents and rows in order.
+
+    Attributes:
+      tokens: slots of an epoch that have a target.
+      rows: rows of an epoch.
     """
 
     def __init__(self, lengths: np.ndarray, seq_len: int, *, key: tuple[int, ...], shuffle: bool):
@@ -91,7 +80,7 @@ class Epochs:
         self._lock = threading.Lock()
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | range]:
-        """(documents in order, stream position where each ends, rows in order)."""
+        """(documents in order, slot at which each ends, rows in order)."""
         if not self._shuffle:
             epoch = 0
         with self._lock:  # threads that need a new epoch wait for the one that makes it
@@ -107,14 +96,14 @@ class Epochs:
             return self._epochs[epoch]
 
     def spans(self, row: int) -> list[tuple[int, int, int]]:
-        """(document, first token, past last token) of the seq_len + 1 tokens of `row`, in order.
+        """(document, first slot, past last slot) of the documents in `row`, in order; their slots sum to seq_len.
 
-        Fewer tokens in the row that ends an epoch's stream. Rows go on through the epochs.
+        The row that ends an epoch has fewer slots. Row numbers go on through the epochs.
         """
         epoch, row = divmod(row, self.rows)
         order, ends, rows = self._epoch(epoch)
         start = int(rows[row]) * self._seq_len
-        stop = min(start + self._seq_len + 1, self.tokens)
+        stop = min(start + self._seq_len, self.tokens)
         first = int(np.searchsorted(ends, start, side='right'))
         last = int(np.searchsorted(ends, stop, side='left'))
         spans = []
@@ -124,35 +113,35 @@ class Epochs:
         return spans
 
 
-def pack_row(tokens: np.ndarray, span_lengths: list[int], seq_len: int) -> dict[str, np.ndarray]:
-    """One row from the tokens that it reads.
+def pack_row(tokens: np.ndarray, span_slots: list[int], seq_len: int) -> dict[str, np.ndarray]:
+    """One row from the tokens of its spans.
 
     Args:
-      tokens: integer [n], n <= seq_len + 1: the spans of the row's documents, joined.
-      span_lengths: tokens of each span; their sum is n.
-      seq_len: inputs of the row.
+      tokens: integer [slots + spans], the spans of the row joined: of each span the input of its first slot,
+        then the targets of its slots (all but the last of them are the inputs of its other slots).
+      span_slots: slots of each span, at most seq_len together.
+      seq_len: slots of the row.
 
     Returns int32 [seq_len] arrays:
       tokens: inputs, 0 where padded.
-      targets: the next token, -1 where that is of another document or padding.
+      targets: the next token of the same document, -1 where padded.
       segment_ids: 1 for the row's first document, 2 for its second ...; 0 where padded.
-      positions: 0, 1, ... from each document's first token in this row; 0 where padded.
+      positions: 0, 1, ... from each document's first slot in this row; 0 where padded.
     """
-    tokens, span_lengths = tokens.astype(np.int32), np.array(span_lengths, np.int64)
+    slots = np.array(span_slots, np.int64)
+    stops = np.cumsum(slots)
+    n = int(stops[-1]) if len(stops) else 0
+    segments = np.repeat(np.arange(len(slots)), slots)
     row = {name: np.zeros(seq_len, np.int32) for name in ('tokens', 'segment_ids', 'positions')}
     row['targets'] = np.full(seq_len, -1, np.int32)
-    segments = np.repeat(np.arange(1, len(span_lengths) + 1, dtype=np.int32), span_lengths)
-    starts = np.cumsum(span_lengths, dtype=np.int64) - span_lengths
-    positions = np.arange(len(tokens)) - np.repeat(starts, span_lengths)
-    n = min(len(tokens), seq_len)
-    row['tokens'][:n] = tokens[:n]
-    row['segment_ids'][:n] = segments[:n]
-    row['positions'][:n] = positions[:n]
-    m = max(len(tokens) - 1, 0)
-    row['targets'][:m] = np.where(segments[1:] == segments[:-1], tokens[1:], -1)
+    inputs = np.arange(n) + segments  # where the input of each slot lies: every earlier span has one token more
+    row['tokens'][:n] = tokens[inputs]
+    row['targets'][:n] = tokens[inputs + 1]
+    row['segment_ids'][:n] = segments + 1
+    row['positions'][:n] = np.arange(n) - np.repeat(stops - slots, slots)
     return row
 
 
-def packing_efficiency(documents: int, tokens: int, rows: int, seq_len: int) -> float:
-    """Share of a pass's slots that have a target: every token has one but each document's last."""
-    return (tokens - documents) / (rows * seq_len)
+def packing_efficiency(tokens: int, rows: int, seq_len: int) -> float:
+    """Share of an epoch's slots that have a target: all but the padding of its last row."""
+    return tokens / (rows * seq_len)

@@ -4,24 +4,34 @@
     python -m transxssm_jax.data.prepare --output=DIR --tokenizer=tokenizer.json --split=train \\
         --source=books.parquet@0.3 --source=tfds:c4/train@0.7
 
-source.py says what a source can be, index.py what DIR holds. Sources without
-weights make one pool; with weights (every one or none), a row of training
-comes from a source with that share, each source going through epochs of its
-own.
+source.py describes what a source can be, manifest.py what DIR holds. Sources
+without weights make one pool; with weights (every one or none), a row of
+training comes from a source with that share, each source going through epochs
+of its own. A weight is the decimal number behind the last @: a source whose
+name itself ends in @NUMBER needs a weight too (wiki@2023@1).
+
+A bad document (a line that is not JSON or lacks the field, what cannot be
+decompressed) ends the run. With --skip_bad=SHARE, such documents are left out
+as long as they are at most that share of all; the manifest counts them by
+reason. What cannot be decompressed counts once, however much of its file is
+lost.
 
 The work is cut into shards that depend on the sources alone. A finished shard
 stays in DIR/.incomplete.SPLIT, so the same command continues an interrupted
-run; the output is the same for any --num_workers and any interruption. The
-split counts as finished once dataset_info.json names it, which is written last.
+run; the output is the same for any --num_workers and any interruption. Another
+command does not touch the shards of the interrupted one; they are removed when
+the split is finished. The split counts as finished once dataset_info.json names it, which is written last.
 
-Exit codes: 0 done (or done before), 2 refused with one line that says why,
+Exit codes: 0 done (or done before), 2 refused with one line that tells why,
 130 interrupted.
 """
 
 import argparse
+import collections
 import concurrent.futures.process
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import json
@@ -38,16 +48,16 @@ from pathlib import Path
 # Processes do the work side by side; threads of the tokenizer on top would only fight over cores.
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 
-import numpy as np
 from tqdm import tqdm
 
-from transxssm_jax.data import manifest as index_lib
-from transxssm_jax.data import shard_writer as shards_lib
-from transxssm_jax.data.manifest import DATASET_NAME, DataError, Shard, Source, SplitIndex
-from transxssm_jax.data.shard_writer import Unit, lengths_path, result_path, shard_path, tokenize_unit
+from transxssm_jax.data import manifest as manifest_lib
+from transxssm_jax.data.commit import commit, finished, reasons
+from transxssm_jax.data.manifest import DataError, Manifest
+from transxssm_jax.data.mixture import whole_number_weights
+from transxssm_jax.data.shard_writer import ShardTask, result_path, write_shard
 from transxssm_jax.data.source import cut, list_files, parse_source
 from transxssm_jax.data.tokenizer import load_tokenizer
-from transxssm_jax.data.workers import follow_parent
+from transxssm_jax.data.workers import exit_with_parent
 
 MIN_SHARD_BYTES = 4 << 20  # of text: seconds of work, what an interruption can lose
 MAX_SHARDS = 512  # about; every one is an open file in the loader
@@ -94,11 +104,27 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--output', type=Path, required=True, metavar='DIR')
     parser.add_argument('--tokenizer', required=True, metavar='byte|FILE.json')
     parser.add_argument('--split', required=True, help='train, validation, ...; added to what DIR holds')
-    parser.add_argument('--source', action='append', required=True, metavar='SPEC[@WEIGHT]', help='may be repeated')
+    parser.add_argument(
+        '--source',
+        action='append',
+        required=True,
+        metavar='SPEC[@WEIGHT]',
+        help='what to read, see above; may be repeated',
+    )
     parser.add_argument('--text_field', default='text', help='field, column or feature that holds the text')
     parser.add_argument('--eos', default='', help='token or id that ends a document, where the tokenizer has several')
     parser.add_argument(
+        '--bos', default='', help="token or id that begins a document (default: the tokenizer's bos, else eos)"
+    )
+    parser.add_argument(
         '--vocab_size', type=int, default=0, help="refuse a tokenizer with more ids than this (the model's)"
+    )
+    parser.add_argument(
+        '--skip_bad',
+        type=float,
+        default=0.0,
+        metavar='SHARE',
+        help='leave bad documents out, up to this share of all; 0: refuse the first one',
     )
     parser.add_argument('--num_workers', type=int, default=os.cpu_count(), help='processes that tokenise')
     arguments = parser.parse_args(argv)
@@ -106,13 +132,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         raise DataError(f'--split={arguments.split} must be a word such as train or validation')
     if arguments.num_workers < 1:
         raise DataError(f'--num_workers={arguments.num_workers} must be at least 1')
+    if not 0 <= arguments.skip_bad < 1:
+        raise DataError(f'--skip_bad={arguments.skip_bad} must be a share of the documents, at least 0 and below 1')
     return arguments
 
 
-def prepare(arguments: argparse.Namespace) -> SplitIndex:
+def prepare(arguments: argparse.Namespace) -> Manifest:
     """Prepares one split. Raises DataError, or OSError for a full disk and the like."""
     output, split = arguments.output, arguments.split
-    tokenizer = load_tokenizer(arguments.tokenizer, arguments.eos)
+    tokenizer = load_tokenizer(arguments.tokenizer, arguments.eos, arguments.bos)
     if arguments.vocab_size and tokenizer.vocab_size > arguments.vocab_size:
         raise DataError(
             f'--tokenizer={arguments.tokenizer} has {tokenizer.vocab_size} ids, more than '
@@ -127,76 +155,87 @@ def prepare(arguments: argparse.Namespace) -> SplitIndex:
         'tokenizer': tokenizer.describe(),
     }
 
-    finished = _finished(output)
-    if split in finished:
-        index = index_lib.read_index(output, split)
-        if index.arguments != same:
-            name = next(name for name in same if index.arguments.get(name) != same[name])
+    if os.path.isfile(output):
+        raise DataError(f'--output={output} is a file; name a directory')
+    if split in finished(output):
+        manifest = manifest_lib.read_manifest(output, split)
+        if manifest.arguments != same:
+            name = next(name for name in same if manifest.arguments.get(name) != same[name])
             raise DataError(
                 f'{output} already holds split {split!r} with another {name} '
-                f'({json.dumps(index.arguments.get(name))}); name another --output or delete that one'
+                f'({json.dumps(manifest.arguments.get(name))}); name another --output or another --split'
             )
         shutil.rmtree(output / f'.incomplete.{split}', ignore_errors=True)  # of a run killed after its last write
-        print(f'{output} already holds split {split!r}: {_count(index)}; nothing to do')
-        return index
+        print(f'{output} already holds split {split!r}: {_count(manifest)}; nothing to do')
+        return manifest
     _check_tokenizer(output, tokenizer)
+    weights = [weight for _, weight in sources if weight]
+    for (spec, weight), share in zip(sources, whole_number_weights(weights) if weights else []):
+        total = sum(whole_number_weights(weights))
+        _note(f'--source={spec} has weight {weight}: {share / total:.4g} of the rows')
 
-    units = plan(sources, split)
-    state = output / f'.incomplete.{split}'
+    tasks = plan(sources, split)
+    incomplete = output / f'.incomplete.{split}'
+    # Every command, and every version of its source files, keeps its finished shards in a directory of its own: a
+    # mistyped flag neither costs them nor stands in the way of the corrected command.
+    content = [same, [dataclasses.asdict(task) for task in tasks], _times(tasks)]
+    state = incomplete / hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     state.mkdir(parents=True, exist_ok=True)
-    with _locked(state):
-        digest = hashlib.sha256(json.dumps([same, [dataclasses.asdict(unit) for unit in units]]).encode()).hexdigest()
-        marker = state / 'plan.sha256'
-        if marker.exists() and marker.read_text() != digest:
-            raise DataError(
-                f'{state} is left from a run with other arguments or other source files; '
-                f'repeat that command, or delete it (rm -r {state})'
-            )
-        index_lib.write_file(marker, digest.encode())
+    with _locked(incomplete):
         begin = time.monotonic()
-        tokens = tokenize(units, state, arguments, tokenizer)
+        tokens = tokenize(tasks, state, arguments, tokenizer)
         seconds = max(time.monotonic() - begin, 1e-9)
         with _alone_in(output):  # splits prepared side by side share the files that name them
             _check_tokenizer(output, tokenizer)
-            index = commit(output, split, state, units, sources, same, tokenizer)
-    shutil.rmtree(state)
+            manifest = commit(output, split, state, tasks, sources, same, tokenizer, arguments.skip_bad)
+    shutil.rmtree(incomplete)
     new = f', {tokens / seconds:,.0f} tokens/s with {arguments.num_workers} workers' if tokens else ''
-    print(f'{output} holds split {split!r}: {_count(index)}{new}')
-    return index
+    print(f'{output} holds split {split!r}: {_count(manifest)}{new}')
+    return manifest
 
 
-def plan(sources: list[tuple[str, str]], split: str) -> list[Unit]:
-    """Cuts the sources into units of work; each becomes a shard. Depends on the files alone."""
-    files = [list_files(spec, split) for spec, _ in sources]
+def _note(text: str) -> None:
+    print(f'note: {text}', file=sys.stderr)
+
+
+def _times(tasks: list[ShardTask]) -> list[int]:
+    """When each source file was last changed; 0 for what is no file."""
+    paths = sorted({piece.path for task in tasks for piece in task.pieces})
+    return [os.stat(path).st_mtime_ns if os.path.isfile(path) else 0 for path in paths]
+
+
+def plan(sources: list[tuple[str, str]], split: str) -> list[ShardTask]:
+    """Cuts the sources into tasks; each becomes a shard. Depends on the files alone."""
+    files = [list_files(spec, split, _note) for spec, _ in sources]
     size = max(MIN_SHARD_BYTES, sum(file.size for listed in files for file in listed) // MAX_SHARDS)
-    units = []
+    tasks = []
     for source, listed in enumerate(files):
         pieces, pieces_size = [], 0
         for piece in (piece for file in listed for piece in cut(file, size)):
             if pieces and pieces_size + piece.size > size:
-                units.append(Unit(len(units), source, tuple(pieces)))
+                tasks.append(ShardTask(len(tasks), source, tuple(pieces)))
                 pieces, pieces_size = [], 0
             pieces.append(piece)
             pieces_size += piece.size
         if pieces:
-            units.append(Unit(len(units), source, tuple(pieces)))
-    return units
+            tasks.append(ShardTask(len(tasks), source, tuple(pieces)))
+    return tasks
 
 
-def tokenize(units: list[Unit], state: Path, arguments: argparse.Namespace, tokenizer) -> int:
+def tokenize(tasks: list[ShardTask], state: Path, arguments: argparse.Namespace, tokenizer) -> int:
     """Writes the shards that `state` lacks; returns the tokens in them."""
-    pending = [unit for unit in units if not result_path(state, unit).exists()]
+    pending = [task for task in tasks if not result_path(state, task).exists()]
     documents = tokens = 0
     with tqdm(
-        total=len(units),
-        initial=len(units) - len(pending),
+        total=len(tasks),
+        initial=len(tasks) - len(pending),
         desc=arguments.split,
         unit='shard',
         dynamic_ncols=True,
         disable=not pending,
     ) as bar:
-        if len(pending) < len(units) and pending:
-            tqdm.write(f'{len(units) - len(pending)} of {len(units)} shards are finished; continuing', file=sys.stderr)
+        if len(pending) < len(tasks) and pending:
+            tqdm.write(f'{len(tasks) - len(pending)} of {len(tasks)} shards are finished; continuing', file=sys.stderr)
         begin = time.monotonic()
 
         def advance(new_documents: int, new_tokens: int):
@@ -208,8 +247,8 @@ def tokenize(units: list[Unit], state: Path, arguments: argparse.Namespace, toke
 
         workers = min(arguments.num_workers, len(pending))
         if workers <= 1:
-            for unit in pending:
-                tokenize_unit(unit, state, tokenizer, arguments.text_field, advance)
+            for task in pending:
+                write_shard(task, state, tokenizer, arguments.text_field, arguments.skip_bad > 0, advance)
                 bar.update()
             return tokens
 
@@ -219,10 +258,10 @@ def tokenize(units: list[Unit], state: Path, arguments: argparse.Namespace, toke
             workers,
             context,
             _start_worker,
-            (str(arguments.tokenizer), arguments.eos, arguments.text_field, state, progress, stop),
+            (arguments, state, progress, stop),
         )
         try:
-            waiting = {pool.submit(_work, unit) for unit in pending}
+            waiting = {pool.submit(_work, task) for task in pending}
             while waiting:
                 done, waiting = concurrent.futures.wait(waiting, 0.2, concurrent.futures.FIRST_COMPLETED)
                 with contextlib.suppress(queue.Empty):
@@ -242,124 +281,33 @@ def tokenize(units: list[Unit], state: Path, arguments: argparse.Namespace, toke
     return tokens
 
 
-_worker = {}  # what a worker process keeps between units: tokenizer, text_field, state, progress, stop
+_worker = {}  # what a worker process keeps between tasks: tokenizer, text_field, skip_bad, state, progress, stop
 
 
-def _start_worker(tokenizer, eos, text_field, state, progress, stop):
-    follow_parent()
+def _start_worker(arguments, state, progress, stop):
+    exit_with_parent()
     _worker.update(
-        tokenizer=load_tokenizer(tokenizer, eos), text_field=text_field, state=state, progress=progress, stop=stop
+        tokenizer=load_tokenizer(arguments.tokenizer, arguments.eos, arguments.bos),
+        text_field=arguments.text_field,
+        skip_bad=arguments.skip_bad > 0,
+        state=state,
+        progress=progress,
+        stop=stop,
     )
 
 
-def _work(unit: Unit) -> None:
+def _work(task: ShardTask) -> None:
     def advance(documents: int, tokens: int):
         if _worker['stop'].is_set():
             raise DataError('stopped')
         _worker['progress'].put((documents, tokens))
 
-    tokenize_unit(unit, _worker['state'], _worker['tokenizer'], _worker['text_field'], advance)
-
-
-def commit(
-    output: Path, split: str, state: Path, units: list[Unit], sources: list[tuple[str, str]], same: dict, tokenizer
-) -> SplitIndex:
-    """Moves the finished shards into place and names the split in dataset_info.json last.
-
-    May be repeated: a run that died in here is continued by the next.
-    """
-    counts = [json.loads(result_path(state, unit).read_text()) for unit in units]
-    kept = [unit for unit in units if counts[unit.number]['records']]
-    if not kept:
-        raise DataError(
-            f'no text in {", ".join(spec for spec, _ in sources)} '
-            f'({sum(c["skipped"] for c in counts)} empty documents); name another --source'
-        )
-    shards, totals = [], []
-    for i, unit in enumerate(kept):
-        path = output / f'{DATASET_NAME}-{split}.array_record-{i:05d}-of-{len(kept):05d}'
-        if shard_path(state, unit).exists():
-            os.replace(shard_path(state, unit), path)
-        count = counts[unit.number]
-        shards.append(Shard(path.name, count['file_bytes'], count['records'], count['documents']))
-    for number, (spec, weight) in enumerate(sources):
-        own = [counts[unit.number] for unit in units if unit.source == number]
-        total = {name: sum(count[name] for count in own) for name in ('documents', 'tokens', 'bytes', 'skipped')}
-        if not total['documents']:
-            raise DataError(
-                f'--source={spec} has no text ({total["skipped"]} empty documents); leave it out or name another'
-            )
-        totals.append(Source(spec=spec, weight=weight, first_document=sum(t.documents for t in totals), **total))
-    index = SplitIndex(
-        output,
-        split,
-        same,
-        tokenizer.describe(),
-        tokenizer.dtype.name,
-        shards_lib.RECORD_TOKENS,
-        tuple(totals),
-        tuple(shards),
-    )
-    if index.tokenizer['kind'] == 'json':
-        index_lib.write_file(output / 'tokenizer.json', tokenizer.content)
-    index_lib.write_index(index, np.concatenate([np.load(lengths_path(state, unit)) for unit in kept]))
-    index_lib.sync_directory(output)
-    _write_tfds_metadata(output, index, state)
-    index_lib.sync_directory(output)
-    return index
-
-
-def _write_tfds_metadata(output: Path, index: SplitIndex, state: Path) -> None:
-    import tensorflow_datasets as tfds
-
-    splits = [index_lib.read_index(output, split) for split in _finished(output)] + [index]
-    features = tfds.features.FeaturesDict(
-        {
-            'tokens': tfds.features.Tensor(shape=(None,), dtype=np.dtype(index.token_dtype), encoding='bytes'),
-            'offset': tfds.features.Scalar(np.int64),
-        }
-    )
-    # The builder is only asked for its name and version; tfds.folder_dataset.write_metadata does the same,
-    # but writes in place and takes stray files of an unfinished split for data.
-    identity = tfds.core.dataset_info.DatasetIdentity(
-        name=DATASET_NAME, version=tfds.core.Version('1.0.0'), data_dir=str(output), module_name=''
-    )
-    info = tfds.core.DatasetInfo(
-        builder=identity,
-        features=features,
-        description=f'Documents as tokens, each ending with id {index.tokenizer["eos_id"]}; '
-        'a record of offset 0 begins a document. Written by transxssm_jax.data.prepare.',
-    )
-    info.set_file_format('array_record')
-    info.set_splits(
-        tfds.core.splits.SplitDict(
-            [
-                tfds.core.SplitInfo(
-                    name=split.split,
-                    shard_lengths=[shard.records for shard in split.shards],
-                    num_bytes=sum(shard.file_bytes for shard in split.shards),
-                    filename_template=tfds.core.ShardedFileTemplate(
-                        data_dir=output, dataset_name=DATASET_NAME, split=split.split, filetype_suffix='array_record'
-                    ),
-                )
-                for split in splits
-            ]
-        )
-    )
-    scratch = state / 'metadata'
-    scratch.mkdir(exist_ok=True)
-    info.write_to_directory(scratch)
-    for name in ('features.json', 'dataset_info.json'):  # the order matters: dataset_info.json is the commit
-        index_lib.write_file(output / name, (scratch / name).read_bytes())
-
-
-def _finished(output: Path) -> list[str]:
-    return index_lib.finished_splits(output) if (output / 'dataset_info.json').exists() else []
+    write_shard(task, _worker['state'], _worker['tokenizer'], _worker['text_field'], _worker['skip_bad'], advance)
 
 
 def _check_tokenizer(output: Path, tokenizer) -> None:
-    for other in _finished(output):
-        described = index_lib.read_index(output, other).tokenizer
+    for other in finished(output):
+        described = manifest_lib.read_manifest(output, other).tokenizer
         if described != tokenizer.describe():
             raise DataError(
                 f'{output} holds split {other!r} with another tokenizer ({described}); '
@@ -371,27 +319,39 @@ def _check_tokenizer(output: Path, tokenizer) -> None:
 def _alone_in(output: Path) -> Iterator[None]:
     directory = os.open(output, os.O_RDONLY)
     try:
-        fcntl.flock(directory, fcntl.LOCK_EX)  # waits: a commit takes a moment
+        _flock(directory, fcntl.LOCK_EX, output)  # waits: a commit takes a moment
         yield
     finally:
         os.close(directory)
 
 
 @contextlib.contextmanager
-def _locked(state: Path) -> Iterator[None]:
-    with open(state / 'lock', 'w') as file:
+def _locked(incomplete: Path) -> Iterator[None]:
+    with open(incomplete / 'lock', 'w') as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB, incomplete)
         except BlockingIOError:
-            raise DataError(f'another prepare is at work in {state}; wait for it or end it') from None
+            raise DataError(f'another prepare is at work in {incomplete}; wait for it or end it') from None
         yield
 
 
-def _count(index: SplitIndex) -> str:
-    skipped = sum(source.skipped for source in index.sources)
+def _flock(file, operation: int, path: Path) -> None:
+    """fcntl.flock, with a warning where the file system has no locks (Lustre without -o flock, some mounted buckets)."""
+    try:
+        fcntl.flock(file, operation)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL):
+            raise
+        _note(f'{path}: the file system has no locks ({error.strerror}); do not run two prepares there at once')
+
+
+def _count(manifest: Manifest) -> str:
+    skipped = collections.Counter()
+    for source in manifest.sources:
+        skipped.update(source.skipped)
     return (
-        f'{index.num_documents:,} documents, {index.num_tokens:,} tokens, {index.num_bytes:,} bytes of text, '
-        f'{skipped:,} empty documents skipped, {len(index.shards)} shards'
+        f'{manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens, {manifest.num_bytes:,} bytes of text, '
+        f'{sum(skipped.values()):,} skipped{reasons(skipped)}, {len(manifest.shards)} shards'
     )
 
 

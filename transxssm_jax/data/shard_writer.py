@@ -1,9 +1,10 @@
-"""One shard of prepared data: the documents of its pieces as records, their lengths, and its counts.
+"""Writes one shard of prepared data: its documents as records, their lengths, and its counts.
 
-prepare.py cuts the work into such units and runs them in processes; a unit is
+prepare.py cuts the work into such tasks and runs them in processes. A task is
 finished when its counts are written, which happens last.
 """
 
+import collections
 import dataclasses
 import json
 import os
@@ -12,18 +13,18 @@ from pathlib import Path
 
 import numpy as np
 
-from transxssm_jax.data import manifest as index_lib
+from transxssm_jax.data import manifest as manifest_lib
 from transxssm_jax.data.manifest import DataError
-from transxssm_jax.data.source import Piece, read_documents
+from transxssm_jax.data.source import Piece, Skipped, read_items
 
 RECORD_TOKENS = 1 << 15
 BATCH_CHARS = 1 << 20
-# Longer texts are tokenised in parts that end with a line: a tokenizer needs about 100 bytes a character.
+# Longer texts are tokenised in parts that end with a line: a tokenizer needs about 100 bytes per character.
 PART_CHARS = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
-class Unit:
+class ShardTask:
     """The work of one shard."""
 
     number: int
@@ -31,58 +32,112 @@ class Unit:
     pieces: tuple[Piece, ...]
 
 
-def tokenize_unit(unit: Unit, state: Path, tokenizer, text_field: str, advance: Callable[[int, int], None]) -> None:
-    """Writes one shard: its records, its documents' lengths, then its counts, which mark it finished."""
-    from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+def write_shard(
+    task: ShardTask,
+    state: Path,
+    tokenizer,
+    text_field: str,
+    skip_bad: bool,
+    advance: Callable[[int, int], None],
+) -> None:
+    """Writes one shard: its records, its documents' lengths, then its counts, which mark it finished.
 
-    path = shard_path(state, unit)
+    Args:
+      task: what to read.
+      state: directory of the files.
+      tokenizer: see tokenizer.py.
+      text_field: field, column or feature that holds the text.
+      skip_bad: whether a bad document is counted and left out; otherwise it raises DataError.
+      advance: called with the numbers of new documents and tokens.
+    """
+    path = shard_path(state, task)
     temporary = path.with_name(f'{path.name}.tmp')
-    temporary.write_bytes(b'')  # a Python error with the reason where the writer has only a status
-    lengths, records, text_bytes, skipped = [], 0, 0, 0
-    try:
-        writer = ArrayRecordWriter(str(temporary), 'group_size:1')
-        for texts in _batches(text for piece in unit.pieces for text in read_documents(piece, text_field)):
-            batch_tokens = 0
-            for text, ids in zip(texts, _encode(tokenizer, texts), strict=True):
-                if not len(ids):
-                    skipped += 1
+    skipped, first_bad = collections.Counter(), ''
+
+    def texts() -> Iterator[str]:
+        nonlocal first_bad
+        for piece in task.pieces:
+            for item in read_items(piece, text_field):
+                if not isinstance(item, Skipped):
+                    yield item
                     continue
-                ids = np.append(ids, np.array(tokenizer.eos_id, ids.dtype))
-                for offset in range(0, len(ids), RECORD_TOKENS):
-                    writer.write(_example(ids[offset : offset + RECORD_TOKENS], offset))
-                    records += 1
-                lengths.append(len(ids))
-                text_bytes += len(text.encode())
-                batch_tokens += len(ids)
-            advance(len(texts), batch_tokens)
-        writer.close()
-        reader = ArrayRecordReader(str(temporary), options='readahead_buffer_size:0,max_parallelism:0')
-        if reader.num_records() != records:
-            raise RuntimeError(f'{reader.num_records()} records instead of {records}')
-        reader.close()
-    except (RuntimeError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(
-            f'{temporary} cannot be written ({str(error).splitlines()[0]}); '
-            'free space there, then run the same command to continue'
-        ) from None
+                if item.error and not skip_bad:
+                    raise DataError(f'{item.error}; or leave such documents out with --skip_bad=SHARE')
+                skipped[item.reason] += 1
+                first_bad = first_bad or item.error
+
+    writer = _Writer(temporary)
+    lengths, text_bytes = [], 0
+    for batch in _batches(texts()):
+        batch_tokens = 0
+        for text, ids in zip(batch, _encode(tokenizer, batch), strict=True):
+            if not len(ids):
+                skipped['empty'] += 1
+                continue
+            ids = np.append(ids, np.array(tokenizer.eos_id, ids.dtype))
+            for offset in range(0, len(ids), RECORD_TOKENS):
+                writer.write(_example(ids[offset : offset + RECORD_TOKENS], offset))
+            lengths.append(len(ids))
+            text_bytes += len(text.encode())
+            batch_tokens += len(ids)
+        advance(len(batch), batch_tokens)
+    writer.close()
     with open(temporary, 'rb+') as file:
-        index_lib.sync(file)
+        manifest_lib.sync(file)
     os.replace(temporary, path)
-    with open(lengths_path(state, unit), 'wb') as file:
+    with open(lengths_path(state, task), 'wb') as file:
         np.save(file, np.array(lengths, np.uint32))
-        index_lib.sync(file)
+        manifest_lib.sync(file)
     counts = {
         'documents': len(lengths),
-        'records': records,
+        'records': writer.records,
         'tokens': sum(lengths),
         'bytes': text_bytes,
-        'skipped': skipped,
+        'skipped': dict(sorted(skipped.items())),
+        'first_bad': first_bad,
         'file_bytes': path.stat().st_size,
+        'sha256': manifest_lib.file_digest(path),
     }
-    index_lib.write_file(result_path(state, unit), json.dumps(counts).encode())
-    index_lib.sync_directory(state)
+    manifest_lib.write_file(result_path(state, task), json.dumps(counts).encode())
+    manifest_lib.sync_directory(state)
+
+
+class _Writer:
+    """An ArrayRecord file. What fails in here is the output's fault, never that of the text."""
+
+    def __init__(self, path: Path):
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        self.records = 0
+        self._path = path
+        path.write_bytes(b'')  # a Python error with the reason where the writer has only a status
+        self._writer = self._run(lambda: ArrayRecordWriter(str(path), 'group_size:1'))
+
+    def _run(self, action):
+        try:
+            return action()
+        except (RuntimeError, ValueError) as error:
+            raise DataError(
+                f'{self._path} cannot be written ({manifest_lib.first_line(error)}); '
+                'free space there, then run the same command to continue'
+            ) from None
+
+    def write(self, record: bytes) -> None:
+        self._run(lambda: self._writer.write(record))
+        self.records += 1
+
+    def close(self) -> None:
+        """Finishes the file, and reads its number of records again: a full disk may only be seen there."""
+        self._run(self._close)
+
+    def _close(self) -> None:
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        self._writer.close()
+        reader = ArrayRecordReader(str(self._path), options='readahead_buffer_size:0,max_parallelism:0')
+        if reader.num_records() != self.records:
+            raise RuntimeError(f'{reader.num_records()} records instead of {self.records}')
+        reader.close()
 
 
 def _encode(tokenizer, texts: list[str]) -> list[np.ndarray]:
@@ -129,13 +184,13 @@ def _example(ids: np.ndarray, offset: int) -> bytes:
     return example.SerializeToString(deterministic=True)
 
 
-def shard_path(state: Path, unit: Unit) -> Path:
-    return state / f'{unit.number:05d}.array_record'
+def shard_path(state: Path, task: ShardTask) -> Path:
+    return state / f'{task.number:05d}.array_record'
 
 
-def lengths_path(state: Path, unit: Unit) -> Path:
-    return state / f'{unit.number:05d}.lengths.npy'
+def lengths_path(state: Path, task: ShardTask) -> Path:
+    return state / f'{task.number:05d}.lengths.npy'
 
 
-def result_path(state: Path, unit: Unit) -> Path:
-    return state / f'{unit.number:05d}.json'
+def result_path(state: Path, task: ShardTask) -> Path:
+    return state / f'{task.number:05d}.json'

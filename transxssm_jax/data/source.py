@@ -1,32 +1,41 @@
 """Where text comes from: the readers behind `--source=SPEC[@WEIGHT]` of prepare.py.
 
     notes.txt, notes.txt.gz           the whole file is one document
-    corpus.jsonl, corpus.json.gz      one document a line, its text under --text_field
-    shard.parquet                     one document a row, its text in column --text_field
-    DIR                               the parquet files below DIR, or else the jsonl files, or else every text file;
-                                      where the names of parquet or jsonl files tell splits apart
-                                      (data/train-00000-of-00010.parquet, valid.jsonl, train/0000.parquet),
-                                      those of --split
+    corpus.jsonl, corpus.json.gz      one document per line, its text under --text_field
+    shard.parquet                     one document per row, its text in column --text_field
+    DIR                               the parquet files below DIR, or else the jsonl files, or else every text file
     'DIR/**/*.py'                     the files that match, each read by its ending
     tfds:NAME_OR_DIR/SPLIT            a TFDS data set in ArrayRecord files, its text in feature --text_field
+
+Text and jsonl may be compressed by gzip (.gz) or Zstandard (.zst). Where every
+parquet or jsonl file of DIR names its split (data/train-00000-of-00010.parquet,
+valid.jsonl, train/0000.parquet), those of --split are taken. Which files are
+passed over is reported. A weight is a decimal number; a SPEC that itself ends
+in @NUMBER needs one behind it (wiki@2023@1), unless a file or directory has the
+whole name.
 
 Files are taken in sorted order and cut into pieces (byte ranges of jsonl, row
 groups of parquet, ranges of TFDS examples), so that the documents and their
 order depend on the source alone and any piece can be read by itself.
+
+Every reader gives text under the same rules: UTF-8 with U+FFFD for what is
+not, without a byte order mark at its begin.
 """
 
 import dataclasses
 import glob
 import gzip
+import io
 import itertools
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
-from transxssm_jax.data.manifest import DataError
+from transxssm_jax.data.manifest import DataError, first_line
+from transxssm_jax.data.tokenizer import replace_surrogates
 
 SPLIT_WORDS = {  # as the Hugging Face hub reads file names
     'train': 'train',
@@ -40,7 +49,10 @@ SPLIT_WORDS = {  # as the Hugging Face hub reads file names
     'eval': 'test',
     'evaluation': 'test',
 }
-COMPRESSION = 3  # text bytes for a byte of gzip, roughly; only sizes the pieces
+COMPRESSED = ('.gz', '.zst')
+UNREAD = ('.xz', '.bz2', '.lz4', '.br', '.zip', '.7z', '.rar', '.tar', '.tgz', '.tar.gz', '.tar.zst')
+COMPRESSION = 3  # text bytes per compressed byte, roughly; only sizes the pieces
+BYTE_ORDER_MARK = '\ufeff'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +60,7 @@ class Piece:
     """A run of documents that is read on its own.
 
     start and stop count bytes in jsonl, row groups in parquet and examples in
-    TFDS; a text or gzip file is one piece. size: bytes of text, roughly.
+    TFDS; a text file or a compressed one is one piece. size: bytes of text, roughly.
     """
 
     kind: str  # text, jsonl, parquet, tfds
@@ -59,40 +71,73 @@ class Piece:
     explicit: bool = True  # False: found in a directory or by a pattern, so binary files are passed over
 
 
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    """A document that is not there to be stored."""
+
+    reason: str  # a few words, by which it is counted
+    error: str = ''  # where and what; '' for what is no error: a binary file among others
+
+
 def parse_source(argument: str) -> tuple[str, str]:
-    """'SPEC' or 'SPEC@WEIGHT' -> (spec, weight as written, '' for none)."""
+    """'SPEC' or 'SPEC@WEIGHT' -> (spec, weight as written, '' for none).
+
+    Raises DataError for a weight of 0, or where it cannot be told whether the argument ends in a weight.
+    """
     spec, at, weight = argument.rpartition('@')
-    if at and re.fullmatch(r'\d+(\.\d*)?|\.\d+', weight):
-        if not Fraction(weight):
-            raise DataError(f'--source={argument}: the weight must be above 0; leave the source out instead')
-        return spec, weight
-    return argument, ''
+    if not at or not re.fullmatch(r'[0-9]+(\.[0-9]*)?|\.[0-9]+', weight):
+        return argument, ''
+    explain = f'a name that ends in @NUMBER needs a weight behind it: --source={argument}@1'
+    if os.path.exists(argument):
+        if os.path.exists(spec):
+            raise DataError(f'--source={argument}: there are both {spec} and {argument}; {explain}')
+        return argument, ''
+    if not Fraction(weight):
+        raise DataError(f'--source={argument}: the weight must be above 0; leave the source out instead')
+    if not spec.startswith('tfds:') and not os.path.exists(spec) and not glob.has_magic(spec):
+        raise DataError(f'--source={argument}: no such file or directory: {spec}, with weight {weight}; {explain}')
+    return spec, weight
 
 
-def list_files(spec: str, split: str) -> list[Piece]:
+def list_files(spec: str, split: str, note: Callable[[str], None] = lambda text: None) -> list[Piece]:
     """The files (or the TFDS split) of one source, each as one whole piece, in sorted order.
 
-    Raises DataError where there are none.
+    Args:
+      spec: see the top of this file.
+      split: that a directory's files are taken of, where all of them name theirs.
+      note: called with a sentence about files that are passed over.
+
+    Raises DataError where there are none, or where it cannot be told which are meant.
     """
     if spec.startswith('tfds:'):
         data, size = _open_tfds(spec)
         return [Piece('tfds', spec, 0, len(data), size)]
     if os.path.isfile(spec):
         return [_whole_file(spec, explicit=True)]
+    kind = ''
     if os.path.isdir(spec):
-        paths = _below(spec)
-        for ending in (r'\.parquet', r'\.(jsonl|ndjson|json)\.gz|\.(jsonl|ndjson)'):
-            tables = [path for path in paths if re.search(f'({ending})$', path)]
-            if tables:
-                paths = _of_split(tables, spec, split)
+        found, passed_over = _below(spec)
+        for ending in (r'\.parquet', r'\.(jsonl|ndjson|json)\.(gz|zst)|\.(jsonl|ndjson)'):
+            paths = [path for path in found if re.search(f'({ending})$', path)]
+            if paths:
+                passed_over += sorted(set(found) - set(paths))
+                paths = _of_split(paths, spec, split, note)
                 break
-        else:  # also of package.json and the like
-            return [_whole_file(path, explicit=False, kind='text') for path in paths] or _no_files(spec)
+        else:
+            paths, kind = found, 'text'  # package.json and the like are text here
     elif glob.has_magic(spec):
-        paths = [path for path in glob.glob(spec, recursive=True) if os.path.isfile(path)]
+        found = glob.glob(spec, recursive=True)
+        paths = sorted(path for path in found if os.path.isfile(path))
+        passed_over = [path for path in found if not os.path.isfile(path) and not os.path.isdir(path)]
     else:
         raise DataError(f'--source={spec}: no such file or directory')
-    return [_whole_file(path, explicit=False) for path in sorted(paths)] or _no_files(spec)
+    passed_over += [path for path in paths if path.endswith(UNREAD)]
+    paths = [path for path in paths if not path.endswith(UNREAD)]
+    if passed_over:
+        note(f'--source={spec}: {len(passed_over):,} files are passed over: {_some(passed_over)}')
+    if not paths:
+        raise DataError(f'--source={spec}: no files there; name a file, a directory or a quoted pattern that has some')
+    return [_whole_file(path, explicit=False, kind=kind) for path in paths]
 
 
 def cut(file: Piece, piece_size: int) -> list[Piece]:
@@ -106,7 +151,7 @@ def cut(file: Piece, piece_size: int) -> list[Piece]:
                 pieces.append(dataclasses.replace(file, start=start, stop=group + 1, size=size))
                 start, size = group + 1, 0
         return pieces
-    if file.kind == 'text' or file.path.endswith('.gz') or file.size <= piece_size:
+    if file.kind == 'text' or file.path.endswith(COMPRESSED) or file.size <= piece_size:
         return [file]
     count = -(-file.size // piece_size)
     bounds = [file.stop * i // count for i in range(count + 1)]
@@ -118,100 +163,151 @@ def cut(file: Piece, piece_size: int) -> list[Piece]:
 
 
 def read_documents(piece: Piece, text_field: str) -> Iterator[str]:
-    """Texts of the documents of `piece`; '' for one without text. Raises DataError naming the place."""
+    """Texts of the documents of `piece`; '' for one without text. Raises DataError naming a bad one."""
+    for item in read_items(piece, text_field):
+        if not isinstance(item, Skipped):
+            yield item
+        elif item.error:
+            raise DataError(item.error)
+
+
+def read_items(piece: Piece, text_field: str) -> Iterator[str | Skipped]:
+    """Texts of the documents of `piece`, and Skipped for those that are bad.
+
+    What cannot be read any further is one Skipped ('unreadable'), whose rest is lost. Raises DataError where all
+    documents of a file lack the field, and where the system fails to read (EIO, EACCES): that is no bad document.
+    """
     readers = {'text': _read_text, 'jsonl': _read_jsonl, 'parquet': _read_parquet, 'tfds': _read_tfds}
-    return readers[piece.kind](piece, text_field)
+    items = readers[piece.kind](piece, text_field)
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except (DataError, MemoryError):
+            raise
+        except Exception as error:  # of gzip, zlib, zstd, Arrow and TFDS alike
+            if getattr(error, 'errno', None):
+                raise DataError(f'{piece.path} cannot be read ({error.strerror}); run the same command again') from None
+            yield Skipped('unreadable', f'{piece.path} cannot be read ({first_line(error)}); fetch it again')
+            return
+        yield item if isinstance(item, Skipped) else replace_surrogates(item).removeprefix(BYTE_ORDER_MARK)
 
 
-def _no_files(spec: str):
-    raise DataError(f'--source={spec}: no files there; name a file, a directory or a quoted pattern that has some')
+def _below(directory: str) -> tuple[list[str], list[str]]:
+    """(files, what is neither file nor directory) below a directory, without hidden names and Python's caches."""
 
+    def refuse(error: OSError):
+        raise DataError(f'--source={directory}: {error.filename} cannot be listed ({error.strerror})')
 
-def _below(directory: str) -> list[str]:
-    """Files below a directory; hidden ones and Python's caches are left out."""
     paths = []
-    for root, directories, files in os.walk(directory):
+    for root, directories, files in os.walk(directory, onerror=refuse):
         directories[:] = [name for name in directories if not name.startswith('.') and name != '__pycache__']
         paths += [os.path.join(root, name) for name in files if not name.startswith('.')]
-    return sorted(path for path in paths if os.path.isfile(path))
+    paths.sort()
+    return [path for path in paths if os.path.isfile(path)], [path for path in paths if not os.path.isfile(path)]
 
 
-def _of_split(paths: list[str], directory: str, split: str) -> list[str]:
-    """The paths of one split where file names tell splits apart, otherwise all."""
+def _of_split(paths: list[str], directory: str, split: str, note: Callable[[str], None]) -> list[str]:
+    """The paths of one split where every path names one, otherwise all."""
     splits = {}
     for path in paths:
         words = re.split(r'[^a-z]+', os.path.relpath(path, directory).lower())
         # The last word that names a split counts: test/train-0.parquet is of train.
         found = [SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS]
         splits.setdefault(found[-1] if found else '', []).append(path)
-    if set(splits) == {''}:
-        return paths
     wanted = SPLIT_WORDS.get(split, split)
+    named = sorted(filter(None, splits))
+    if set(splits) <= {'', wanted}:
+        return paths
+    if '' in splits:  # train on a held-out file, or lose files for a word in their names: neither without a word
+        other = next(name for name in named if name != wanted)
+        raise DataError(
+            f'--source={directory}: {_some(splits[other], 1)} seems to be of split {other!r} but '
+            f'{_some(splits[""], 1)} names no split; name the files that are meant with a quoted pattern, '
+            f"for example --source='{directory}/*'"
+        )
     if wanted not in splits:
         raise DataError(
-            f'--source={directory} has files of {", ".join(sorted(filter(None, splits)))} but none of '
-            f'--split={split}; name the files, for example --source={directory}/{sorted(filter(None, splits))[0]}*'
+            f'--source={directory} has files of {", ".join(named)} but none of --split={split}; '
+            f'name the files, for example --source={directory}/{named[0]}*'
         )
+    others = sorted(set(paths) - set(splits[wanted]))
+    if others:
+        note(f'--source={directory}: {len(others):,} files of other splits are passed over: {_some(others)}')
     return splits[wanted]
+
+
+def _some(paths: list[str], count: int = 5) -> str:
+    more = f' and {len(paths) - count:,} more' if len(paths) > count and count > 1 else ''
+    return ', '.join(paths[:count]) + more
 
 
 def _whole_file(path: str, *, explicit: bool, kind: str = '') -> Piece:
     size = os.path.getsize(path)
-    stem = path.removesuffix('.gz')
-    text_size = size * COMPRESSION if stem != path else size
-    if stem.endswith('.parquet') and not kind:
+    if path.endswith(UNREAD):
+        raise DataError(
+            f'--source={path}: this format is not read; unpack it, or compress single files by gzip or zstd'
+        )
+    if path.endswith('.parquet') and not kind:
         return Piece('parquet', path, 0, 0, size * COMPRESSION, explicit)
-    if path.endswith(('.zst', '.xz', '.bz2', '.zip', '.tar', '.7z')) and explicit:
-        raise DataError(f'--source={path}: this compression is not read; decompress it or use gzip')
+    stem = path.removesuffix('.gz').removesuffix('.zst')
+    text_size = size * COMPRESSION if stem != path else size
     table = stem.endswith(('.jsonl', '.ndjson', '.json'))
     return Piece(kind or ('jsonl' if table else 'text'), path, 0, size, text_size, explicit)
 
 
-def _read_text(piece: Piece, text_field: str) -> Iterator[str]:
+def _read_text(piece: Piece, text_field: str) -> Iterator[str | Skipped]:
     del text_field
     with _open(piece.path) as file:
         content = file.read()
-    if b'\0' in content[:8192]:
-        if piece.explicit:
-            raise DataError(
-                f'--source={piece.path} is a binary file (it has zero bytes); '
-                'text, jsonl and parquet are read, by the ending of the name'
-            )
-        content = b''
-    yield content.decode('utf-8', 'replace')
+    if b'\0' not in content[:8192]:
+        yield content.decode('utf-8', 'replace')
+    elif piece.explicit:
+        raise DataError(
+            f'--source={piece.path} is a binary file (it has zero bytes); '
+            'text, jsonl and parquet are read, by the ending of the name'
+        )
+    else:
+        yield Skipped('binary file')
 
 
-def _read_jsonl(piece: Piece, text_field: str) -> Iterator[str]:
+def _read_jsonl(piece: Piece, text_field: str) -> Iterator[str | Skipped]:
     with _open(piece.path) as file:
-        whole = piece.path.endswith('.gz')
-        if piece.start:
+        whole = piece.path.endswith(COMPRESSED)
+        position = piece.start
+        if position:
             # A line belongs to the piece that its first byte is in.
-            file.seek(piece.start - 1)
-            file.readline()
-        while whole or file.tell() < piece.stop:
-            position = file.tell()
-            line = file.readline()
+            file.seek(position - 1)
+            position += len(file.readline()) - 1
+        while whole or position < piece.stop:
+            line = file.readline()  # bytes end with a line feed alone, not with U+2028 and the like
             if not line:
                 break
-            if line.strip():
-                yield _json_text(line, text_field, f'{piece.path}, line at byte {position}')
+            content = line if position else line.removeprefix(BYTE_ORDER_MARK.encode())
+            if content.strip():
+                yield _json_text(content, text_field, f'{piece.path}, line at byte {position}')
+            position += len(line)
 
 
-def _json_text(line: bytes, text_field: str, place: str) -> str:
+def _json_text(line: bytes, text_field: str, place: str) -> str | Skipped:
     try:
         document = json.loads(line)
-    except ValueError as error:
-        raise DataError(f'{place}: not JSON ({error}); every line must be one JSON object') from None
+    except (ValueError, RecursionError) as error:
+        reason = 'it is nested too deeply' if isinstance(error, RecursionError) else first_line(error)
+        return Skipped('not JSON', f'{place}: not JSON ({reason}); every line must be one JSON object')
     if not isinstance(document, dict) or text_field not in document:
-        names = ', '.join(document) if isinstance(document, dict) else type(document).__name__
-        raise DataError(f'{place} has no field {text_field!r} (it has {names}); name the text with --text_field')
+        names = _some(list(document), 20) if isinstance(document, dict) else type(document).__name__
+        return Skipped(
+            'no field', f'{place} has no field {text_field!r} (it has {names}); name the text with --text_field'
+        )
     text = document[text_field]
     if not isinstance(text, str | None):
-        raise DataError(
-            f'{place}: field {text_field!r} is {type(text).__name__}, not text; name the text with --text_field'
+        return Skipped(
+            'not text',
+            f'{place}: field {text_field!r} is {type(text).__name__}, not text; name the text with --text_field',
         )
-    # JSON can spell half a surrogate pair, which is no text.
-    return (text or '').encode('utf-8', 'replace').decode()
+    return text or ''
 
 
 def _read_parquet(piece: Piece, text_field: str) -> Iterator[str]:
@@ -224,28 +320,30 @@ def _read_parquet(piece: Piece, text_field: str) -> Iterator[str]:
             'name the text with --text_field'
         )
     column_type = file.schema_arrow.field(text_field).type
+    value_type = column_type.value_type if pyarrow.types.is_dictionary(column_type) else column_type
     if not (
-        pyarrow.types.is_string(column_type)
-        or pyarrow.types.is_large_string(column_type)
-        or pyarrow.types.is_string_view(column_type)
+        pyarrow.types.is_string(value_type)
+        or pyarrow.types.is_large_string(value_type)
+        or pyarrow.types.is_string_view(value_type)
     ):
         raise DataError(
             f'{piece.path}: column {text_field!r} is {column_type}, not text; name the text with --text_field'
         )
-    try:
-        for batch in file.iter_batches(
-            batch_size=256, row_groups=range(piece.start, piece.stop), columns=[text_field], use_threads=False
-        ):
-            for text in batch.column(0).to_pylist():
-                yield text or ''
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f'{piece.path} cannot be read ({str(error).splitlines()[0]}); fetch it again') from None
+    for batch in file.iter_batches(
+        batch_size=256, row_groups=range(piece.start, piece.stop), columns=[text_field], use_threads=False
+    ):
+        for text in batch.column(0).to_pylist():
+            yield text or ''
 
 
-def _read_tfds(piece: Piece, text_field: str) -> Iterator[str]:
+def _read_tfds(piece: Piece, text_field: str) -> Iterator[str | Skipped]:
     data, _ = _open_tfds(piece.path)
     for i in range(piece.start, piece.stop):
-        example = data[i]
+        try:
+            example = data[i]
+        except Exception as error:  # TFDS raises many kinds
+            yield Skipped('unreadable', f'{piece.path}: example {i} cannot be read ({first_line(error)})')
+            continue
         if text_field not in example:
             raise DataError(
                 f'{piece.path} has no feature {text_field!r} (it has {", ".join(example)}); '
@@ -263,7 +361,13 @@ def _read_tfds(piece: Piece, text_field: str) -> Iterator[str]:
 
 
 def _open(path: str):
-    return gzip.open(path) if path.endswith('.gz') else open(path, 'rb')
+    if path.endswith('.gz'):
+        return gzip.open(path)
+    if path.endswith('.zst'):
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.input_stream(path, compression='zstd'), 1 << 20)
+    return open(path, 'rb')
 
 
 def _open_parquet(path: str):
@@ -272,8 +376,8 @@ def _open_parquet(path: str):
 
     try:
         return pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowException as error:
-        raise DataError(f'{path} is no parquet file ({str(error).splitlines()[0]}); fetch it again') from None
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f'{path} is no parquet file or is damaged ({first_line(error)}); fetch it again') from None
 
 
 def _open_tfds(spec: str):

@@ -7,7 +7,7 @@ import signal
 import threading
 
 
-def follow_parent() -> None:
+def exit_with_parent() -> None:
     """Makes this worker process live exactly as long as its parent wants it.
 
     Ctrl-C and a scheduler's SIGTERM reach every process of a job. The parent
@@ -27,4 +27,4 @@ def follow_parent() -> None:
         multiprocessing.connection.wait([parent.sentinel])
         os._exit(1)
 
-    threading.Thread(target=watch, name='follow-parent', daemon=True).start()
+    threading.Thread(target=watch, name='exit-with-parent', daemon=True).start()

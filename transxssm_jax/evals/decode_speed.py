@@ -3,10 +3,10 @@
     python -m transxssm_jax.evals.decode_speed --config=configs/1p3b.py [--contexts=4096,16384,65536] [--batches=1,64]
         [--models=config,transformer] [--out=FILE.json] [--config.a.b=value]
 
-`transformer` is the config with attention in every layer. Where rows of a context do not fit the device's memory for
-every model, all are measured at the most rows that do, and the table says so. A line:
+'transformer' is the config with attention in every layer. Where rows of a context do not fit the device's memory for
+every model, all are measured with the most rows that do, and a line above the table reports it. Columns:
 
-  ms        median of a step (one token a row), of --repeats blocks of --steps steps; spread: least and most
+  ms        median time of a step (one token per row), of --repeats blocks of --steps steps; spread: least and most
   tokens/s  rows over that time
   GB        least bytes of a step: weights once, states read and written, keys and values of the context read
   bound     those bytes at the bandwidth that a plain sum reaches on this device, and its share of the step's time
@@ -32,17 +32,17 @@ from transxssm_jax import config as config_lib
 from transxssm_jax.config import Config, ConfigError, Model
 from transxssm_jax.inference.decode import Decoder
 from transxssm_jax.inference.sampling import Sampling
-from transxssm_jax.model import parameters
+from transxssm_jax.model import costs, parameters
 
 FINISHED, WRONG_INPUT = 0, 2
-MEMORY_SHARE = 0.94  # of the device's, for weights, caches and what a step works in
+MEMORY_SHARE = 0.94  # of the device's memory, for weights, caches and a step's temporaries
 MODELS = ('config', 'transformer')
 ROWS_STEP = 8  # reduced batches are multiples of this
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Bytes of decoding: of all weights, of a row's states, and of a row's keys and values a token."""
+    """Bytes of decoding: all weights, the states of one row, and the cache of one row per token."""
 
     weights: int
     states: int
@@ -50,14 +50,15 @@ class Sizes:
 
     @classmethod
     def of(cls, model: Model) -> 'Sizes':
-        width = jnp.dtype(model.dtype).itemsize
-        kinds = model.layer_pattern * (model.num_layers // len(model.layer_pattern))
-        states = kinds.count('ssd') * model.num_heads * model.head_dim * model.d_state * 4
-        cache = kinds.count('attention') * 2 * model.num_kv_heads * model.head_dim * width
-        return cls(parameters.count_params(model) * width, states, cache)
+        layers = costs.layer_costs(model)
+        return cls(
+            weights=parameters.count_params(model) * costs.dtype_bytes(model),
+            states=sum(count * layer.state_bytes for _, count, layer in layers),
+            cache_per_token=sum(count * layer.cache_bytes for _, count, layer in layers),
+        )
 
     def held(self, rows: int, context: int, model: Model) -> int:
-        """Bytes in memory: besides the above, scores of one layer and logits, both float32 with a copy or two."""
+        """Bytes in memory: weights, states and caches, scores of one layer and logits, both float32 with a copy or two."""
         scores = rows * model.num_heads * context * 4
         return self.weights + rows * (self.states + context * self.cache_per_token + 16 * model.vocab_size) + 3 * scores
 
@@ -74,7 +75,7 @@ def transformer_of(config: Config) -> Config:
 
 
 def rows_that_fit(models: list[Model], rows: int, context: int, memory: float) -> int:
-    """The most rows, at most the wanted, that every model's decoding fits the memory with; 0: none."""
+    """The most rows, up to `rows`, with which the decoding of every model fits the memory; 0: none."""
     sizes = [Sizes.of(model) for model in models]
 
     def fits(count):
@@ -85,7 +86,7 @@ def rows_that_fit(models: list[Model], rows: int, context: int, memory: float) -
 
 
 def bandwidth(gibibytes: float = 4.0, repeats: int = 7) -> float:
-    """Bytes a second that a plain sum of bfloat16 reads here."""
+    """Bytes/s that a plain sum of bfloat16 reads on this device."""
     x = jnp.zeros(int(gibibytes * 2**29), jnp.bfloat16)
     total = jax.jit(functools.partial(jnp.sum, dtype=jnp.float32))
     return x.nbytes / statistics.median(_times(lambda: total(x), repeats))
@@ -96,11 +97,11 @@ def random_state(decoder: Decoder, rows: int, context: int) -> dict:
     state = decoder.empty(rows, context)
 
     def noise(i, leaf):
-        # One row's worth of 1,024 tokens at most, again and again: the noise of all would take memory of its own.
+        # One row of at most 1,024 tokens, repeated: noise for the whole cache would take as much memory again.
         period = (1, *leaf.shape[1:2], min(leaf.shape[2], 1024), *leaf.shape[3:])
         values = jax.random.normal(jax.random.key(i), period, leaf.dtype)
-        places = [jnp.arange(size) % part for size, part in zip(leaf.shape, period)]
-        return values[places[0]][:, :, places[2]]
+        rows, _, tokens, *_ = [jnp.arange(size) % repeat for size, repeat in zip(leaf.shape, period)]
+        return values[rows][:, :, tokens]
 
     leaves, tree = jax.tree.flatten(state['caches'])
     for i in range(len(leaves)):
@@ -109,7 +110,7 @@ def random_state(decoder: Decoder, rows: int, context: int) -> dict:
 
 
 def runner(decoder: Decoder, rows: int, context: int, steps: int, blocks: int):
-    """A function that decodes `steps` tokens a row near the end of the context; it can be called `blocks` times."""
+    """A function that decodes `steps` tokens per row near the end of the context; it can be called `blocks` times."""
     sampling = Sampling(temperature=1.0)
     start = context - steps * blocks
     settings = {
@@ -140,7 +141,7 @@ def runner(decoder: Decoder, rows: int, context: int, steps: int, blocks: int):
 
 
 def measure(decoder: Decoder, rows: int, context: int, steps: int, repeats: int) -> dict:
-    """Times of a step in ms: 'ms' (median), 'least', 'most'; and 'compile_s', of the first block's compilation and run."""
+    """Times of a step in ms: 'ms' (median), 'least', 'most'; 'compile_s': seconds to compile and run the first block."""
     if context < steps * (repeats + 1) + 1:
         raise ConfigError(
             f'--contexts={context} must be above --steps={steps} x (--repeats={repeats} + 1); lower those'
@@ -165,18 +166,18 @@ def _times(function, repeats, warm=True):
 
 
 def memory_of_device() -> float:
-    """Bytes that jax may use of the first device; without a limit of its own (a CPU), all that a program may want."""
+    """Bytes of the first device that JAX may use; infinity where there is no such limit (a CPU)."""
     stats = jax.devices()[0].memory_stats() or {}
     return stats.get('bytes_limit', float('inf'))
 
 
 def table(
-    configs: dict[str, Config], contexts: list[int], batches: list[int], steps: int, repeats: int, say
+    configs: dict[str, Config], contexts: list[int], batches: list[int], steps: int, repeats: int, write
 ) -> list[dict]:
-    """Measures every model at every context and batch; says each line as it comes and returns all of them."""
+    """Measures every model at every context and batch; passes each line to `write` as it comes and returns them."""
     memory, speed = MEMORY_SHARE * memory_of_device(), bandwidth()
     device = jax.devices()[0]
-    say(f'{device.device_kind}, jax {jax.__version__}: a sum reads {speed / 1e9:,.0f} GB/s')
+    write(f'{device.device_kind}, jax {jax.__version__}: a sum reads {speed / 1e9:,.0f} GB/s')
     cases = []
     for context in contexts:
         for batch in batches:
@@ -186,13 +187,13 @@ def table(
                     f'{name} {Sizes.of(config.model).held(batch, context, config.model) / 1e9:.0f} GB'
                     for name, config in configs.items()
                 )
-                say(
+                write(
                     f'{batch} rows of {context} tokens need {needs} of {memory / 1e9:.0f} GB: '
                     + (f'measured with {rows} rows' if rows else 'not measured')
                 )
             if rows:
                 cases.append((context, rows))
-    say(
+    write(
         f'{"model":12} {"context":>7} {"rows":>4} {"ms":>8} {"spread":>15} {"tokens/s":>9} {"GB":>7} {"bound ms":>8} '
         f'{"share":>6} {"weights":>7} {"compile s":>9}'
     )
@@ -215,7 +216,7 @@ def table(
                 over_weights=times['ms'] / (1e3 * sizes.weights / speed),
             )
             lines.append(line)
-            say(
+            write(
                 f'{name:12} {context:7} {rows:4} {line["ms"]:8.3f} {line["least"]:7.3f}-{line["most"]:7.3f} '
                 f'{line["tokens_per_s"]:9.0f} {moved / 1e9:7.2f} {bound:8.3f} {bound / line["ms"]:6.0%} '
                 f'{line["over_weights"]:7.2f} {line["compile_s"]:9.1f}'
@@ -224,7 +225,7 @@ def table(
     for context, rows in dict.fromkeys(cases):
         of = {line['model']: line['ms'] for line in lines if (line['context'], line['rows']) == (context, rows)}
         if set(of) == set(MODELS):
-            say(f'{context} tokens, {rows} rows: {of["transformer"] / of["config"]:.2f}x the Transformer')
+            write(f'{context} tokens, {rows} rows: {of["transformer"] / of["config"]:.2f}x the Transformer')
     return lines
 
 

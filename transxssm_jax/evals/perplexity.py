@@ -39,7 +39,7 @@ from flax import nnx
 
 from transxssm_jax.config import Config, ConfigError, Model
 from transxssm_jax.data.loader import check_vocab, make_loader
-from transxssm_jax.data.manifest import DataError, read_index
+from transxssm_jax.data.manifest import DataError, read_manifest
 from transxssm_jax.data.tokenizer import load_tokenizer
 from transxssm_jax.evals.scoring import log_likelihoods
 from transxssm_jax.model.loss import IGNORED
@@ -146,7 +146,7 @@ def read_spans(path: pathlib.Path | str, split: str, length: int, *, documents: 
     Raises:
       DataError: the split has no such span.
     """
-    lengths = read_index(path, split).lengths()
+    lengths = read_manifest(path, split).lengths()
     if documents == 'long' and lengths.max() < length:
         raise DataError(
             f'{path} has no document of {length} tokens in split {split!r}, the longest has {lengths.max()}; lower '
@@ -166,11 +166,12 @@ def read_spans(path: pathlib.Path | str, split: str, length: int, *, documents: 
 
 
 def _rows(path, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(tokens, whether the document ends with it) of the split, a row after another."""
+    """(stored tokens, whether the document ends with it) of the split, a row after another."""
     with make_loader(path, split, seq_len=ROW_TOKENS, global_batch=1, seed=0, shuffle=False, repeat=False) as loader:
         for batch in loader:
             kept = batch['segment_ids'][0] > 0
-            yield batch['tokens'][0][kept], batch['targets'][0][kept] == IGNORED
+            tokens = batch['targets'][0][kept]  # the inputs hold the begin token in place of eos
+            yield tokens, tokens == loader.eos_id
 
 
 def _documents(path, split: str) -> Iterator[np.ndarray]:
@@ -278,7 +279,7 @@ def _check_tokenizer(path: str, split: str, config: Config) -> None:
         trained = load_tokenizer(config.data.path).describe()
     except DataError:
         return  # what it was trained on is not here
-    given = read_index(path, split).tokenizer
+    given = read_manifest(path, split).tokenizer
     if (given['kind'], given['sha256']) != (trained['kind'], trained['sha256']):
         raise DataError(
             f'{path} was prepared with another tokenizer than the one of the run ({config.data.path}); prepare the '

@@ -9,6 +9,7 @@ Shape legend: B batch, L length, H heads, K width of what rotates.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float32
 
 from transxssm_jax.config import Model
@@ -19,11 +20,14 @@ Rope = tuple[Table, Table]  # cos, sin; half the width of what rotates
 
 
 def tables(positions_BL: jax.Array, width: int, model: Model, length_B: jax.Array | None = None) -> Rope:
-    """Cosines and sines of every position's angles.
+    """Cosines and sines of every position's angles, to 1e-6 at any position.
+
+    An angle is computed in fixed point, as a number of 2^-32 turns that wraps around: a float32 product of position and
+    frequency is off by 0.06 at position 1M.
 
     Args:
-      positions_BL: int32 positions within each document.
-      width: K, even: what rotates has this width.
+      positions_BL: integer positions within each document, >= 0.
+      width: K, even: the width of the vectors that are rotated.
       model: theta and the scaling: 'linear' divides positions by rope_factor
         (position interpolation); 'dynamic' raises theta once a row is longer
         than rope_original_length (NTK-aware, as the transformers library
@@ -35,24 +39,29 @@ def tables(positions_BL: jax.Array, width: int, model: Model, length_B: jax.Arra
     Returns:
       cos, sin: float32 [B, L, K/2].
     """
-    positions = positions_BL.astype(jnp.float32)
-    exponent = jnp.arange(0, width, 2, dtype=jnp.float32) / width
-    theta = jnp.float32(model.rope_theta)
+    exponent = np.arange(0, width, 2, dtype=np.float64) / width
+    turns = model.rope_theta**-exponent / (2 * np.pi)  # per position, in float64 on the host
     if model.rope_scaling == 'linear':
-        positions = positions / model.rope_factor
-    elif model.rope_scaling == 'dynamic':
+        turns /= model.rope_factor
+    if model.rope_scaling == 'dynamic':
         # By row, so that a row's result does not depend on what else is in the batch. It does depend on the
         # longest document of the row, as in the published code: this scaling is for text beyond the training
-        # length, one document a row.
-        length = (
-            length_B[:, None]
-            if length_B is not None
-            else collectives.all_reduce_max(jnp.max(positions, axis=-1, keepdims=True) + 1, 'length')
-        )
-        length = jnp.maximum(length.astype(jnp.float32), model.rope_original_length)
-        stretch = model.rope_factor * length / model.rope_original_length - (model.rope_factor - 1)
-        theta = (theta * stretch ** (width / (width - 2)))[..., None]
-    angles = positions[..., None] * theta**-exponent
+        # length, one document per row.
+        if length_B is None:
+            length_B = collectives.all_reduce_max(jnp.max(positions_BL, axis=-1) + 1, 'length')
+        length_B = jnp.maximum(length_B.astype(jnp.float32), model.rope_original_length)
+        stretch_B = model.rope_factor * length_B / model.rope_original_length - (model.rope_factor - 1)
+        # theta * stretch^(K / (K - 2)) in place of theta. These frequencies are float32.
+        power = (exponent * width / (width - 2)).astype(np.float32)
+        units = turns.astype(np.float32) * 2.0**32 * stretch_B[:, None, None] ** -power
+        high, low = jnp.floor(units).astype(jnp.uint32), units - jnp.floor(units)
+    else:
+        units = turns * 2.0**32
+        high, low = np.floor(units).astype(np.uint32), (units % 1).astype(np.float32)
+    positions = positions_BL[..., None]
+    # uint32 products wrap around, which drops whole turns; what `low` adds is below 2^32 in itself.
+    phase = positions.astype(jnp.uint32) * high + (positions.astype(jnp.float32) * low).astype(jnp.uint32)
+    angles = jax.lax.bitcast_convert_type(phase, jnp.int32).astype(jnp.float32) * np.float32(2 * np.pi / 2**32)
     return jnp.cos(angles), jnp.sin(angles)
 
 

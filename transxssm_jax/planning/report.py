@@ -1,24 +1,24 @@
 """What is known of a planned step, as plain values and as text."""
 
+import re
+
 import jax
 
 from pallas_kernels.chips import CHIPS, Chip, Tpu
 from transxssm_jax.config import Config
 from transxssm_jax.model import costs, parameters
 from transxssm_jax.parallel import mesh
-from transxssm_jax.planning import roofline
-from transxssm_jax.planning.topology import GIB, Compiled, Topology
+from transxssm_jax.planning import estimate, plan_search, roofline
+from transxssm_jax.planning.topology import GIB, Compiled, DoesNotFitError, Topology
 
 
 def report(config: Config, topology: Topology) -> dict:
-    """What is known without the compiler, as plain values, all of them bounds from below."""
+    """What is known without the compiler, as plain values: bounds from below, and the estimate beside them."""
     chip, sizes = topology.chip, mesh.axis_sizes(config, topology.num_devices)
     tokens = config.tokens_per_step / topology.num_devices
-    model_flops = tokens * costs.train_flops_per_token(config.model, config.data.seq_len)
-    executed = tokens * roofline.executed_flops_per_token(config, sizes)
-    wire = roofline.least_wire_bytes(config, sizes)
-    memory = {name: int(size) for name, size in roofline.least_memory(config, sizes).items()}
-    hbm_bytes = roofline.least_hbm_bytes(config, sizes)
+    attended = costs.row_attended(config.data.seq_len)
+    comm = roofline.min_comm_bytes(config, sizes)
+    memory = {name: int(size) for name, size in roofline.min_memory_bytes(config, sizes).items()}
     result = dict(
         topology=topology.name,
         slices=topology.slices,
@@ -29,18 +29,21 @@ def report(config: Config, topology: Topology) -> dict:
         attention=config.model.attention_implementation,
         parameters=parameters.count_params(config.model),
         tokens_per_step=config.tokens_per_step,
-        model_flops=model_flops,
-        executed_flops=executed,
-        hbm_bytes=hbm_bytes,
+        model_flops=tokens * costs.train_flops_per_token(config.model, attended),
+        executed_flops=tokens * roofline.executed_flops_per_token(config, sizes),
+        hbm_bytes=roofline.min_hbm_bytes(config, sizes),
         usable_bytes=chip.usable,
-        least_memory_bytes=memory,
-        least_wire_bytes=wire,
+        min_memory_bytes=memory,
+        expected_memory_bytes=estimate.expected_memory_bytes(config, sizes, chip),
+        min_comm_bytes=comm,
         fits=sum(memory.values()) <= chip.usable,
     )
-    network = {'links': sum(wire.values()) / roofline.all_links(chip)}
+    network = {'links': sum(comm.values()) / roofline.all_links(chip)}
     if topology.slices > 1:
-        network['DCN'] = roofline.least_dcn_bytes(config, sizes) / chip.dcn
-    return _with_times(result, chip, network)
+        network['DCN'] = roofline.min_dcn_bytes(config, sizes) / chip.dcn
+    if result['expected_memory_bytes'] > chip.usable:
+        result['nearest'] = _nearest(config, chip, sizes)
+    return _with_times(result, config, chip, network)
 
 
 def compiled_report(config: Config, topology: Topology, device_mesh: jax.sharding.Mesh, compiled: Compiled) -> dict:
@@ -56,31 +59,64 @@ def compiled_report(config: Config, topology: Topology, device_mesh: jax.shardin
         hbm_bytes=compiled.hbm_bytes,
         loops_without_trips=compiled.loops_without_trips,
         collectives=_table(chip, device_mesh, collectives),
-        wire_bytes=sum(c.runs * c.wire_bytes for c in collectives),
+        comm_bytes=sum(c.runs * c.comm_bytes for c in collectives),
     )
-    return _with_times(result, chip, roofline.network_seconds(chip, device_mesh.devices, collectives))
+    result.pop('nearest', None)  # it was of the computed memory
+    return _with_times(result, config, chip, roofline.network_seconds(chip, device_mesh.devices, collectives))
 
 
-def _with_times(result: dict, chip: Chip, network: dict[str, float]) -> dict:
+def refused_report(config: Config, topology: Topology, error: DoesNotFitError) -> dict:
+    """The report of a step that the compiler refused: its message, the largest temporaries, the nearest that fits."""
+    result, needed = report(config, topology), 1.01 * topology.chip.usable
+    if used := re.search(r'Used ([\d.]+)([MG]) of|\(([\d.]+)([MG])\) exceeds available', str(error)):
+        size, unit = used[1] or used[3], used[2] or used[4]
+        needed = max(needed, float(size) * {'M': 2**20, 'G': GIB}[unit])
+    # The computed memory is not the compiler's; the refused step shows by how much they differ.
+    scale = needed / result['expected_memory_bytes']
+    nearest = _nearest(config, topology.chip, result['mesh'], scale)
+    return result | dict(fits=False, message=str(error), largest=error.largest, nearest=nearest)
+
+
+def _nearest(config, chip, sizes, scale=1.0):
+    """The overrides of the nearest setting that fits, and what is expected of it; {} where nothing fits."""
+
+    def needs(tried, sizes):
+        return scale * estimate.expected_memory_bytes(tried, sizes, chip)
+
+    found = plan_search.nearest_that_fits(config, chip, sizes, needs)
+    if not found:
+        return {}
+    return dict(overrides=found.overrides, expected_memory_bytes=found.memory, expected_seconds=found.seconds)
+
+
+def _with_times(result: dict, config: Config, chip: Chip, network: dict[str, float]) -> dict:
     seconds = {'compute': result['executed_flops'] / chip.peak, 'HBM': result['hbm_bytes'] / chip.bandwidth, **network}
     bound = max(seconds.values())
+    hbm_bytes = result['hbm_bytes'] if result['compiled'] else 0.0
+    parts = estimate.expected_seconds(config, result['mesh'], chip, sum(network.values()), hbm_bytes)
+    expected = sum(parts.values())
     return result | dict(
         seconds=seconds,
         bound_seconds=bound,
         bound_by=max(seconds, key=seconds.get),
-        mfu=result['model_flops'] / chip.peak / bound,
-        tokens_per_second=result['tokens_per_step'] / bound,
+        bound_mfu=result['model_flops'] / chip.peak / bound,
+        bound_tokens_per_second=result['tokens_per_step'] / bound,
+        expected_by=parts,
+        expected_seconds=expected,
+        expected_mfu=result['model_flops'] / chip.peak / expected,
+        expected_tokens_per_second=result['tokens_per_step'] / expected,
+        expected_from=estimate.source(chip),
     )
 
 
 def _table(chip, device_mesh, collectives):
-    """Rows of collectives of a kind, axis and dtype together, the longest first."""
+    """Rows: collectives of one kind, axis and dtype together, the longest first."""
     rows = {}
     for c in collectives:
         key = (c.kind, '+'.join(c.axes(dict(device_mesh.shape))), c.arrays[0][0])
         row = rows.setdefault(key, dict(kind=key[0], axis=key[1], dtype=key[2], count=0, bytes=0.0, seconds=0.0))
         row['count'] += c.runs
-        row['bytes'] += c.runs * c.wire_bytes
+        row['bytes'] += c.runs * c.comm_bytes
         row['seconds'] += roofline.collective_seconds(chip, device_mesh.devices, c)
     return sorted(rows.values(), key=lambda row: -row['seconds'])
 
@@ -96,31 +132,33 @@ def show(result: dict) -> str:
         f'{result["topology"]}{f" x {result['slices']} slices" if result["slices"] > 1 else ""}: '
         f'{result["devices"]} devices, {axes}',
         f'parameters      {result["parameters"]:,}',
-        f'tokens a step   {result["tokens_per_step"]:,}',
+        f'tokens per step {result["tokens_per_step"]:,}',
         f'kernels         scan {result["scan"]}, attention {result["attention"]}',
     ]
-    memory = ', '.join(f'{name} {gib(size)}' for name, size in result['least_memory_bytes'].items())
+    memory = ', '.join(f'{name} {gib(size)}' for name, size in result['min_memory_bytes'].items())
     if result['compiled']:
         lines += [
             f'compiled in     {result["compile_seconds"]:.0f} s',
-            f'a device needs  {gib(result["peak_bytes"])} of {gib(result["usable_bytes"])}: arguments '
+            f'memory needed   {gib(result["peak_bytes"])} of {gib(result["usable_bytes"])} per device: arguments '
             f'{gib(result["argument_bytes"])}, temporaries {gib(result["temporary_bytes"])}, not all at a time',
-            f'  computed      {memory}',
+            f'  lower bound   {memory}',
         ]
     else:
         lines += [
-            'not compiled    all below is computed, and a bound from below',
-            f'a device needs  {gib(sum(result["least_memory_bytes"].values()))} of {gib(result["usable_bytes"])}: {memory}',
+            'not compiled    all below is computed; memory, bytes and times are lower bounds unless marked as expected',
+            f'memory needed   at least {gib(sum(result["min_memory_bytes"].values()))} of {gib(result["usable_bytes"])} '
+            f'per device: {memory}',
+            f'  expected      {gib(result["expected_memory_bytes"])}',
         ]
-    least = result['least_wire_bytes']
+    least = result['min_comm_bytes']
     lines.append(
-        'sent a device   least '
-        + f'{sum(least.values()) / 1e6:,.0f} MB: '
+        'communication   at least '
+        + f'{sum(least.values()) / 1e6:,.0f} MB sent per device: '
         + ', '.join(f'{name} {size / 1e6:,.0f}' for name, size in least.items() if size)
     )
     if result['compiled']:
-        ratio = result['wire_bytes'] / sum(least.values()) if any(least.values()) else 1.0
-        lines.append(f'  compiled      {result["wire_bytes"] / 1e6:,.0f} MB, {ratio:.2f} of the least')
+        ratio = result['comm_bytes'] / sum(least.values()) if any(least.values()) else 1.0
+        lines.append(f'  compiled      {result["comm_bytes"] / 1e6:,.0f} MB, {ratio:.2f} of the least')
         lines.append(f'  {"collective":19}{"axis":20}{"dtype":7}{"count":>7}{"MB":>11}{"ms":>9}')
         lines += [
             f'  {row["kind"]:19}{row["axis"]:20}{row["dtype"]:7}{row["count"]:7}{row["bytes"] / 1e6:11,.1f}'
@@ -129,25 +167,54 @@ def show(result: dict) -> str:
         ]
         if result['loops_without_trips']:
             lines.append(f'  {result["loops_without_trips"]} loops whose trips are not known count as one')
+
+    def milliseconds(seconds):
+        return ', '.join(f'{name} {1e3 * s:.0f} ms' for name, s in seconds.items() if s)
+
     lines += [
-        f'TFLOP a device  {result["model_flops"] / 1e12:.2f}; with what is computed again '
-        f'{result["executed_flops"] / 1e12:.2f}',
-        f'HBM a device    {result["hbm_bytes"] / 1e9:.1f} GB',
-        'lower bounds    ' + ', '.join(f'{name} {1e3 * s:.0f} ms' for name, s in result['seconds'].items()),
-        f'at best         {1e3 * result["bound_seconds"]:.0f} ms a step ({result["bound_by"]}), '
-        f'{result["tokens_per_second"]:,.0f} tokens/s, MFU {100 * result["mfu"]:.0f}%',
-        'it does not fit' if not result['fits'] else 'it fits' if result['compiled'] else 'it may fit',
+        f'TFLOP           {result["model_flops"] / 1e12:.2f} per device where one document fills every row; with what is '
+        f'computed again {result["executed_flops"] / 1e12:.2f}',
+        f'HBM traffic     {result["hbm_bytes"] / 1e9:.1f} GB per device',
+        f'lower bounds    {milliseconds(result["seconds"])}',
+        f'bound           no step can take less than {1e3 * result["bound_seconds"]:.0f} ms ({result["bound_by"]}): below '
+        f'{result["bound_tokens_per_second"]:,.0f} tokens/s and {100 * result["bound_mfu"]:.0f}% MFU',
+        f'expected        {1e3 * result["expected_seconds"]:.0f} ms per step, {result["expected_tokens_per_second"]:,.0f} '
+        f'tokens/s, {100 * result["expected_mfu"]:.0f}% MFU ({result["expected_from"]})',
+        f'  sum of        {milliseconds(result["expected_by"])}',
     ]
+    if 'message' in result:
+        lines += [f'the compiler    {result["message"]}', 'largest temporaries:', *result['largest']]
+    if 'nearest' in result and not result['compiled']:
+        lines.append(_show_nearest(result['nearest']))
+    lines.append(_verdict(result))
     return '\n'.join(lines)
 
 
+def _verdict(result: dict) -> str:
+    if not result['fits']:
+        return 'it does not fit'
+    if result['compiled']:
+        return 'it fits'
+    expected = result['expected_memory_bytes'] <= result['usable_bytes']
+    return 'it may fit' if expected else 'it may fit by the lower bound, but it is not expected to'
+
+
+def _show_nearest(nearest: dict) -> str:
+    if not nearest:
+        return 'no fit          with any remat, accumulation_steps or fsdp; take a larger --topology, or try --search'
+    return (
+        f'nearest fit     {nearest["overrides"]}: expected {nearest["expected_memory_bytes"] / GIB:.2f} GiB per device and '
+        f'{1e3 * nearest["expected_seconds"]:.0f} ms per step (computed, not compiled)'
+    )
+
+
 def show_chips() -> str:
-    """The table of chips: one device a row."""
-    head = f'{"chip":10}{"bf16":>9}{"HBM":>9}{"usable":>9}{"HBM":>9}{"link":>9}{"DCN":>9}{"a host":>8}'
-    units = f'{"":10}{"TFLOP/s":>9}{"GiB":>9}{"GiB":>9}{"GB/s":>9}{"GB/s":>9}{"GB/s":>9}{"devices":>8}'
+    """The table of chips: one device per row."""
+    head = f'{"chip":10}{"bf16":>9}{"HBM":>9}{"usable":>9}{"HBM":>9}{"link":>9}{"DCN":>9}{"per host":>10}'
+    units = f'{"":10}{"TFLOP/s":>9}{"GiB":>9}{"GiB":>9}{"GB/s":>9}{"GB/s":>9}{"GB/s":>9}{"devices":>10}'
     rows = [
         f'{name:10}{c.peak / 1e12:9.1f}{c.hbm / GIB:9.1f}{c.usable / GIB:9.2f}{c.bandwidth / 1e9:9.0f}'
-        f'{(c.link if isinstance(c, Tpu) else c.nvlink) / 1e9:9.0f}{c.dcn / 1e9:9.2f}{c.host_devices:8}'
+        f'{(c.link if isinstance(c, Tpu) else c.nvlink) / 1e9:9.0f}{c.dcn / 1e9:9.2f}{c.host_devices:10}'
         for name, c in CHIPS.items()
     ]
     return '\n'.join(

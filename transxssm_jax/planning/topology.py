@@ -1,25 +1,61 @@
-"""A pod that need not be here, and what the compiler makes of the train step for it."""
+"""A pod that need not be attached, and what the compiler makes of the train step for it."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import math
 import os
 import re
+import threading
 import time
+from collections.abc import Callable
 
 import jax
 
-from pallas_kernels import tpu_traffic
+from pallas_kernels import hlo
 from pallas_kernels.chips import CHIPS, COMPILE_ONLY, TPUS, Chip, Tpu
 from transxssm_jax.config import Config, ConfigError
-from transxssm_jax.planning import hlo
+from transxssm_jax.planning.hlo import Collective, collectives, step_hbm_bytes
 from transxssm_jax.training import step
 
 GIB = 2**30
+REMINDER_SECONDS = 30.0  # between two lines of a stage that takes long
+
+
+class Progress:
+    """Prints a line for every stage of a plan, with the seconds since the start, and one every 30 seconds within it.
+
+    Args:
+      write: takes each line.
+    """
+
+    def __init__(self, write: Callable[[str], None]):
+        self._write, self._started = write, time.perf_counter()
+
+    def line(self, text: str) -> None:
+        self._write(f'[{time.perf_counter() - self._started:5.0f} s] {text}')
+
+    @contextlib.contextmanager
+    def stage(self, name: str):
+        """Announces a stage before it, and again while it lasts."""
+        self.line(name)
+        over = threading.Event()
+
+        def remind():
+            while not over.wait(REMINDER_SECONDS):
+                self.line(f'still {name}')
+
+        reminder = threading.Thread(target=remind, daemon=True)
+        reminder.start()
+        try:
+            yield
+        finally:
+            over.set()
+            reminder.join()
 
 
 class DoesNotFitError(MemoryError):
-    """The compiler refused the step for want of memory: its own words, and the largest temporaries, a line each."""
+    """The compiler refused the step for want of memory: its message, and the largest temporaries, one line each."""
 
     def __init__(self, message: str, largest: list[str]):
         super().__init__(message)
@@ -28,7 +64,7 @@ class DoesNotFitError(MemoryError):
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A pod that need not be here: --topology=v5p:4x4x8 --slices=2, or h200:8."""
+    """A pod that need not be attached: --topology=v5p:4x4x8 --slices=2, or h200:8."""
 
     name: str
     slices: int
@@ -95,79 +131,89 @@ class Compiled:
     temporaries: int
     peak: int
     hbm_bytes: int
-    collectives: list[hlo.Collective]
+    collectives: list[Collective]
     loops_without_trips: int
 
 
-def compile_step(config: Config, device_mesh: jax.sharding.Mesh) -> Compiled:
+def compile_step(config: Config, device_mesh: jax.sharding.Mesh, progress: Progress | None = None) -> Compiled:
     """Compiles the train step of a config for a mesh of devices, which need not be attached.
 
+    Args:
+      config: settings.
+      device_mesh: of the devices.
+      progress: told of every stage; default: nobody is.
+
     Raises:
-      DoesNotFitError: with the compiler's words.
+      DoesNotFitError: with the compiler's message.
     """
     started = time.perf_counter()
-    state, batch_sharding = step.abstract_state(config, device_mesh), step.batch_sharding(device_mesh)
-    shape = (config.data.global_batch, config.data.seq_len)
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, 'int32', sharding=batch_sharding)
-        for name in ('tokens', 'targets', 'segment_ids', 'positions')
-    }
-    shardings = step.state_shardings(config, device_mesh)
+    progress = progress or Progress(lambda line: None)
+    with progress.stage('tracing the train step'):
+        state, batch_sharding = step.abstract_state(config, device_mesh), step.batch_sharding(device_mesh)
+        shape = (config.data.global_batch, config.data.seq_len)
+        batch = {
+            name: jax.ShapeDtypeStruct(shape, 'int32', sharding=batch_sharding)
+            for name in ('tokens', 'targets', 'segment_ids', 'positions')
+        }
+        shardings = step.state_shardings(config, device_mesh)
+        with jax.set_mesh(device_mesh):
+            traced = jax.jit(
+                step.train_step(config),
+                donate_argnums=0,
+                in_shardings=(shardings, batch_sharding),
+                out_shardings=(shardings, None),
+            ).trace(state, batch)
+    platform = device_mesh.devices.flat[0].platform
     with jax.set_mesh(device_mesh):
-        traced = jax.jit(
-            step.train_step(config),
-            donate_argnums=0,
-            in_shardings=(shardings, batch_sharding),
-            out_shardings=(shardings, None),
-        ).trace(state, batch)
+        with progress.stage('lowering it'):
+            lowered = traced.lower(lowering_platforms=(platform,))
         try:
-            compiled = traced.lower(lowering_platforms=(device_mesh.devices.flat[0].platform,)).compile()
+            with progress.stage(f'compiling it for {device_mesh.size} devices; 1 to 4 minutes at 1.3B'):
+                compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             if 'RESOURCE_EXHAUSTED' in str(error):
                 raise DoesNotFitError(' '.join(str(error).split()), largest_temporaries(traced.jaxpr.jaxpr)) from error
             raise
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    return Compiled(
-        seconds=time.perf_counter() - started,
-        arguments=memory.argument_size_in_bytes,
-        temporaries=memory.temp_size_in_bytes,
-        peak=memory.peak_memory_in_bytes,
-        hbm_bytes=hlo.hbm_bytes(text, _grids(traced)),
-        collectives=hlo.collectives(text),
-        loops_without_trips=hlo.loops_without_trips(text),
-    )
+    with progress.stage('reading what it sends and moves'):
+        memory, computations = compiled.memory_analysis(), hlo.parse(compiled.as_text())
+        return Compiled(
+            seconds=time.perf_counter() - started,
+            arguments=memory.argument_size_in_bytes,
+            temporaries=memory.temp_size_in_bytes,
+            peak=memory.peak_memory_in_bytes,
+            hbm_bytes=step_hbm_bytes(computations, _grids(traced)),
+            collectives=collectives(computations),
+            loops_without_trips=hlo.unknown_loops(computations),
+        )
 
 
 def _grids(traced) -> dict:
     try:
-        return tpu_traffic.pallas_grids(traced.jaxpr.jaxpr)
+        return hlo.pallas_grids(traced.jaxpr.jaxpr)
     except NotImplementedError:  # a kernel that reads where its blocks are from memory, such as splash attention
         return {}
 
 
 def largest_temporaries(jaxpr, count: int = 8) -> list[str]:
-    """What the outermost loops of the step stack up, the largest first, a line each.
+    """What the outermost loops of the step stack up, the largest first, one line each.
 
     The compiler names no buffers when it refuses early. What fills the memory then is what the forward
-    pass keeps for the backward pass, and that the traced step shows, with the shapes of one device
-    where it runs by device (where tensor is 1).
+    pass keeps for the backward pass, and the traced step shows that, with the shapes of one device
+    where it runs per device (where tensor is 1).
     """
     found = []
 
-    def walk(jaxpr, here):
+    def walk(jaxpr, per_device):
         for eqn in jaxpr.eqns:
-            if here and eqn.primitive.name == 'scan':
+            if per_device and eqn.primitive.name == 'scan':
                 # What a loop stacks up has one axis more than in its body; what it carries has not.
-                for whole, one in zip(
-                    (v.aval for v in eqn.outvars), (v.aval for v in eqn.params['jaxpr'].jaxpr.outvars)
-                ):
+                stacked, body = eqn.outvars, eqn.params['jaxpr'].jaxpr.outvars
+                for whole, one in zip((v.aval for v in stacked), (v.aval for v in body)):
                     if whole.shape != one.shape:
                         found.append((whole.size * whole.dtype.itemsize, whole.str_short(short_dtypes=True)))
                 continue
-            for inner in jax.tree.leaves(eqn.params, is_leaf=lambda p: hasattr(p, 'eqns') or hasattr(p, 'jaxpr')):
-                inner = getattr(inner, 'jaxpr', inner)
-                if hasattr(inner, 'eqns'):
-                    walk(inner, here or eqn.primitive.name == 'shard_map')
+            for inner in hlo.inner_jaxprs(eqn):
+                walk(inner, per_device or eqn.primitive.name == 'shard_map')
 
     walk(jaxpr, False)
     return [f'{size / 2**20:10,.2f} MiB  {shape}' for size, shape in sorted(found, reverse=True)[:count] if size]

@@ -311,7 +311,7 @@ def _array_for_export(state: pathlib.Path, path: tuple[str, ...], shape: tuple[i
         array = _read_array(state, path)
     if path[-2:] == ('dt', 'bias') and ours.use_dt_bias:
         array += _read_array(state, (*path[:-3], 'dt_bias'))
-    if path[-2] in ('b', 'c'):  # [..., G, N] of kernels and biases
+    if path[-2:-1] in (('b',), ('c',)):  # [..., G, N] of kernels and biases
         array = np.repeat(array, shape[-2] // array.shape[-2], axis=-2)
     return array
 

@@ -13,8 +13,9 @@ import jax
 from transxssm_jax import config as config_lib
 from transxssm_jax.config import Config, ConfigError
 from transxssm_jax.data.loader import check_vocab, make_loader
+from transxssm_jax.data.manifest import read_index
 from transxssm_jax.data.tokenizer import load_tokenizer
-from transxssm_jax.model import parameters
+from transxssm_jax.model import costs, parameters
 from transxssm_jax.parallel import mesh, processes
 from transxssm_jax.training import checkpoint, lease, metrics, optimizer
 from transxssm_jax.training import step as step_lib
@@ -100,6 +101,9 @@ class Run:
         )
         self.writers = metrics.Writers(workdir, config, self.step)
         self.clock = metrics.Clock()
+        self._attended = metrics.mean_attended(
+            read_index(config.data.path, config.data.train_split), config.data.seq_len
+        )
         self._unsettled = None  # (step, metrics) of the step that the devices may still be working on
         self._evaluated_at, self.eval_loss = -1, None
         self._preemption, self._stopping = processes.PreemptionSync(), 0  # exit code that all processes stop with
@@ -110,7 +114,8 @@ class Run:
         return make_loader(
             data.path,
             split,
-            **dict(seq_len=data.seq_len, global_batch=data.global_batch, seed=data.seed, rows=rows) | kwargs,
+            **dict(seq_len=data.seq_len, global_batch=data.global_batch, seed=data.seed, rows=rows, verify=data.verify)
+            | kwargs,
         )
 
     def _check_alike(self) -> None:
@@ -319,6 +324,12 @@ class Run:
             f'{self.loader.num_documents:,} documents, {self.loader.num_tokens:,} tokens in '
             f'{config.data.path} ({config.data.train_split}); workdir {self.workdir}'
         )
+        say(
+            f'a token attends to {self._attended:,.0f} tokens on average, which mfu counts; mfu_packed_rows counts '
+            f'{costs.row_attended(config.data.seq_len):,.0f}, as if one document filled every row'
+        )
+        if line := metrics.missing_mfu(devices[0]):
+            say(line)
         if self.step:
             say(f'resuming from step {self.step}')
         if self.checkpoints.changed:
@@ -333,7 +344,7 @@ class Run:
             name: float(value) for name, value in step_metrics.items() if name not in ('loss', 'tokens', 'grad_norms')
         }
         loss = metrics.of_loss(float(step_metrics['loss']), metrics.targets_per_byte(self.loader))
-        rates = metrics.rates(self.config, steps, self.clock) if steps else {}
+        rates = metrics.rates(self.config, steps, self.clock, self._attended) if steps else {}
         self.writers.write(self.step, {**loss, **scalars, **rates, **metrics.memory()})
 
     def _summarise(self) -> None:

@@ -11,7 +11,9 @@ import jax
 import psutil
 from tqdm import tqdm
 
+from pallas_kernels import chips
 from transxssm_jax.config import Config
+from transxssm_jax.data.manifest import SplitIndex
 from transxssm_jax.model import costs
 
 
@@ -43,27 +45,55 @@ class Clock:
         self.input_seconds += time.perf_counter() - start
 
 
-def rates(config: Config, steps: int, clock: Clock) -> dict[str, float]:
+def rates(config: Config, steps: int, clock: Clock, attended: float) -> dict[str, float]:
     """Speed over a window of steps.
 
+    Args:
+      config: settings.
+      steps: in the window.
+      clock: restarted when the window began.
+      attended: mean tokens that a token attends to in the training split, see `mean_attended`.
+
     Returns:
-      tokens_per_second (all devices), step_seconds, input_fraction (share of
-      the window spent waiting for data), model_tflops_per_second (a device,
-      work of costs.py), and mfu where the device's peak is known.
+      tokens_per_second (all devices); step_seconds; input_fraction (share of the window spent waiting for data);
+      model_tflops_per_second (per device, the work of costs.py). Where the device's peak is known also mfu, which counts
+      the attention that documents leave, and mfu_packed_rows, which counts it as if one document filled every row.
     """
     seconds = max(clock.seconds, 1e-9)
     tokens_per_second = steps * config.tokens_per_step / seconds
-    per_device = tokens_per_second * costs.train_flops_per_token(config.model, config.data.seq_len) / jax.device_count()
+    per_device = tokens_per_second / jax.device_count()
+    flops_per_second = per_device * costs.train_flops_per_token(config.model, attended)
     values = {
         'tokens_per_second': tokens_per_second,
         'step_seconds': seconds / steps,
         'input_fraction': clock.input_seconds / seconds,
-        'model_tflops_per_second': per_device / 1e12,
+        'model_tflops_per_second': flops_per_second / 1e12,
     }
-    peak = costs.peak_flops(jax.devices()[0].device_kind)
+    peak = chips.peak_flops(jax.devices()[0].device_kind)
     if peak:
-        values['mfu'] = per_device / peak
+        packed = costs.train_flops_per_token(config.model, costs.row_attended(config.data.seq_len))
+        values['mfu'] = flops_per_second / peak
+        values['mfu_packed_rows'] = per_device * packed / peak
     return values
+
+
+def mean_attended(index: SplitIndex, seq_len: int) -> float:
+    """Mean tokens that a token attends to, itself included, in the packed rows of a split; sources count by weight."""
+    lengths, weights = index.lengths(), index.mixture_weights()
+    if not weights:
+        return costs.mean_attended(lengths, seq_len)
+    means = [
+        costs.mean_attended(lengths[source.first_document : source.first_document + source.documents], seq_len)
+        for source in index.sources
+    ]
+    return sum(weight * mean for weight, mean in zip(weights, means, strict=True)) / sum(weights)
+
+
+def missing_mfu(device: jax.Device) -> str:
+    """The line that announces that there is no MFU for an accelerator, '' where there is one and for a CPU."""
+    if device.platform == 'cpu' or chips.peak_flops(device.device_kind):
+        return ''
+    return f'no MFU: the peak of {device.device_kind!r} is not known; add it to CHIPS in pallas_kernels/chips.py'
 
 
 def memory() -> dict[str, float]:
@@ -75,8 +105,8 @@ def memory() -> dict[str, float]:
 
 
 def targets_per_byte(loader) -> float:
-    """Predicted tokens a byte of text; a document's first token is never predicted."""
-    return (loader.num_tokens - loader.num_documents) / loader.num_bytes
+    """Predicted tokens per byte of text: every stored token, eos included, is a target."""
+    return loader.num_tokens / loader.num_bytes
 
 
 def of_loss(loss: float, targets_per_byte: float, prefix: str = '') -> dict[str, float]:

@@ -1,0 +1,129 @@
+"""The choice among the implementations of an operator.
+
+Every operator of this package (scan, attention, ring attention, decode attention) has a table of
+named implementations and, per platform, the order in which they are tried:
+
+  * A named implementation serves the call, or raises `UnsupportedError` with the reason.
+  * None takes the first of the platform's order that can serve, and logs that choice once.
+
+A further implementation is one more entry of its operator's table.
+"""
+
+import functools
+import logging
+import typing
+
+import jax
+
+_log = logging.getLogger(__name__)
+
+
+class UnsupportedError(NotImplementedError):
+    """An implementation cannot serve a call, here or on the platform that the call is compiled for.
+
+    The message is one line that begins with `implementation='...'` and names reason and remedy.
+    """
+
+
+def refusal(implementation: str, reason: str) -> UnsupportedError:
+    """The error, not raised, of a call that the implementation cannot serve. The reason includes the remedy."""
+    return UnsupportedError(f'implementation={implementation!r} cannot serve this call: {reason}')
+
+
+class Device(typing.NamedTuple):
+    """What the process computes on. '' where it is not known."""
+
+    backend: str = ''  # as `jax.default_backend()`
+    kind: str = ''
+    compute_capability: str = ''  # of an NVIDIA GPU, such as '9.0'
+
+
+def current_device() -> Device:
+    device = jax.local_devices()[0]
+    return Device(jax.default_backend(), device.device_kind, getattr(device, 'compute_capability', ''))
+
+
+def _never(device: Device, call: typing.Any) -> None:
+    return None
+
+
+class Implementation(typing.NamedTuple):
+    """One entry of an operator's table; `call` is the operator's own description of a call.
+
+    run: computes the operator, with arguments that all implementations of the operator share.
+    unsupported: (device, call) -> why it cannot serve the call, or None.
+    unwanted: (device, call) -> why None passes it over although it can serve, or None.
+    remedy: ends the error of a named implementation.
+    """
+
+    run: typing.Any
+    unsupported: typing.Callable[[Device, typing.Any], str | None] = _never
+    unwanted: typing.Callable[[Device, typing.Any], str | None] = _never
+    remedy: str = ''
+
+
+class Operator(typing.NamedTuple):
+    """An operator's table.
+
+    order: platform (as `jax.default_backend()`) -> names, in the order in which None tries them.
+    everywhere: names that None tries after those, and on the platforms that `order` does not list.
+    log_line: (device, call, chosen name, reasons of those passed over) -> the line that is logged.
+    """
+
+    implementations: dict[str, Implementation]
+    order: dict[str, tuple[str, ...]]
+    everywhere: tuple[str, ...]
+    log_line: typing.Callable[[Device, typing.Any, str, str], str]
+
+    def choose(self, name: str | None, call: typing.Any, device: Device | None = None) -> str:
+        """The named implementation, or for None the first in order that can serve.
+
+        Args:
+          name: a key of the table, which the operator's own checks have let through, or None.
+          call: what the table's functions take.
+          device: None: that of the process. `Device()` leaves out what is asked of the device.
+
+        Raises:
+          UnsupportedError: the named implementation cannot serve, or for None no implementation can.
+        """
+        device = current_device() if device is None else device
+        if name is not None:
+            self._check(name, device, call)
+            return name
+        passed_over = []
+        for name in (*self.order.get(device.backend, ()), *self.everywhere):
+            entry = self.implementations[name]
+            reason = entry.unsupported(device, call) or entry.unwanted(device, call)
+            if reason is None:
+                log_once(self.log_line(device, call, name, '; '.join(passed_over)))
+                return name
+            passed_over.append(f'not {name!r}: {reason}')
+        self._check(name, device, call)
+        raise AssertionError(f'None passes over {name!r}, the last one')
+
+    def _check(self, name, device, call):
+        entry = self.implementations[name]
+        reason = entry.unsupported(device, call)
+        if reason is not None:
+            raise refusal(name, reason + entry.remedy)
+
+
+def in_32_bits(f: typing.Callable) -> typing.Callable:
+    """f, traced as without `jax_enable_x64`; for functions of arrays of 32 bits or fewer that call Pallas kernels.
+
+    Mosaic has integers of at most 32 bits. With `jax_enable_x64` every Python number of a kernel, of
+    Pallas itself and of the kernels that JAX ships would become one of 64 bits.
+    """
+
+    @functools.wraps(f)
+    def traced(*args, **kwargs):
+        with jax.enable_x64(False):
+            return f(*args, **kwargs)
+
+    return traced
+
+
+@functools.cache
+def log_once(message: str) -> None:
+    """Logs a message the first time that the process has it."""
+    _log.info(message)

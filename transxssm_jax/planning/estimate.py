@@ -1,0 +1,63 @@
+"""What a step is expected to take, beside its lower bounds: the roofline's work at measured efficiencies, and its memory.
+
+The efficiencies were measured on Hopper (H100, H200) on 2026-11-26, in bfloat16. With them the estimate is within 5% of
+these measured steps of 32,768 and 65,536 tokens: 1.3B with remat 'hybrid' (632 ms on an H200, 677 on an H100) and 'dots'
+(588), the Transformer of the same sizes (690), and 320M (385). The expected memory is that of an H200 at 1.3B: the
+temporaries of 8 x 4096 tokens with 'hybrid', 'dots' and 'none', and of 1 x 65,536 with 'hybrid' (52, 68, 161, 97 GB), within
+5%; 'full' needs less (55 of 69). On TPUs it is that of the compiled steps of configs/pods, within 7%. tests/test_plan.py holds
+both to these figures.
+"""
+
+from pallas_kernels.chips import Chip, Tpu
+from transxssm_jax.config import Config
+from transxssm_jax.model import costs
+from transxssm_jax.planning import roofline
+
+MATMUL_EFFICIENCY = 0.75  # share of the peak: 740 of 989 TFLOP/s
+# HBM traffic beside matmuls and kernels (elementwise work, reductions, the layer loop's slices), over the least.
+HBM_FACTOR = 4.1
+# Share of the links' speed. Nothing is taken to overlap: with that fsdp loses 4% and tensor=4 36%, measured 2% and 37%.
+NETWORK_EFFICIENCY = 0.5
+# The backward pass's working set, in layers' worth of activations: as GPUs ran it, and as the TPU compiler plans it.
+WORKING_LAYERS_GPU, WORKING_LAYERS_TPU = 15, 5
+UNCOUNTED = {'none': 1.2}  # what a policy keeps in float32 beyond the least, over the least
+
+
+def source(chip: Chip) -> str:
+    """Where the estimate's efficiencies come from, for a reader of it."""
+    if isinstance(chip, Tpu):
+        return "Hopper's efficiencies; no step has been measured on a TPU"
+    return 'efficiencies measured on H100 and H200'
+
+
+def expected_seconds(
+    config: Config, sizes: dict[str, int], chip: Chip, network_seconds: float, compiled_hbm_bytes: float = 0.0
+) -> dict[str, float]:
+    """Seconds that a step is expected to spend on matmuls, kernels, the rest of HBM traffic and the network; they add up.
+
+    Args:
+      config: settings.
+      sizes: devices along each mesh axis.
+      chip: of the devices.
+      network_seconds: least seconds that the links are busy.
+      compiled_hbm_bytes: what a compiled step reads and writes; 0 where it has not been compiled.
+    """
+    tokens = roofline.tokens_per_device(config, sizes) / sizes['tensor']
+    work = {name: tokens * flops / chip.peak for name, flops in roofline.executed_flops_by_unit(config, sizes).items()}
+    kernels = sum(work[kind] / layer.kernel_efficiency for kind, _, layer in costs.layer_costs(config.model))
+    hbm_bytes = compiled_hbm_bytes or HBM_FACTOR * roofline.min_hbm_bytes(config, sizes)
+    return {
+        'matmuls': work['matmul'] / MATMUL_EFFICIENCY,
+        'kernels': kernels,
+        'other HBM traffic': hbm_bytes / chip.bandwidth,
+        'network': network_seconds / NETWORK_EFFICIENCY,
+    }
+
+
+def expected_memory_bytes(config: Config, sizes: dict[str, int], chip: Chip) -> float:
+    """Bytes that a device is expected to need: the least, and the working set of the backward pass."""
+    model, least = config.model, roofline.min_memory_bytes(config, sizes)
+    tokens = roofline.tokens_per_device(config, sizes) // config.train.accumulation_steps
+    layer = costs.dtype_bytes(model) * (5 * model.d_model + 3 * model.d_mlp / sizes['tensor']) * tokens
+    working = layer * (WORKING_LAYERS_TPU if isinstance(chip, Tpu) else WORKING_LAYERS_GPU)
+    return sum(least.values()) + working + UNCOUNTED.get(model.remat, 0.0) * least['saved']
