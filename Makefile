@@ -11,6 +11,7 @@ test: .venv/evaluation
 
 lint: .venv/installed
 	.venv/bin/ruff check .
+	.venv/bin/ruff format --check --quiet .
 
 # The environment is made anew when the pinned set changes; a half-made one is finished by the next call.
 .venv/installed: requirements.txt pyproject.toml

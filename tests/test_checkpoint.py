@@ -4,9 +4,11 @@ import errno
 import os
 import pathlib
 import random
+import shutil
 
 import jax
 import jax.numpy as jnp
+import make_checkpoint
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
@@ -599,3 +601,22 @@ def test_a_saved_config_that_is_none_is_named_in_one_line(opened, tmp_path, cont
     with pytest.raises(CheckpointError, match='config.json: .*delete it') as error:
         checkpoint.open_workdir(tmp_path, small_config())
     assert '\n' not in str(error.value)
+
+
+# ---- old checkpoints -------------------------------------------------------
+
+
+def test_a_kept_checkpoint_of_format_2_loads(tmp_path):
+    workdir = shutil.copytree(pathlib.Path(__file__).parent / 'data' / 'checkpoint_format_2', tmp_path / 'run')
+    config = make_checkpoint.tiny_config()
+    params, saved = checkpoint.load_trained(workdir)
+    assert config_lib.unfit_for_checkpoint(saved, config) == []
+    expected = make_checkpoint.tiny_state()
+    jax.tree.map(np.testing.assert_array_equal, params, expected['params'])
+
+    device_mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), 'a')
+    everywhere = NamedSharding(device_mesh, PartitionSpec())
+    wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), expected)
+    step, state, position = Checkpoints(workdir, config).restore(wanted)
+    assert (step, position) == (make_checkpoint.STEP, make_checkpoint.POSITION)
+    jax.tree.map(np.testing.assert_array_equal, state, expected)

@@ -9,7 +9,7 @@ from data_fixtures import run_prepare, train_tokenizer, write_jsonl
 from eval_fixtures import save_run
 
 from transxssm_jax.data.manifest import DataError
-from transxssm_jax.inference.trained_run import config_digest, open_run
+from transxssm_jax.inference.trained_run import config_digest, open_trained_run
 from transxssm_jax.training import checkpoint
 
 
@@ -33,7 +33,7 @@ def workdir(folder, tmp_path_factory):
 
 
 def test_a_run_is_read_with_what_identifies_it(workdir, folder, capsys):
-    run = open_run(workdir)
+    run = open_trained_run(workdir)
     params, config = checkpoint.load_trained(workdir)
     assert (run.workdir, run.step, run.config, run.mesh) == (str(workdir), 3, config, None)
     jax.tree.map(np.testing.assert_array_equal, run.params, params)
@@ -41,12 +41,12 @@ def test_a_run_is_read_with_what_identifies_it(workdir, folder, capsys):
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, norm_epsilon=1e-3))
     assert len(run.config_digest) == 64 and config_digest(other) != run.config_digest
     # The tokenizer of the training data by another path is the same one.
-    open_run(workdir, tokenizer=str(folder / 'words.json'))
+    open_trained_run(workdir, tokenizer=str(folder / 'words.json'))
     assert capsys.readouterr().err == ''
 
 
 def test_parameters_are_read_in_shards_of_the_mesh(workdir):
-    run = open_run(workdir, overrides={'mesh.data': '2', 'mesh.tensor': '2'})
+    run = open_trained_run(workdir, overrides={'mesh.data': '2', 'mesh.tensor': '2'})
     assert dict(run.mesh.shape)['tensor'] == 2
     with run.on_devices():
         assert jax.sharding.get_mesh() == run.mesh
@@ -66,7 +66,7 @@ def test_parameters_are_read_in_shards_of_the_mesh(workdir):
 )
 def test_another_tokenizer_is_refused(workdir, folder, tokenizer, message):
     with pytest.raises(DataError, match=message.format(folder=folder)):
-        open_run(workdir, tokenizer=tokenizer.format(folder=folder))
+        open_trained_run(workdir, tokenizer=tokenizer.format(folder=folder))
 
 
 def test_without_the_training_data_the_size_is_checked_and_the_rest_reported(workdir, folder, tmp_path, capsys):
@@ -74,15 +74,15 @@ def test_without_the_training_data_the_size_is_checked_and_the_rest_reported(wor
     with pytest.raises(
         DataError, match=r'gone: .*; that is data.path of the run, whose .* give it with --tokenizer=PATH'
     ):
-        open_run(moved)
-    assert open_run(moved, tokenizer='byte').tokenizer.vocab_size == 257
+        open_trained_run(moved)
+    assert open_trained_run(moved, tokenizer='byte').tokenizer.vocab_size == 257
     err = capsys.readouterr().err
     assert err.startswith('note: --tokenizer=byte has 257 ids, which fit model.vocab_size=264; its digest could not be')
     assert len(err.splitlines()) == 1 and str(tmp_path / 'gone') in err
     with pytest.raises(
         DataError, match=r'words.json has \d+ ids, more than model.vocab_size=264; give the tokenizer of'
     ):
-        open_run(moved, tokenizer=str(folder / 'words.json'))
+        open_trained_run(moved, tokenizer=str(folder / 'words.json'))
     nameless = save_run(tmp_path / 'nameless')
     with pytest.raises(DataError, match='data.path is empty.; give --data=PATH'):
-        open_run(nameless, flag='--data')
+        open_trained_run(nameless, flag='--data')

@@ -30,7 +30,7 @@ from transxssm_jax.data.tokenizer import replace_surrogates
 from transxssm_jax.inference.generator import Generator
 from transxssm_jax.inference.prompt import encode_prompts
 from transxssm_jax.inference.sampling import InputError, Sampling, fold_seed
-from transxssm_jax.inference.trained_run import open_run
+from transxssm_jax.inference.trained_run import open_trained_run
 
 SAMPLING = (
     Flag('temperature', 0.8, 'Divides the logits; 0: the likeliest token.'),
@@ -91,7 +91,7 @@ def _generate(flags) -> None:
         stop_strings=flags.stop,
         sampling=Sampling(**{flag.name: getattr(flags, flag.name) for flag in SAMPLING}),
     )
-    run = open_run(flags.workdir, flags.step, flags.tokenizer, overrides=flags.overrides)
+    run = open_trained_run(flags.workdir, flags.step, flags.tokenizer, overrides=flags.overrides)
     with run.on_devices():
         generator = Generator(
             run.params,

@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train(flags) -> int:
     logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
-    # Orbax logs the traceback of whatever it raises, thread by thread; checkpoint.py says it in one line.
+    # Orbax logs the traceback of whatever it raises, thread by thread; checkpoint.py reports it in one line.
     logging.getLogger('absl').addFilter(_not_of_orbax)
     stop = StopRequest()
     stop.install()

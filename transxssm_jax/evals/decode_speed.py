@@ -12,7 +12,7 @@ every model, all are measured with the most rows that do, and a line above the t
   bound     those bytes at the bandwidth that a plain sum reaches on this device, and its share of the step's time
   weights   the step's time over that of reading the weights alone
 
-Exit codes: 0 finished; 2 wrong input, said in one line.
+Exit codes: 0 finished; 2 wrong input, with one line.
 """
 
 from transxssm_jax import cli

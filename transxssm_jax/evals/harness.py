@@ -33,7 +33,7 @@ from transxssm_jax.evals.scoring import Scorer
 from transxssm_jax.inference.generator import Generator
 from transxssm_jax.inference.prompt import encode_prompts, with_begin
 from transxssm_jax.inference.sampling import InputError, Sampling, fold_seed
-from transxssm_jax.inference.trained_run import TrainedRun, open_run
+from transxssm_jax.inference.trained_run import TrainedRun, open_trained_run
 from transxssm_jax.model import parameters
 
 try:
@@ -107,7 +107,7 @@ class TransXSSMLM(TemplateLM):
         max_gen_toks: int = 256,
         **ignored,
     ):
-        run = open_run(workdir, step, tokenizer)
+        run = open_trained_run(workdir, step, tokenizer)
         self._start(run.params, run.config, run.tokenizer, max_length, batch_tokens, max_gen_toks)
         self.run = run
 

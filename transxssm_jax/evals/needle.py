@@ -39,7 +39,7 @@ from transxssm_jax.inference.decode import Decoder
 from transxssm_jax.inference.padding import padded_length
 from transxssm_jax.inference.prompt import with_begin
 from transxssm_jax.inference.sampling import InputError
-from transxssm_jax.inference.trained_run import open_run
+from transxssm_jax.inference.trained_run import open_trained_run
 
 CITIES = [
     'Lisbon',
@@ -370,7 +370,7 @@ def _evaluate(flags) -> None:
     lengths, depths = sorted(set(flags.lengths)), sorted(set(flags.depths))
     if not (lengths and depths):
         raise InputError(f'--{"depths" if lengths else "lengths"} is empty; give at least one number')
-    opened = open_run(flags.workdir, flags.step, flags.tokenizer)
+    opened = open_trained_run(flags.workdir, flags.step, flags.tokenizer)
     folder = results_lib.choose_output(flags.output, opened, 'needle', suffix='')
     haystack = Haystack(flags.haystack, opened.tokenizer, 4 * max(lengths))
     cases = [(length, depth, sample) for length in lengths for depth in depths for sample in range(flags.samples)]

@@ -44,7 +44,7 @@ from transxssm_jax.data.loader import read_documents
 from transxssm_jax.data.manifest import DataError, read_manifest
 from transxssm_jax.evals import results as results_lib
 from transxssm_jax.evals.scoring import log_likelihoods
-from transxssm_jax.inference.trained_run import open_run
+from transxssm_jax.inference.trained_run import open_trained_run
 from transxssm_jax.model import parameters
 from transxssm_jax.model.loss import IGNORED
 from transxssm_jax.parallel import collectives
@@ -316,7 +316,7 @@ def _evaluate(flags) -> None:
     if flags.rope_factor and flags.rope_factor < 1:
         raise ConfigError(f'--rope_factor={flags.rope_factor} must be at least 1')
     lengths = _parse_lengths(flags.lengths, checkpoint.load_config(flags.workdir, flags.step).data.seq_len)
-    run = open_run(flags.workdir, flags.step, flags.data, flag='--data')
+    run = open_trained_run(flags.workdir, flags.step, flags.data, flag='--data')
     config = run.config
     output = results_lib.choose_output(flags.output, run, 'perplexity')
     data = flags.data or config.data.path

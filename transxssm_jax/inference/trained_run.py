@@ -54,7 +54,7 @@ def config_digest(config: Config) -> str:
     return hashlib.sha256(json.dumps(json.loads(config_lib.to_json(config)), sort_keys=True).encode()).hexdigest()
 
 
-def open_run(
+def open_trained_run(
     workdir: str,
     step: int = -1,
     tokenizer: str = '',

@@ -18,17 +18,17 @@ def next_token_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Summed loss of every position whose target is not IGNORED.
 
-    Logits are made for chunk_tokens tokens a device at a time, from operands of
+    Logits are made for chunk_tokens tokens per device at a time, from operands of
     hidden's dtype, accumulated in float32. The gradient is taken in the same
     pass, so that the head costs three matmuls and no recomputation.
 
     Args:
-      hidden_BLD: after the final norm; a device's own tokens, where the step is cut over tokens
-        (`collectives.shard_map`): what they sum to over devices is the caller's.
+      hidden_BLD: after the final norm; inside `collectives.shard_map`, this device's tokens. The caller all-reduces
+        over devices.
       head_VD: whole over D; its gradient has its dtype, rounded once from a float32 sum.
       targets_BL: int32, the next token or IGNORED.
       z_loss: weight of log(sum(exp(logits)))^2, added to the loss.
-      chunk_tokens: tokens a device whose logits exist at a time.
+      chunk_tokens: tokens per device whose logits exist at a time.
 
     Returns:
       (objective, sums): objective = sum of cross-entropy + z_loss * lse^2 in

@@ -1,7 +1,7 @@
 """The device mesh and the one table from logical axes to mesh axes.
 
 Parameters and activations name their axes by meaning ('embed', 'heads', ...);
-only this file knows which mesh axis each is split over.
+only this file knows which mesh axis shards each.
 """
 
 import functools
@@ -17,10 +17,10 @@ from transxssm_jax.config import Config, ConfigError
 # From the slowest links to the fastest: slices are laid along data, and neighbours in tensor are neighbours in the machine.
 AXES = ('data', 'fsdp', 'context', 'tensor')
 
-# Logical axis -> mesh axes. An axis that is not here is not split.
+# Logical axis -> mesh axes. An axis that is not here is not sharded.
 RULES = {
     'batch': ('data', 'fsdp'),
-    'length': ('context',),  # one contiguous piece of every row a device, in all layers
+    'length': ('context',),  # one contiguous part of every row per device, in all layers
     'embed': ('fsdp',),  # D of every matrix; activations keep D whole
     'heads': ('tensor',),
     'groups': ('tensor',),  # of B and C, or of K and V
@@ -64,7 +64,7 @@ def axis_sizes(config: Config, num_devices: int) -> dict[str, int]:
 def arrange(devices, sizes: dict[str, int], slices: int) -> np.ndarray:
     """Devices as an array with the axes of AXES: along the links within a slice, slices along data, then fsdp.
 
-    Gradients cross data once a step, and fsdp's gathers overlap with work; context and tensor,
+    Gradients cross data once per step, and fsdp's gathers overlap with work; context and tensor,
     which every layer waits for, stay within a slice.
 
     Raises:

@@ -38,6 +38,6 @@ def check_finite(step: int, values: dict[str, float], grad_norms: dict) -> None:
     raise NotFiniteError(
         f'step {step} is not finite: loss {values["loss"]:.6g}, gradient norm {values["grad_norm"]:.4g}, update norm '
         f'{values["update_norm"]:.4g}, parameter norm before it {values["param_norm"]:.4g}; gradients that are not '
-        f'finite (module, layer): {"; ".join(bad) or "none"}; it was not saved: lower optimizer.learning_rate, or '
+        f'finite (period, layer): {"; ".join(bad) or "none"}; it was not saved: lower optimizer.learning_rate, or '
         'look at the data of this step'
     )

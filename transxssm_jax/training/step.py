@@ -83,9 +83,9 @@ def train_step(config: Config):
     Gradients are those of the mean loss over every counted token of the global
     batch, whatever the mesh and accumulation_steps.
 
-    metrics: float32 scalars 'loss' (cross-entropy in nats a token), 'tokens'
+    metrics: float32 scalars 'loss' (cross-entropy in nats per token), 'tokens'
     (counted), 'grad_norm' (before clipping), 'update_norm', 'param_norm',
-    'learning_rate', and 'grad_norms': each parameter's own, [modules, layers]
+    'learning_rate', and 'grad_norms': each parameter's own, [periods, layers]
     where stacked.
     """
     tx = optimizer.make_optimizer(config)
