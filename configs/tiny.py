@@ -1,4 +1,4 @@
-"""A hybrid of half a million parameters (one module, 3 state-space layers to 1 attention) that learns bytes on two CPU cores.
+"""A hybrid of half a million parameters (one period, 3 state-space layers to 1 attention) that learns bytes on two CPU cores.
 
 make demo
 """

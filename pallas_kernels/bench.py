@@ -1,6 +1,6 @@
 """Times the kernels: one row for each implementation, shape and direction.
 
-  python -m pallas_kernels.bench --target=gpu [--shapes=1p3b_g8,1p3b_g1] [--variants] [--out=bench.json]
+  python -m pallas_kernels.bench --target=gpu [--shapes=1p3b_g8,1p3b_g1] [--variants] [--output=bench.json]
 
 Columns: median and spread of the time in ms; the least bytes and FLOPs of the contract over that
 time, in GB/s and TFLOP/s, each with its share of the device's roofline; temporary memory; compile
@@ -45,7 +45,7 @@ class Shape(typing.NamedTuple):
     dtype: str = 'bfloat16'
 
 
-# The four of design.md section 3 first.
+# The four shapes of the kernel contract first.
 SHAPES = {
     '1p3b_g32': Shape(8, 4096, 32, 64, 128, 32),
     '1p3b_g8': Shape(8, 4096, 32, 64, 128, 8),
@@ -65,7 +65,7 @@ DEFAULT_IMPLEMENTATIONS = {
     'cpu': ('xla',), 'gpu': ('xla', 'mosaic_gpu', *bench_peers.PEERS), **dict.fromkeys(TPUS, ('xla', 'mosaic_tpu')),
 }  # fmt: skip
 BOUNDARY = 128  # tokens per boundary state, in the contract's least work
-# Measured ceilings of one H200 (design.md section 3): bytes/s, FLOP/s. None known for CPU.
+# Measured ceilings of one H200: bytes/s, FLOP/s. None known for CPU.
 ROOFLINE = {'gpu': (4.3e12, 790e12)}
 ROUND_MS, MOST_CALLS = 20, 30  # of a round
 RESULTS = ('y', 'final_state')
@@ -315,7 +315,7 @@ def main(argv=None):
     parser.add_argument('--all-kernels', action='store_true', help='for a TPU: a row for every kernel')
     parser.add_argument('--variants', action='store_true', help="sweep the chunk size of 'xla'")
     parser.add_argument('--seconds', type=float, default=1.0, help='measuring time per row')
-    parser.add_argument('--out', default='', help='also write the rows to this JSON file, after every row')
+    parser.add_argument('--output', default='', help='also write the rows to this JSON file, after every row')
     flags = parser.parse_args(argv)
 
     names = [n for n in flags.shapes.split(',') if n] or DEFAULT_SHAPES[flags.target]
@@ -332,7 +332,7 @@ def main(argv=None):
         if importlib.util.find_spec('libtpu') is None:
             parser.error(f'--target={flags.target} needs the TPU compiler: pip install jax[tpu]')
         shapes = {name: SHAPES[name] for name in names}
-        bench_tpu.run(flags.target, shapes, implementations, directions, least_work, flags.all_kernels, flags.out)
+        bench_tpu.run(flags.target, shapes, implementations, directions, least_work, flags.all_kernels, flags.output)
         return
     if jax.default_backend() != flags.target:
         parser.error(
@@ -344,7 +344,7 @@ def main(argv=None):
         f'{"shape":10} {"implementation":26} {"direction":16} {"ms":>9} {"p90-p10":>8} {"GB/s":>7} {"of it":>5} {"TFLOP/s":>8} '
         f'{"of it":>5} {"temp MB":>8} {"compile":>8}  error'
     )
-    rows = Rows({'device': jax.devices()[0].device_kind, 'jax': jax.__version__}, show, flags.out)
+    rows = Rows({'device': jax.devices()[0].device_kind, 'jax': jax.__version__}, show, flags.output)
     for shape_name in names:
         if SHAPES[shape_name].L == 1:
             rows.add(measure_decode(shape_name, flags.target, flags.seconds))

@@ -22,7 +22,7 @@ def test_table(tiny, tmp_path, capsys):
     """A row for each shape, direction and implementation, with the error against float32, printed and written."""
     out = tmp_path / 'bench.json'
     flags = ['--shapes=tiny,token', '--implementations=xla,mosaic_gpu', '--directions=forward+backward', '--seconds=0']
-    bench.main(['--target=cpu', *flags, f'--out={out}'])
+    bench.main(['--target=cpu', *flags, f'--output={out}'])
     rows = json.loads(out.read_text())['rows']
     assert [(r['shape'], r['direction'], r['implementation']) for r in rows] == [
         ('tiny', 'forward+backward', 'xla'), ('tiny', 'forward+backward', 'mosaic_gpu'), ('token', 'forward', 'step'),

@@ -25,7 +25,6 @@ from transxssm_jax import config as config_lib
 from transxssm_jax.config import Model
 from transxssm_jax.data.packing import Epochs, pack_row
 from transxssm_jax.model import attention, costs, parameters, ssd
-from transxssm_jax.model.mixers import MIXERS
 from transxssm_jax.model.ssd import SCAN_CHUNK
 
 L = 64
@@ -179,6 +178,10 @@ def test_every_remat_policy_states_its_costs():
     assert set(costs.REMAT) == set(remat.metadata['choices'])
 
 
+# Settings of a model that has layers of one kind only.
+ALONE = {'ssd': dict(model_attention_period=0), 'attention': dict(model_attention_period=1)}
+
+
 def test_layers_are_counted_by_kind():
     counted = [(kind, count) for kind, count, _ in costs.layer_costs(small_config().model)]
     assert counted == [('ssd', 6), ('attention', 2)]
@@ -187,11 +190,11 @@ def test_layers_are_counted_by_kind():
 
 
 @pytest.mark.parametrize('remat', costs.REMAT)
-@pytest.mark.parametrize('kind', MIXERS)
+@pytest.mark.parametrize('kind', ALONE)
 def test_saved_bytes_are_those_of_the_traced_step(kind, remat):
     """They are all that a traced layer keeps; but the chunked scan keeps more states than it must, and 'none' more of all."""
     config = small_config(
-        model_attention_period=1 if kind == 'attention' else 0,
+        **ALONE[kind],
         model_attention_offset=0,
         model_remat=remat,
         model_dtype='bfloat16',

@@ -312,7 +312,7 @@ def test_cases_pass_only_the_boundary_states_on():
 
 
 def test_least_bytes():
-    """The parts of a training step are those of the contract at the 1.3B shape (design.md), in MB."""
+    """The parts of a training step are those of the contract at the 1.3B shape, in MB."""
     s = bench.SHAPES['1p3b_g8']
     forward, backward, state = (bench_tpu.least_bytes(s, d, bench.least_work) / 1e6 for d in bench_tpu.DIRECTIONS)
     assert (round(forward), round(backward)) == (541, 814)

@@ -346,7 +346,7 @@ def evaluate(run: Run, evaluators: list[Evaluator]) -> None:
         return
     run.evaluated_at, run.evaluation = run.step, values
     run.writers.write(run.step, values)
-    if run.step < run.config.train.steps:
+    if run.step < run.config.train.steps and 'eval_loss' in values:
         run.writers.print(f'step {run.step}: evaluation loss {values["eval_loss"]:.4f}')
 
 
@@ -355,7 +355,7 @@ def make_up_evaluation(run: Run, evaluators: list[Evaluator]) -> None:
     has_evaluation = processes.broadcast_from_0(run.writers.has_evaluation(run.step))
     if 0 < run.step < run.config.train.steps and is_evaluation_due(run) and not has_evaluation:
         evaluate(run, evaluators)
-        if run.evaluated_at == run.step:
+        if run.evaluated_at == run.step and 'eval_loss' in run.evaluation:
             run.checkpoints.evaluated(run.step, run.evaluation['eval_loss'])
 
 
@@ -368,7 +368,7 @@ def save(run: Run) -> None:
     # All processes save or none: a listing of the directory may come late to one of them.
     if run.step in processes.broadcast_from_0(run.checkpoints.steps()):
         return
-    eval_loss = run.evaluation['eval_loss'] if run.evaluated_at == run.step else None
+    eval_loss = run.evaluation.get('eval_loss') if run.evaluated_at == run.step else None
     run.checkpoints.save(run.step, run.state, splits.data_position(run.config, run.loader, run.step), eval_loss)
 
 
@@ -395,7 +395,7 @@ def summarise(run: Run, sample: Callable) -> None:
     elif run.config.train.sample_tokens:
         print_sample(run, sample)
     line = f'finished at step {run.step}'
-    if run.evaluation:
+    if 'eval_loss' in run.evaluation:
         line += (
             f': evaluation loss {run.evaluation["eval_loss"]:.4f} nats a token, '
             f'{run.evaluation["eval_bits_per_byte"]:.4f} bits a byte'
