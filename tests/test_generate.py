@@ -355,7 +355,7 @@ def test_only_a_line_feed_ends_a_prompt(workdir, monkeypatch, tmp_path, capsys):
     for name, content in (('in.jsonl', f'{{"prompt": "{text}"}}\r\n'), ('in.txt', f'\ufeff{text}\n')):
         (tmp_path / name).write_bytes(content.encode())
         code, out, err = call(capsys, f'--workdir={workdir}', f'--prompts={tmp_path / name}')
-        assert (code, out, err) == (0, f'{text}<5>\n', '')
+        assert (code, out, err) == (0, f'{text}<6>\n', '')  # the begin token and five bytes
 
 
 @pytest.mark.parametrize(
