@@ -7,9 +7,11 @@ halves compilation and changes no result beyond rounding.
 import os
 import signal
 
-# A shell's background jobs ignore Ctrl-C, and processes inherit that: tests send it to the processes that they start.
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# Background jobs of a shell ignore Ctrl-C, those of nohup SIGHUP, and processes inherit that: tests send both to the
+# processes that they start, and to themselves.
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, usual)
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + (
