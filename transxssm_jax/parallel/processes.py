@@ -388,6 +388,8 @@ def _catch_abort() -> None:
         time.sleep(3)  # _watch_for_failure ends the process if the coordinator is lost
         if is_multiprocess() and not _coordinator_answers():
             _end(PEER_LOST, _lost_message([0]))
+        # gloo aborts a process whose peer was killed in the middle of a message, before the peer is missed.
+        wait_for_peer_failure()
         libc.signal(signal.SIGABRT, None)  # a real abort
 
     _catch_abort.keep = handler_type(on_abort)  # as long as the process lives
