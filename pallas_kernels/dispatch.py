@@ -18,7 +18,15 @@ import jax
 _log = logging.getLogger(__name__)
 
 
-class UnsupportedError(NotImplementedError):
+class ImplementationError(Exception):
+    """A named implementation does not exist, or cannot serve a call. The message is one line."""
+
+
+class UnknownError(ImplementationError, ValueError):
+    """No implementation of the operator has this name."""
+
+
+class UnsupportedError(ImplementationError, NotImplementedError):
     """An implementation cannot serve a call, here or on the platform that the call is compiled for.
 
     The message is one line that begins with `implementation='...'` and names reason and remedy.
@@ -28,6 +36,12 @@ class UnsupportedError(NotImplementedError):
 def refusal(implementation: str, reason: str) -> UnsupportedError:
     """The error, not raised, of a call that the implementation cannot serve. The reason includes the remedy."""
     return UnsupportedError(f'implementation={implementation!r} cannot serve this call: {reason}')
+
+
+def check_name(implementation: str | None, names: typing.Collection[str]) -> None:
+    """Raises UnknownError unless the implementation is None or one of names."""
+    if implementation is not None and implementation not in names:
+        raise UnknownError(f'implementation={implementation!r} is unknown; use None or one of {tuple(names)}')
 
 
 class Device(typing.NamedTuple):

@@ -334,7 +334,7 @@ def test_none_is_xla_on_cpu(caplog):
         ({'segment_ids': jnp.zeros((2, 8), jnp.int8)}, r'segment_ids has dtype int8; .*astype'),
         ({'scale': float('nan')}, r'scale=nan; it must be a finite Python number'),
         ({'chunk_size': 0}, r'chunk_size=0; it must be a positive int'),
-        ({'implementation': 'flash'}, r"implementation='flash'; .*'xla', 'cudnn', 'splash'"),
+        ({'implementation': 'flash'}, r"implementation='flash' is unknown; .*'xla', 'cudnn', 'splash'"),
     ],
 )
 def test_value_errors(change, message):

@@ -89,10 +89,15 @@ SIZES = [
 ]
 
 
+def kernel_flops_per_token(model, attended):
+    """Forward FLOPs of all sequence kernels per token."""
+    return sum(count * layer.kernel_flops(attended) for _, count, layer in costs.layer_costs(model))
+
+
 def outside_kernels(model: Model) -> int:
     """The formula's forward work per token, less its kernel terms."""
     attended = costs.row_attended(L)
-    return costs.forward_flops_per_token(model, attended) - costs.kernel_flops_per_token(model, attended)
+    return costs.forward_flops_per_token(model, attended) - kernel_flops_per_token(model, attended)
 
 
 def model_function(model: Model):

@@ -149,6 +149,32 @@ def test_prompts_may_be_read_a_few_rows_at_a_time():
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), state, at_once)
 
 
+def test_on_a_mesh_too_prompts_may_be_read_a_few_rows_at_a_time():
+    """Each device reads its share of the prompts into rows of its own; prompt_order names the rows."""
+    config = tiny(num_heads=4, num_kv_heads=2, d_model=64, mesh_data=4, mesh_tensor=2)
+    params, tokens = init(config), np.tile(TOKENS, (2, 1))[:, :20]
+    tokens[4:] = tokens[4:, ::-1]
+    lengths, whole = np.tile(LENGTHS, 2), np.tile(WHOLE, 2)
+    expected = Decoder(params, config)
+    expected = expected.prefill(expected.empty(8, L), tokens, lengths, whole)
+    with jax.set_mesh(mesh.build(config)):
+        decoder = Decoder(params, config)
+        state = decoder.empty(8, L)
+        orders = [decoder.prompt_order(8, 4, first) for first in (0, 1)]
+        for first, order in enumerate(orders):
+            state = decoder.prefill(state, tokens[order], lengths[order], whole[order], first)
+    assert orders == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=3e-5), state, expected)
+
+
+def test_an_empty_state_is_compiled_once_for_a_size():
+    decoder = decoder_of()
+    decoder.empty(2, L)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, 'jit', lambda *_, **__: pytest.fail('compiled again'))
+        assert decoder.empty(2, L)['position_B'].shape == (2,)
+
+
 def settings_of(seeds, limit):
     count = len(seeds)
     return {

@@ -12,14 +12,17 @@ import pytest
 from flax import nnx
 from small import small_config
 
+from transxssm_jax import config as config_lib
 from transxssm_jax import generate
 from transxssm_jax.data.manifest import DataError
 from transxssm_jax.data.tokenizer import ByteTokenizer
+from transxssm_jax.inference import generator as generator_lib
 from transxssm_jax.inference.generator import Generator
 from transxssm_jax.inference.padding import padded_length
 from transxssm_jax.inference.prompt import encode_prompts, with_begin
 from transxssm_jax.inference.sampling import InputError, Sampling, fold_seed
 from transxssm_jax.model import parameters
+from transxssm_jax.parallel import mesh
 from transxssm_jax.training import checkpoint
 
 MAX_LENGTH = 32  # one size of cache and of prompts, so that little is compiled
@@ -91,6 +94,16 @@ def test_a_text_depends_on_its_prompt_and_seed_alone(generator, prompts, complet
     np.testing.assert_array_equal(same_prompt[0].tokens, completions[0].tokens)
     np.testing.assert_array_equal(same_prompt[2].tokens, completions[0].tokens)
     assert len({tuple(completion.tokens) for completion in same_prompt}) == 3
+
+
+def test_a_mesh_that_reads_prompts_in_parts_changes_no_text(config, params, prompts, completions, monkeypatch):
+    monkeypatch.setattr(generator_lib, 'PREFILL_TOKENS', 40)  # per device: one prompt of 32 at a time
+    device_mesh = mesh.build(config_lib.replace(config, {'mesh.data': 2}), jax.devices()[:2])
+    with jax.set_mesh(device_mesh):
+        sharded = Generator(params, config, ByteTokenizer(), batch=4)
+        again = sharded.generate(prompts[:4], max_tokens=12, sampling=RANDOM, stop_tokens=(), seeds=range(4))
+    for ours, expected in zip(again, completions):
+        np.testing.assert_array_equal(ours.tokens, expected.tokens)
 
 
 def test_prompts_and_samples_share_no_random_numbers(generator, prompts):

@@ -255,10 +255,9 @@ def test_sources_count_by_their_weight():
         types.SimpleNamespace(first_document=0, documents=100),
         types.SimpleNamespace(first_document=100, documents=1),
     ]
-    index = types.SimpleNamespace(
-        lengths=lambda: np.array([10] * 100 + [10**6]), mixture_weights=lambda: [1, 1], sources=sources
-    )
+    manifest = types.SimpleNamespace(mixture_weights=lambda: [1, 1], sources=sources)
+    lengths = np.array([10] * 100 + [10**6])
     short, long = costs.mean_attended(np.array([10]), 64), costs.mean_attended(np.array([10**6]), 64)
-    assert metrics.mean_attended(index, 64) == pytest.approx((short + long) / 2)
-    index.mixture_weights = list
-    assert metrics.mean_attended(index, 64) == pytest.approx((1000 * short + 10**6 * long) / (1000 + 10**6))
+    assert metrics.mean_attended(manifest, lengths, 64) == pytest.approx((short + long) / 2)
+    manifest.mixture_weights = list
+    assert metrics.mean_attended(manifest, lengths, 64) == pytest.approx((1000 * short + 10**6 * long) / (1000 + 10**6))

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 from small import small_config
-from test_costs import jaxpr_flops, without_kernels  # noqa: F401  a fixture
+from test_costs import jaxpr_flops, kernel_flops_per_token, without_kernels  # noqa: F401  a fixture
 
 from pallas_kernels import chips, hlo
 from transxssm_jax import config as config_lib
@@ -258,7 +258,7 @@ def test_executed_work_is_that_of_the_traced_step(without_kernels, remat):  # no
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ('tokens', 'targets', 'segment_ids', 'positions')}
     jaxpr = jax.make_jaxpr(gradient.summed_gradient(config))(params, batch).jaxpr
     model, L = config.model, config.data.seq_len
-    kernels = costs.kernel_flops_per_token(model, costs.row_attended(L))
+    kernels = kernel_flops_per_token(model, costs.row_attended(L))
     # The kernels are replaced by stubs without products: three runs of theirs, and those that remat adds.
     runs = 3 + (remat in ('full', 'dots'))
     executed = roofline.executed_flops_per_token(config, dict(data=1, fsdp=1, context=1, tensor=1)) - runs * kernels

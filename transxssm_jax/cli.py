@@ -381,9 +381,7 @@ def _is_unsupported(error: BaseException) -> bool:
     """Whether the kernels refused: a named implementation does not exist, or cannot serve the device or the shape."""
     # The kernels import jax, this module does not. Where they were never imported, nothing of theirs was raised.
     dispatch = sys.modules.get('pallas_kernels.dispatch')
-    unsupported = getattr(dispatch, 'UnsupportedError', NotImplementedError)
-    is_unknown = isinstance(error, ValueError | NotImplementedError) and str(error).startswith('implementation=')
-    return (dispatch is not None and isinstance(error, unsupported)) or is_unknown
+    return dispatch is not None and isinstance(error, dispatch.ImplementationError)
 
 
 def one_line(error) -> str:

@@ -20,12 +20,12 @@ import contextlib
 import itertools
 import json
 import logging
-import os
 import pathlib
 import sys
 
 from transxssm_jax import config as config_lib
 from transxssm_jax.cli import Flag
+from transxssm_jax.data.manifest import write_file
 from transxssm_jax.data.tokenizer import replace_surrogates
 from transxssm_jax.inference.generator import Generator
 from transxssm_jax.inference.prompt import encode_prompts
@@ -201,7 +201,6 @@ def _write(generator: Generator, records: list[dict], request: dict, flags) -> N
             file.write(lines[i])
             file.flush()
     if list(lines) != sorted(lines):
-        ordered = pathlib.Path(f'{flags.output}.tmp')
-        ordered.write_text(''.join(lines[i] for i in sorted(lines)), **encoding)
-        os.replace(ordered, flags.output)
+        ordered = ''.join(lines[i] for i in sorted(lines))
+        write_file(pathlib.Path(flags.output), ordered.encode(**encoding))
     print(f'{len(lines)} completions in {flags.output}')

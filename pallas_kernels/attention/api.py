@@ -201,7 +201,4 @@ def check(q, k, v, segment_ids, scale, chunk_size, implementation):
         raise ValueError(f'scale={scale!r}; it must be a finite Python number (it is static) or None')
     if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size >= 1):
         raise ValueError(f'chunk_size={chunk_size!r}; it must be a positive int or None')
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f'implementation={implementation!r}; it must be None or one of {", ".join(map(repr, IMPLEMENTATIONS))}'
-        )
+    dispatch.check_name(implementation, IMPLEMENTATIONS)

@@ -125,5 +125,4 @@ def _check(q, k, v, length, implementation):
         raise ValueError(f'q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; they must be one dtype')
     if length.shape != (B,) or length.dtype != jnp.int32:
         raise ValueError(f'length has shape {length.shape} and dtype {length.dtype}; it must be [{B}] and int32')
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f'implementation={implementation!r}; it must be None or one of {IMPLEMENTATIONS}')
+    dispatch.check_name(implementation, IMPLEMENTATIONS)

@@ -169,8 +169,7 @@ def rotary_ssd_step(
 
 def _scan(x, dt, a, b, c, rope, segment_ids, state, chunk_size, implementation, interpret):
     """Dispatches a checked call. c None: y is not wanted. Returns (y or None, final state)."""
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(f'implementation={implementation!r} is unknown; use None or one of {IMPLEMENTATIONS}')
+    dispatch.check_name(implementation, IMPLEMENTATIONS)
     call = Call(x.dtype.name, chunk_size, (*x.shape, *b.shape[2:]), interpret)
     # An interpreted kernel asks nothing of the device.
     device = dispatch.Device() if implementation is not None and interpret else None

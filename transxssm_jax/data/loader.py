@@ -73,10 +73,12 @@ class Loader:
       fingerprint: digest of all that decides a batch of the split; a checkpoint that keeps it can tell that its data
         was replaced. The same for the same data in another place.
       num_steps: steps of one pass, counted from step 0; only where repeat is False, else 0.
+      manifest, lengths: of the split; lengths is uint32 [documents], memory-mapped.
     """
 
     def __init__(self, batches: '_Batches', *, num_workers: int, num_threads: int, prefetch: int):
-        manifest = batches.manifest
+        self.manifest, self.lengths = batches.manifest, batches.lengths
+        manifest = self.manifest
         self.num_documents, self.num_tokens, self.num_bytes = (
             manifest.num_documents,
             manifest.num_tokens,
@@ -366,7 +368,7 @@ class _Batches:
         self._settings = manifest, seq_len, global_batch, seed, start_step, rows, shuffle, repeat
         self.manifest, self._seq_len, self._global_batch = manifest, seq_len, global_batch
         self._start_step, self._rows, self._repeat = start_step, rows, repeat
-        lengths = manifest.lengths()
+        self.lengths = lengths = manifest.lengths()
         self._documents = _Documents(manifest, lengths)
         weights = manifest.mixture_weights() if repeat else []
         if weights:

@@ -7,7 +7,6 @@ names the checkpoint, the config, the versions and the command that it comes fro
 import datetime
 import importlib.metadata
 import json
-import os
 import pathlib
 import shlex
 import sys
@@ -17,6 +16,7 @@ from collections.abc import Sequence
 import jax
 
 from transxssm_jax.config import Config
+from transxssm_jax.data.manifest import write_file
 from transxssm_jax.inference.sampling import InputError
 from transxssm_jax.inference.trained_run import TrainedRun, config_digest
 
@@ -94,6 +94,4 @@ def choose_output(given: str, run: TrainedRun | None, kind: str, suffix: str = '
 
 def write_json(path: pathlib.Path, record: dict, **settings) -> None:
     """Writes a record as JSON, whole or not at all; settings are those of json.dumps."""
-    partial = path.with_name(f'.{path.name}.tmp')
-    partial.write_text(json.dumps(record, indent=1, ensure_ascii=False, **settings) + '\n', encoding='utf-8')
-    os.replace(partial, path)
+    write_file(path, (json.dumps(record, indent=1, ensure_ascii=False, **settings) + '\n').encode())

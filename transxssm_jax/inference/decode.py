@@ -92,7 +92,10 @@ class Decoder:
             }
             return state | ({'seen_BV': jnp.zeros((batch, self.model.vocab_size), bool)} if with_seen else {})
 
-        return jax.jit(make, out_shardings=_specs(self._state_axes(with_seen)))()
+        key = 'empty', batch, length, with_seen
+        if key not in self._compiled:
+            self._compiled[key] = jax.jit(make, out_shardings=_specs(self._state_axes(with_seen)))
+        return self._compiled[key]()
 
     def prefill(
         self, state: dict, tokens_BL: jax.Array, length_B: jax.Array, rope_length_B: jax.Array, first_row: int = 0

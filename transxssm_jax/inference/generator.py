@@ -218,8 +218,9 @@ class Generator:
         longest = padded_length(max(len(row.prompt) for row in rows))
         while count * longest > PREFILL_TOKENS * shards and count % 2 == 0 and count // 2 % shards == 0:
             count //= 2
-        for first in range(0, len(rows), count):
-            part = rows[first : first + count]
+        for first in range(0, len(rows) // shards, count // shards):
+            order = self._decoder.prompt_order(len(rows), count, first)
+            part = [rows[i] for i in order]
             tokens_BL = np.zeros((count, padded_length(max(len(row.prompt) for row in part))), np.int32)
             for row, tokens_L in zip(part, tokens_BL):
                 tokens_L[: len(row.prompt)] = row.prompt
@@ -227,7 +228,7 @@ class Generator:
                 state,
                 tokens_BL,
                 np.array([len(row.prompt) for row in part], np.int32),
-                totals_B[first : first + count],
+                totals_B[order],
                 np.int32(first),
             )
         return state

@@ -124,11 +124,6 @@ def head_flops(model: Model) -> int:
     return 2 * model.d_model * model.vocab_size
 
 
-def kernel_flops_per_token(model: Model, attended: float) -> float:
-    """Forward FLOPs of all sequence kernels per token: what no matrix multiplication does."""
-    return sum(count * costs.kernel_flops(attended) for _, count, costs in layer_costs(model))
-
-
 def forward_flops_per_token(model: Model, attended: float) -> float:
     """Forward FLOPs of the whole model per token, head included.
 

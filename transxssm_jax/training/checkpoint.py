@@ -23,6 +23,7 @@ import jax
 
 from transxssm_jax import config as config_lib
 from transxssm_jax.config import Config
+from transxssm_jax.data.manifest import write_file
 from transxssm_jax.parallel import processes
 from transxssm_jax.training import checkpoint_files as files
 from transxssm_jax.training import digest
@@ -54,9 +55,7 @@ def open_workdir(workdir: pathlib.Path, config: Config) -> None:
         if path.exists() and files.steps_in(workdir / 'checkpoints'):
             _check_fits(f'--workdir={workdir}', _read_config(path), config)
         if processes.is_coordinator():
-            partial = path.with_suffix('.tmp')
-            partial.write_text(config_lib.to_json(config))
-            partial.replace(path)
+            write_file(path, config_lib.to_json(config).encode())
         _check_shared(workdir)
     except OSError as error:
         raise CheckpointError(
@@ -238,14 +237,13 @@ class Checkpoints:
         train.keep_best with the lowest evaluation loss.
 
     Attributes:
-      changed: after `restore`, the settings that differ from those of the checkpoint: dotted name ->
-        (value now, value then).
+      restored_config: after `restore`, the config that the checkpoint was trained with; None before.
     """
 
     def __init__(self, workdir: pathlib.Path, config: Config):
         self.config = config
         self.directory = workdir.absolute() / 'checkpoints'
-        self.changed = {}
+        self.restored_config = None
         self._save = None  # the Save that was started last
         self._failures = 0  # of saves, in a row
         self._warned = set()
@@ -387,7 +385,7 @@ class Checkpoints:
         state = {}
         for group, abstract in files.grouped(abstract_state).items():
             state |= files.read_group(path, group, abstract, digests, *share)
-        self.changed = config_lib.differences(self.config, saved)
+        self.restored_config = saved
         return state, position
 
     def _set_aside(self, steps: list[int]) -> None:

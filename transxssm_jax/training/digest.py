@@ -14,6 +14,7 @@ import pathlib
 import xxhash
 
 from transxssm_jax import cli
+from transxssm_jax.data.manifest import write_file
 
 BLOCK_BYTES = 64 << 20
 PIECE_BYTES = 4 << 20  # read at a time
@@ -92,12 +93,7 @@ def write_json(path: pathlib.Path, content: dict) -> None:
     """Writes a JSON file that carries its own digest; it appears under its name only when it is complete."""
     text = json.dumps({'digest': _BLANK, **content}, indent=1) + '\n'
     text = text.replace(_BLANK, xxhash.xxh3_128_hexdigest(text.encode()), 1)
-    partial = path.with_suffix('.tmp')
-    with partial.open('wb') as file:
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_file(path, text.encode())
 
 
 def read_json(path: pathlib.Path) -> dict:

@@ -26,11 +26,13 @@ import time
 import psutil
 import xxhash
 
+from transxssm_jax import cli
 from transxssm_jax.parallel import processes
 from transxssm_jax.training.checkpoint_files import CheckpointError
 
 NAME = 'lease.json'
-LOST = 2  # exit code of a run that lost its lease: another run has the workdir now, so that a restart would not help
+# Exit code of a run that lost its lease: another run has the workdir now, so that a restart would not help.
+LOST = cli.ExitCode.WRONG_INPUT
 
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.EMLINK, errno.EXDEV}
 

@@ -15,7 +15,6 @@ from transxssm_jax import config as config_lib
 from transxssm_jax.cli import ExitCode
 from transxssm_jax.config import Config, ConfigError
 from transxssm_jax.data.loader import Loader, WorkerLostError, check_batch, check_vocab
-from transxssm_jax.data.manifest import read_manifest
 from transxssm_jax.data.tokenizer import load_tokenizer
 from transxssm_jax.parallel import mesh, processes
 from transxssm_jax.training import announcement, checkpoint, lease, metrics, splits
@@ -124,11 +123,11 @@ def open_run(config: Config, workdir: pathlib.Path, stop: StopRequest) -> Run:
         state = step_lib.create_state(config, device_mesh)
 
     writers = metrics.Writers(workdir, config, step)
-    attended = metrics.mean_attended(read_manifest(config.data.path, config.data.train_split), config.data.seq_len)
+    attended = metrics.mean_attended(loader.manifest, loader.lengths, config.data.seq_len)
     for line in announcement.describe(config, device_mesh, loader, workdir, attended):
         writers.print(line)
     if restored is not None:
-        for line in announcement.describe_resumption(checkpoint.load_config(workdir, step), config, step):
+        for line in announcement.describe_resumption(checkpoints.restored_config, config, step):
             writers.print(line)
     train_step, eval_step = jit_steps(config, device_mesh)
     return Run(

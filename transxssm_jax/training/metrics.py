@@ -10,6 +10,7 @@ import sys
 import time
 
 import jax
+import numpy as np
 import psutil
 from tqdm import tqdm
 
@@ -83,9 +84,9 @@ def rates(config: Config, steps: int, clock: Clock, attended: float) -> dict[str
     return values
 
 
-def mean_attended(manifest: Manifest, seq_len: int) -> float:
+def mean_attended(manifest: Manifest, lengths: np.ndarray, seq_len: int) -> float:
     """Mean tokens that a token attends to, itself included, in the packed rows of a split; sources count by weight."""
-    lengths, weights = manifest.lengths(), manifest.mixture_weights()
+    weights = manifest.mixture_weights()
     if not weights:
         return costs.mean_attended(lengths, seq_len)
     means = [

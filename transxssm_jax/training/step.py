@@ -13,7 +13,7 @@ import optax
 
 from transxssm_jax.config import Config
 from transxssm_jax.model.parameters import init_params, param_axes
-from transxssm_jax.parallel import mesh
+from transxssm_jax.parallel import collectives, mesh
 from transxssm_jax.training import optimizer
 from transxssm_jax.training.gradient import Batch, summed_gradient, summed_loss
 
@@ -22,18 +22,13 @@ State = dict
 
 def state_shardings(config: Config, device_mesh: jax.sharding.Mesh) -> State:
     """The sharding of every array of a state; what the optimizer keeps of a parameter is sharded as the parameter is."""
-    shapes = jax.eval_shape(functools.partial(init_state, config), 0)
-    params = jax.tree.map(
-        functools.partial(mesh.sharding, device_mesh),
-        param_axes(config.model),
-        is_leaf=lambda node: isinstance(node, tuple),
-    )
-    replicated = mesh.sharding(device_mesh, ())
-    return {
-        'step': replicated,
-        'params': params,
-        'opt_state': optimizer.like_params(shapes['opt_state'], shapes['params'], params, replicated),
-    }
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, device_mesh))
+
+
+def param_shardings(config: Config, device_mesh: jax.sharding.Mesh) -> dict:
+    """The sharding of every parameter."""
+    place = functools.partial(mesh.sharding, device_mesh)
+    return jax.tree.map(place, param_axes(config.model), is_leaf=collectives.is_axes)
 
 
 def batch_sharding(device_mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
@@ -57,11 +52,9 @@ def create_state(config: Config, device_mesh: jax.sharding.Mesh) -> State:
 def abstract_state(config: Config, device_mesh: jax.sharding.Mesh) -> State:
     """ShapeDtypeStructs with shardings, to restore or to compile for."""
     shapes = jax.eval_shape(functools.partial(init_state, config), 0)
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        state_shardings(config, device_mesh),
-    )
+    params, replicated = param_shardings(config, device_mesh), mesh.sharding(device_mesh, ())
+    opt_state = optimizer.like_params(shapes['opt_state'], shapes['params'], params, replicated)
+    return _with_shardings(shapes, {'step': replicated, 'params': params, 'opt_state': opt_state})
 
 
 def abstract_params(config: Config) -> dict:
@@ -71,10 +64,15 @@ def abstract_params(config: Config) -> dict:
     if device_mesh.empty:
         shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shapes)
     else:
-        shardings = state_shardings(config, device_mesh)['params']
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
-    )
+        shardings = param_shardings(config, device_mesh)
+    return _with_shardings(shapes, shardings)
+
+
+def _with_shardings(shapes, shardings):
+    def place(leaf, sharding):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(place, shapes, shardings)
 
 
 def train_step(config: Config):
