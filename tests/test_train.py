@@ -1,5 +1,6 @@
 """The trainer as its user meets it: exit codes, messages, files, and that an interruption changes no number."""
 
+import functools
 import math
 import shutil
 import signal
@@ -25,28 +26,30 @@ from train_fixtures import (
 
 from transxssm_jax import config as config_lib
 from transxssm_jax.data import prepare
+from transxssm_jax.planning import fitting
 from transxssm_jax.training import loop, stopping
 
 
 @pytest.fixture(scope='module', autouse=True)
 def compile_once():
-    """Runs of the same model share their jitted functions; the schedule of the tests' config is constant."""
-    made, make = {}, loop.jit_steps
+    """Runs of the same model share their compiled functions; the schedule of the tests' config is constant."""
+    made = {}
 
-    def jit_steps(config, device_mesh):
-        names = ('train.accumulation_steps', 'train.loss_chunk_tokens')
+    def made_once(make, config, device_mesh):
+        names = ('train.accumulation_steps', 'train.loss_chunk_tokens', 'data.global_batch', 'data.seq_len')
         key = [
             (name, value)
             for name, value in config_lib.flatten(config).items()
             if name.startswith(('model.', 'optimizer.', 'mesh.')) or name in names
         ]
-        key = tuple(key) if config.optimizer.schedule == 'constant' else (*key, config.train.steps)
+        key = (make, *key) if config.optimizer.schedule == 'constant' else (make, *key, config.train.steps)
         if key not in made:
             made[key] = make(config, device_mesh)
         return made[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, 'jit_steps', jit_steps)
+        for name in ('compile_train_step', 'jit_eval_step'):
+            patch.setattr(loop, name, functools.partial(made_once, getattr(loop, name)))
         yield
 
 
@@ -151,7 +154,9 @@ def test_nothing_is_saved_before_the_first_step(config, tmp_path):
     stop = stopping.StopRequest()
     stop.request(130)
     settings = {'model.d_mlp': 64}
-    assert loop.train(config_lib.load(config, settings), tmp_path / 'workdir', stop, sample=None) == 130
+    assert (
+        loop.train(config_lib.load(config, settings), tmp_path / 'workdir', stop, sample=None, fit=fitting.fit) == 130
+    )
     assert checkpoint_steps(tmp_path / 'workdir') == []
     result = train(config, tmp_path / 'workdir', train__steps=2, train__eval_every_steps=0)
     assert result.code == 0, 'the mistaken setting binds nobody'

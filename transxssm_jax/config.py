@@ -76,9 +76,17 @@ class Model(Section):
     init_std: float = setting(0.02, 'Standard deviation of every initial matrix.', minimum=0.0)
     dtype: str = setting('bfloat16', 'Type of activations and matmul operands.', choices=('bfloat16', 'float32'))
     remat: str = setting(
-        'hybrid',
-        'What the backward pass recomputes: nothing, whole layers, all but matmul outputs, or all but those that are dear.',
-        choices=('none', 'full', 'dots', 'hybrid'),
+        'auto',
+        "What the backward pass recomputes: nothing; all but matmul outputs ('dots': as XLA names them, 'matmuls': each once, "
+        "in bfloat16); 'hybrid': the MLP too; 'full': whole layers. 'auto' takes the fastest that fits into the devices' "
+        'memory.',
+        choices=('auto', 'none', 'matmuls', 'dots', 'hybrid', 'full'),
+    )
+    layer_loop: str = setting(
+        'auto',
+        "Whether layers are one 'scan' or 'unrolled'. Unrolled, a GPU's step is a fifth faster and compiles for longer; "
+        "'auto' unrolls on GPUs.",
+        choices=('auto', 'scan', 'unrolled'),
     )
     ssd_implementation: str = setting('auto', "Scan implementation; 'auto' picks the fastest that serves.")
     ssd_chunk_size: int = setting(0, 'Tokens per chunk of the scan; 0 picks by device.', minimum=0, maximum=1 << 16)
@@ -153,7 +161,12 @@ class Optimizer(Section):
 @dataclasses.dataclass
 class Train(Section):
     steps: int = setting(10000, 'Steps of the whole run.', minimum=1)
-    accumulation_steps: int = setting(1, 'Microbatches per step, one after another.', minimum=1, maximum=1 << 16)
+    accumulation_steps: int = setting(
+        0,
+        'Microbatches per step, one after another; 0 takes as few as fit into the memory of the devices.',
+        minimum=0,
+        maximum=1 << 16,
+    )
     loss_chunk_tokens: int = setting(2048, 'Tokens per device whose logits exist at a time.', minimum=1)
     seed: int = setting(0, 'Seed of the initial parameters.', minimum=0, maximum=LARGEST_SEED, of_checkpoint=True)
     log_every_steps: int = setting(10, 'Steps between metrics records.', minimum=1)
@@ -169,6 +182,11 @@ class Train(Section):
     profile_start_step: int = setting(0, 'First step of the profiler window.', minimum=0)
     profile_steps: int = setting(0, 'Steps in the profiler window; 0: no profile.', minimum=0)
     sample_tokens: int = setting(0, 'Tokens to sample when the run ends; 0: none.', minimum=0)
+
+    @property
+    def num_microbatches(self) -> int:
+        """accumulation_steps, or 1 where it is left open and nobody has looked at the devices."""
+        return max(self.accumulation_steps, 1)
 
 
 @dataclasses.dataclass
@@ -327,7 +345,7 @@ def resolve(config: Config) -> Config:
             raise ConfigError(
                 f'optimizer.{name}={getattr(optimizer, name)} must be below 1; try 0.9 for b1, 0.999 for b2'
             )
-    _divides('data.global_batch', data.global_batch, 'train.accumulation_steps', train.accumulation_steps)
+    _divides('data.global_batch', data.global_batch, 'train.accumulation_steps', train.num_microbatches)
     decay_steps = optimizer.decay_steps if optimizer.schedule == 'wsd' else 0
     if optimizer.warmup_steps + decay_steps > train.steps:
         parts = 'optimizer.warmup_steps' + (' + optimizer.decay_steps' if decay_steps else '')

@@ -29,6 +29,7 @@ from transxssm_jax.cli import ExitCode, Flag
 from transxssm_jax.config import ConfigError
 from transxssm_jax.inference.generator import sample
 from transxssm_jax.parallel import processes
+from transxssm_jax.planning.fitting import fit
 from transxssm_jax.training import loop
 from transxssm_jax.training.stopping import StopRequest
 
@@ -71,7 +72,7 @@ def _train(flags) -> int:
         processes.join(**{name: getattr(flags, name) for name in HOST_FLAGS})
         if not processes.is_coordinator():
             logging.getLogger().setLevel(logging.ERROR)  # process 0 warns of what concerns all
-        exit_code = loop.train(config, workdir, stop, sample)
+        exit_code = loop.train(config, workdir, stop, sample, fit)
     except (Exception, KeyboardInterrupt) as error:
         exit_code = _end_all(error)
     processes.shutdown(exit_code)

@@ -30,7 +30,7 @@ from pallas_kernels.attention import xla
 from pallas_kernels.dispatch import UnsupportedError
 
 # (f, m): up to B f m documents of up to L / f tokens. Statistics take m float32 per query and head.
-PACKED_SHAPES = ((1, 8), (4, 16), (1, 32))
+PACKED_SHAPES = ((1, 2), (1, 8), (4, 16), (1, 32))
 
 
 def _private():

@@ -100,22 +100,23 @@ def _of_one_device(f):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(static, x, dt, log2, b, c, rope, run, state):
-    y, final, _ = _forward(static, x, dt, log2, b, c, rope, run, state, with_states=False)
+    y, final, *_ = _forward(static, x, dt, log2, b, c, rope, run, state, with_states=False)
     return y, final
 
 
 def _scan_fwd(static, x, dt, log2, b, c, rope, run, state):
-    y, final, states = _forward(static, x, dt, log2, b, c, rope, run, state, with_states=True)
-    return (y, final), (x, dt, log2, b, c, rope, run, checkpoint_name(states, STATES_NAME))
+    y, final, *kept = _forward(static, x, dt, log2, b, c, rope, run, state, with_states=True)
+    # b and c are kept as the kernels read them: rotated.
+    states, b_rotated, c_rotated = (None if v is None else checkpoint_name(v, STATES_NAME) for v in kept)
+    return (y, final), (x, dt, log2, b_rotated, c_rotated, rope, run, states)
 
 
 @_of_one_device
 def _scan_bwd(static, residuals, cotangents):
     plan, interpret = static
-    x, dt, log2, b_in, c_in, rope, run, states = residuals
+    x, dt, log2, b, c, rope, run, states = residuals
     dy, dfinal = cotangents
-    (B, L, H, _), (G, N) = x.shape, b_in.shape[2:]
-    b, c = _rotated(b_in, rope, x.dtype), _rotated(c_in, rope, x.dtype)
+    (B, L, H, _), (G, N) = x.shape, b.shape[2:]
     vectors, starts, log2_BCH = _vectors(dt, log2, run)
     cut, join = functools.partial(_cut, plan.spans), functools.partial(_join, plan.spans)
     dfinals = dfinal
@@ -165,7 +166,7 @@ def _forward(static, x, dt, log2, b, c, rope, run, state, with_states):
         r = gpu_forward.walk(*map(cut, (x, vectors, b, c, starts)), states, **keywords)
     y = None if c is None else r['y'].reshape(x.shape)
     states = r['states'].reshape(x.shape[0], -1, *r['states'].shape[2:]) if with_states else None
-    return y, join(r['final'])[:, -1], states
+    return y, join(r['final'])[:, -1], states, b, c
 
 
 # --- what XLA computes for the kernels ---------------------------------------------------------------

@@ -42,25 +42,33 @@ class Remat(typing.NamedTuple):
       d_model: vectors of width D that are kept per token, the layer's input included.
       d_mlp: vectors of width F that are kept per token.
       again: products that the backward pass computes again, of 'in_proj', 'kernel', 'out_proj' and 'gate_up'.
+      weights: whether the weights of all layers are kept in model.dtype, gathered.
     """
 
     mixer: tuple[str, ...]
     d_model: int
     d_mlp: int
     again: tuple[str, ...]
+    weights: bool = False
 
 
 REMAT = {
-    'none': Remat(('mixer_in', 'mixer_out', 'residual'), 5, 3, ()),
+    'none': Remat(('mixer_in', 'mixer_out', 'residual'), 4, 3, (), weights=True),
+    'matmuls': Remat(('mixer_in', 'mixer_out', 'residual'), 2, 2, ()),
     'dots': Remat(('mixer_in',), 2, 2, ('kernel',)),
     'hybrid': Remat(('mixer_in', 'mixer_out', 'residual'), 1, 0, ('out_proj', 'gate_up')),
     'full': Remat((), 1, 0, ('in_proj', 'kernel', 'out_proj', 'gate_up')),
 }
 
 
+def remat_of(model: Model) -> Remat:
+    """The policy of model.remat; 'auto', where nobody has looked at the devices, is 'hybrid'."""
+    return REMAT['hybrid' if model.remat == 'auto' else model.remat]
+
+
 def saved_bytes(model: Model, costs: LayerCosts, tensor: int = 1) -> float:
     """Bytes per token that one layer keeps for its backward pass under model.remat, on one of `tensor` shards."""
-    kept, size = REMAT[model.remat], dtype_bytes(model)
+    kept, size = remat_of(model), dtype_bytes(model)
     sharded = sum(getattr(costs, f'{name}_bytes') for name in kept.mixer) + size * kept.d_mlp * model.d_mlp
     return size * kept.d_model * model.d_model + sharded / tensor
 
@@ -73,7 +81,7 @@ def recomputed_flops(model: Model, costs: LayerCosts, attended: float) -> tuple[
         'gate_up': 4 * model.d_model * model.d_mlp,
         'kernel': costs.kernel_flops(attended),
     }
-    again = {name: flops[name] for name in REMAT[model.remat].again}
+    again = {name: flops[name] for name in remat_of(model).again}
     kernel = again.pop('kernel', 0.0)
     return sum(again.values()), kernel
 

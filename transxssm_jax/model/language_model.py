@@ -6,6 +6,7 @@ Shape legend: B batch, L length, D model, V vocabulary.
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Int32
 
 from transxssm_jax.config import Model
@@ -27,15 +28,16 @@ class Block(nnx.Module):
 
     def __call__(self, x_BLD: jax.Array, **side_inputs) -> jax.Array:
         """side_inputs: what the mixer takes beside x, see its __call__."""
-        x_BLD = self.mixer_residual(x_BLD, self.mixer(x_BLD, **side_inputs))
+        x_BLD = checkpoint_name(self.mixer_residual(x_BLD, self.mixer(x_BLD, **side_inputs)), 'residual')
         return self.mlp_residual(x_BLD, self.mlp(x_BLD))
 
 
 class LanguageModel(nnx.Module):
     """Embedding, model.num_periods times the layers of model.layer_pattern, final norm, head.
 
-    Layers of one kind are stacked, [periods, layers of the kind per period, ...], and scanned, so that neither compile
-    time nor the names of parameters grow with depth.
+    Layers of one kind are stacked, [periods, layers of the kind per period, ...], so that the names of parameters do not
+    grow with depth. They are scanned, so that compile time does not grow either, or unrolled (model.layer_loop): a scan
+    copies what every layer keeps for its backward pass into one array and out of it again.
     """
 
     def __init__(self, model: Model, *, rngs: nnx.Rngs):
@@ -81,26 +83,45 @@ class LanguageModel(nnx.Module):
         if positions_BL is None:
             positions_BL = positions(tokens_BL)
         side_inputs = {
-            kind: rope.side_inputs(self.model, mixer_of(kind).rope_width(self.model), positions_BL, rope_length_B)
+            kind: dict(
+                segment_ids_BL=segment_ids_BL,
+                **rope.side_inputs(self.model, mixer_of(kind).rope_width(self.model), positions_BL, rope_length_B),
+            )
             for kind in self.layers
         }
         x_BLD = embed(self.embedding[...], tokens_BL, self.model.dtype)
         stacks = {kind: nnx.split(stack) for kind, stack in self.layers.items()}
+        unrolled = self.model.layer_loop == 'unrolled' or (
+            self.model.layer_loop == 'auto' and jax.default_backend() == 'gpu'
+        )
 
         def layer(kind):
-            def body(x_BLD, state):
-                block = nnx.merge(stacks[kind][0], state)
-                return block(x_BLD, segment_ids_BL=segment_ids_BL, **side_inputs[kind]), None
+            def of_one(x_BLD, state, side_inputs):
+                return nnx.merge(stacks[kind][0], state)(x_BLD, **side_inputs)
 
-            return _remat(body, self.model.remat)
+            of_one = _remat(of_one, self.model.remat, in_scan=not unrolled)
+            # Unrolled layers of a kind are calls of one function: it is traced once, and its kernels are compiled once.
+            return jax.jit(of_one) if unrolled else of_one
+
+        layer_of = {kind: layer(kind) for kind in stacks}
 
         def period(x_BLD, states):
             for kind, start, stop in _consecutive(self.model.layer_pattern):
                 states_of_run = jax.tree.map(lambda leaf: leaf[start:stop], states[kind])  # noqa: B023
-                x_BLD, _ = jax.lax.scan(layer(kind), x_BLD, states_of_run)
+                x_BLD, _ = jax.lax.scan(
+                    lambda x_BLD, state: (layer_of[kind](x_BLD, state, side_inputs[kind]), None),  # noqa: B023
+                    x_BLD,
+                    states_of_run,
+                )
             return x_BLD, None
 
-        x_BLD, _ = jax.lax.scan(period, x_BLD, {kind: state for kind, (_, state) in stacks.items()})
+        states = {kind: state for kind, (_, state) in stacks.items()}
+        if unrolled:
+            state_of = {kind: iter(_unstack(state)) for kind, state in states.items()}
+            for kind in self.model.layer_pattern * self.model.num_periods:
+                x_BLD = layer_of[kind](x_BLD, next(state_of[kind]), side_inputs[kind])
+        else:
+            x_BLD, _ = jax.lax.scan(period, x_BLD, states)
         return self.final_norm(x_BLD)
 
     @property
@@ -151,6 +172,18 @@ def _stack_of_blocks(model: Model, kind: str, shape: tuple[int, int], rngs: nnx.
     return make(rngs)
 
 
+def _unstack(state) -> list:
+    """The states of single layers, in order, of a stack whose leaves have two leading axes."""
+    leaves, tree = jax.tree.flatten(state)
+
+    def single(leaf):
+        size = leaf.shape[0] * leaf.shape[1]
+        # The transpose of a split is one concatenation; that of n slices would be n padded arrays, added up.
+        return [part[0] for part in jax.lax.split(leaf.reshape(size, *leaf.shape[2:]), [1] * size)]
+
+    return [jax.tree.unflatten(tree, layer) for layer in zip(*map(single, leaves), strict=True)]
+
+
 def _consecutive(pattern: tuple[str, ...]):
     """Yields (kind, start, stop) of each run of equal layers; start and stop count layers of that kind."""
     seen = dict.fromkeys(pattern, 0)
@@ -164,28 +197,30 @@ def _consecutive(pattern: tuple[str, ...]):
         i += length
 
 
-def _remat(body, policy: str):
-    """Wraps a layer by what its backward pass recomputes; 'hybrid' is this model's own policy.
+def _remat(body, policy: str, in_scan: bool):
+    """Wraps a layer by what its backward pass recomputes.
 
     Every policy except 'none' all-gathers the fsdp-sharded weights again in the backward pass; 'none' keeps the
     gathered weights of all layers.
 
-    'hybrid' saves the mixers' projections, outputs and kernel residuals: 16 KB per token and layer at the 1.3B size,
-    where the MLP's gate and up would add 24 KB for work that the matrix units redo fast. The scan and attention, which
-    are slower than their FLOPs suggest, are not recomputed.
+    Bytes are per token and layer of the 1.3B size. 'hybrid' keeps the mixers' projections, outputs and kernel residuals,
+    16 KB: the scan and attention, which are slower than their FLOPs suggest, are not recomputed. 'matmuls' adds the MLP's
+    gate and up and the residual stream between mixer and MLP, 28 KB: only norms, SiLU and the like are recomputed. 'none'
+    adds their outputs, 20 KB, and the weights in model.dtype. Each keeps what it names once, in model.dtype.
     """
     policies = jax.checkpoint_policies
-    if policy == 'none':
-        return body
+    if policy == 'dots':
+        keep = policies.dots_with_no_batch_dims_saveable
+    elif policy == 'full':
+        keep = policies.nothing_saveable
+    else:
+        names = _KEPT['hybrid' if policy == 'auto' else policy]  # 'auto': nobody has looked at the devices
+        keep = policies.save_from_both_policies(policies.save_only_these_names(*names), save_attention_residuals)
     # prevent_cse is for code outside of a scan; inside, it only hinders fusion.
-    return jax.checkpoint(
-        body,
-        prevent_cse=False,
-        policy={
-            'full': policies.nothing_saveable,
-            'dots': policies.dots_with_no_batch_dims_saveable,
-            'hybrid': policies.save_from_both_policies(
-                policies.save_only_these_names('mixer_in', 'mixer_out', SSD_STATES), save_attention_residuals
-            ),
-        }[policy],
-    )
+    return jax.checkpoint(body, prevent_cse=not in_scan, policy=keep)
+
+
+# Names of `checkpoint_name` that a remat policy keeps.
+_KEPT = {'hybrid': ('mixer_in', 'mixer_out', SSD_STATES)}
+_KEPT['matmuls'] = (*_KEPT['hybrid'], 'residual', 'mlp_in', 'norm_statistics')
+_KEPT['none'] = (*_KEPT['matmuls'], 'norm_out', 'mlp_hidden', 'weight')

@@ -8,6 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from transxssm_jax.config import Model
 from transxssm_jax.parallel import collectives
@@ -28,7 +29,8 @@ def rms_norm(x_BLD: jax.Array, scale_D: jax.Array, epsilon: float) -> jax.Array:
     """x / sqrt(mean(x^2) + epsilon) * scale in float32, in x's dtype (Zhang and Sennrich, 2019)."""
     x32_BLD = x_BLD.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(x32_BLD), axis=-1, keepdims=True)
-    return (x32_BLD * jax.lax.rsqrt(mean_square + epsilon) * scale_D).astype(x_BLD.dtype)
+    inverse_rms = checkpoint_name(jax.lax.rsqrt(mean_square + epsilon), 'norm_statistics')
+    return checkpoint_name((x32_BLD * inverse_rms * scale_D).astype(x_BLD.dtype), 'norm_out')
 
 
 class Linear(nnx.Module):
@@ -66,20 +68,36 @@ class Linear(nnx.Module):
     def apply_to_copy(self, x: jax.Array, out_dtype=None) -> jax.Array:
         """The same for an input that has passed copy_to_tensor_parallel, which several maps may share."""
         n, axes = self.num_inputs, self.kernel.get_metadata('axes')
-        kernel = collectives.all_gather_params(self.kernel[...], axes, x.dtype)
+        kernel = checkpoint_name(collectives.all_gather_params(self.kernel[...], axes, x.dtype), 'weight')
         batch, inputs, outputs = x.shape[: x.ndim - n], kernel.shape[:n], kernel.shape[n:]
         # Heads and their width as one axis: of a product with both XLA lays a TPU's result out with the sequence in
         # lanes, and copies it to where a kernel reads heads side by side.
-        y = jax.lax.dot_general(
-            x.reshape(*batch, -1),
-            kernel.reshape(math.prod(inputs), -1),
-            (((len(batch),), (0,)), ((), ())),
-            preferred_element_type=out_dtype or x.dtype,
-        )
+        x, kernel = x.reshape(*batch, -1), kernel.reshape(math.prod(inputs), -1)
+        y = _matmul(x, kernel) if out_dtype is None else _matmul_float32(x, kernel).astype(out_dtype)
         y = collectives.all_reduce(y.reshape(*batch, *outputs), *self.input_axes)
         if not hasattr(self, 'bias'):
             return y
         return y + collectives.all_gather_params(self.bias[...], self.bias.get_metadata('axes'), y.dtype)
+
+
+def _matmul(x: jax.Array, kernel_IO: jax.Array, dtype=None) -> jax.Array:
+    """x [..., I] @ kernel in dtype (default: x's), accumulated in float32."""
+    dimensions = (((x.ndim - 1,), (0,)), ((), ()))
+    return jax.lax.dot_general(x, kernel_IO, dimensions, preferred_element_type=dtype or x.dtype)
+
+
+@jax.custom_vjp
+def _matmul_float32(x: jax.Array, kernel_IO: jax.Array) -> jax.Array:
+    """x @ kernel in float32. Its gradient is rounded to x's dtype, so that no product has float32 operands."""
+    return _matmul(x, kernel_IO, jnp.float32)
+
+
+def _matmul_float32_backward(residuals, cotangent):
+    x, kernel_IO = residuals
+    return jax.vjp(_matmul, x, kernel_IO)[1](cotangent.astype(x.dtype))
+
+
+_matmul_float32.defvjp(lambda x, kernel_IO: (_matmul_float32(x, kernel_IO), (x, kernel_IO)), _matmul_float32_backward)
 
 
 class InputProjections(nnx.Module):
@@ -120,8 +138,8 @@ class SwiGLU(nnx.Module):
         self.out_proj = Linear(width, {'embed': model.d_model}, std=model.init_std, use_bias=model.use_bias, rngs=rngs)
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
-        gate_BLF, up_BLF = self.in_proj(x_BLD)
-        return self.out_proj(jax.nn.silu(gate_BLF) * up_BLF)
+        gate_BLF, up_BLF = (checkpoint_name(v, 'mlp_in') for v in self.in_proj(x_BLD))
+        return self.out_proj(checkpoint_name(jax.nn.silu(gate_BLF) * up_BLF, 'mlp_hidden'))
 
 
 class LearnedResidual(nnx.Module):

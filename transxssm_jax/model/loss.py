@@ -79,7 +79,7 @@ def _in_chunks(hidden, head, targets, z_loss, chunk_tokens, with_gradient):
         top_T = collectives.all_reduce_max(jnp.max(logits_TV, axis=-1), 'vocab')
         lse_T = top_T + jnp.log(collectives.all_reduce(jnp.sum(jnp.exp(logits_TV - top_T[:, None]), axis=-1), 'vocab'))
         is_target_TV = jnp.arange(num_rows_V)[None, :] == (target_T - first_V)[:, None]
-        target_logit_T = collectives.all_reduce(jnp.sum(jnp.where(is_target_TV, logits_TV, 0.0), axis=-1), 'vocab')
+        target_logit_T = collectives.all_reduce(_target_logit(logits_TV, target_T - first_V), 'vocab')
         counted_T = (target_T != IGNORED).astype(jnp.float32)
         nll_T = (lse_T - target_logit_T) * counted_T
         objective += jnp.sum(nll_T + z_loss * jnp.square(lse_T) * counted_T)
@@ -104,3 +104,10 @@ def _in_chunks(hidden, head, targets, z_loss, chunk_tokens, with_gradient):
         return objective, nll, tokens
     d_hidden = d_x.reshape(-1, width_D)[:num_tokens].reshape(hidden.shape)
     return objective, nll, tokens, d_hidden, d_head_VD.astype(head.dtype)
+
+
+def _target_logit(logits_TV, row_T):
+    """The logit of each token's target, 0 where it is not among these rows; a gather, not a pass over the logits."""
+    is_here_T = (row_T >= 0) & (row_T < logits_TV.shape[1])
+    row_T = jnp.where(is_here_T, row_T, 0)
+    return jnp.where(is_here_T, jnp.take_along_axis(logits_TV, row_T[:, None], axis=1)[:, 0], 0.0)

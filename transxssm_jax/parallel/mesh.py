@@ -101,9 +101,9 @@ def _check_sizes(config: Config, sizes: dict[str, int]) -> None:
             f'data.seq_len={seq_len} must be divisible by {by}; try {f"{lower} or {upper}" if lower else upper}'
         )
     shards = sizes['data'] * sizes['fsdp']
-    microbatch = config.data.global_batch // config.train.accumulation_steps
+    microbatch = config.data.global_batch // config.train.num_microbatches
     if microbatch % shards:
-        step = shards * config.train.accumulation_steps
+        step = shards * config.train.num_microbatches
         lower, upper = config.data.global_batch // step * step, (config.data.global_batch // step + 1) * step
         by = f'{shards} data shards' + (
             f' x train.accumulation_steps={config.train.accumulation_steps}'

@@ -57,7 +57,7 @@ def expected_seconds(
 def expected_memory_bytes(config: Config, sizes: dict[str, int], chip: Chip) -> float:
     """Bytes that a device is expected to need: the least, and the working set of the backward pass."""
     model, least = config.model, roofline.min_memory_bytes(config, sizes)
-    tokens = roofline.tokens_per_device(config, sizes) // config.train.accumulation_steps
+    tokens = roofline.tokens_per_device(config, sizes) // config.train.num_microbatches
     layer = costs.dtype_bytes(model) * (5 * model.d_model + 3 * model.d_mlp / sizes['tensor']) * tokens
     working = layer * (WORKING_LAYERS_TPU if isinstance(chip, Tpu) else WORKING_LAYERS_GPU)
     return sum(least.values()) + working + UNCOUNTED.get(model.remat, 0.0) * least['saved']

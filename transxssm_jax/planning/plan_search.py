@@ -115,7 +115,7 @@ def _variants(config: Config, meshes):
 def _settings(config: Config, sizes: dict[str, int]) -> dict[str, int | str]:
     return {f'mesh.{name}': size for name, size in sizes.items()} | {
         'model.remat': config.model.remat,
-        'train.accumulation_steps': config.train.accumulation_steps,
+        'train.accumulation_steps': config.train.num_microbatches,
     }
 
 

@@ -58,7 +58,7 @@ def min_comm_bytes(config: Config, sizes: dict[str, int]) -> dict[str, float]:
     tensor, two forward and two backward per layer, one each for embedding and head. Then, by kind of layer, what the
     mixers hand over along context (`LayerCosts.handed_over`).
     """
-    model, microbatches = config.model, config.train.accumulation_steps
+    model, microbatches = config.model, config.train.num_microbatches
     f, c, t = sizes['fsdp'], sizes['context'], sizes['tensor']
     others = sizes['data'] * c
     params = gradients = 0.0
@@ -118,11 +118,14 @@ def min_memory_bytes(config: Config, sizes: dict[str, int]) -> dict[str, float]:
     """
     model, train, t = config.model, config.train, sizes['tensor']
     params = params_per_device(config, sizes)
-    tokens = tokens_per_device(config, sizes) // train.accumulation_steps
+    tokens = tokens_per_device(config, sizes) // train.num_microbatches
     per_token = sum(count * costs.saved_bytes(model, layer, t) for _, count, layer in costs.layer_costs(model))
     V, D = model.vocab_size // t, model.d_model
     head = V * D * (BFLOAT16 + FLOAT32) + min(train.loss_chunk_tokens, tokens) * V * FLOAT32
-    return dict(state=3 * FLOAT32 * params, gradients=FLOAT32 * params, saved=per_token * tokens, head=head)
+    saved = per_token * tokens
+    if costs.remat_of(model).weights:
+        saved += costs.dtype_bytes(model) * params * sizes['fsdp']
+    return dict(state=3 * FLOAT32 * params, gradients=FLOAT32 * params, saved=saved, head=head)
 
 
 def min_hbm_bytes(config: Config, sizes: dict[str, int]) -> float:
@@ -131,7 +134,7 @@ def min_hbm_bytes(config: Config, sizes: dict[str, int]) -> float:
     The state once each way; gathered weights and their gradients; and of every matrix product the inputs and outputs
     once forward and twice backward, because the backward pass of a product is two products.
     """
-    model, microbatches, t = config.model, config.train.accumulation_steps, sizes['tensor']
+    model, microbatches, t = config.model, config.train.num_microbatches, sizes['tensor']
     params = params_per_device(config, sizes)
     gathered = params * sizes['fsdp']
     update = (6 * FLOAT32 + 2 * FLOAT32) * params  # p, mu, nu read and written; gradients written and read

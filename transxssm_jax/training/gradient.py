@@ -35,7 +35,7 @@ def summed_loss(config: Config):
 
     def of_block(params, batch: Batch):
         # In the train step's microbatches: what fits there fits here.
-        sums = _over_microbatches(lambda part: loss(params, part)[1], batch, config.train.accumulation_steps)
+        sums = _over_microbatches(lambda part: loss(params, part)[1], batch, config.train.num_microbatches)
         return collectives.all_reduce_over_tokens(sums)
 
     return parameters.on_shards(of_block, config.model, (_BATCH_AXES,), _SUMS_AXES)
@@ -48,11 +48,12 @@ def summed_gradient(config: Config):
     once per step. No device has room for the whole gradient of what fsdp shards.
     """
     gradient = jax.value_and_grad(_loss_of_block(config), has_aux=True)
-    axes, steps = parameters.param_axes(config.model), config.train.accumulation_steps
+    axes, steps = parameters.param_axes(config.model), config.train.num_microbatches
 
     def reduce(grad, axes):
         if 'embed' not in axes:
             return collectives.all_reduce_over_tokens(grad)
+        grad = grad.astype(_dtype(config))
         return collectives.all_reduce_over_tokens(grad, _dtype(config), scattered_over=RULES['embed'])
 
     def of_block(params, batch: Batch):
@@ -64,7 +65,7 @@ def summed_gradient(config: Config):
 
 def _dtype(config: Config) -> str:
     """The dtype in which gradients of matrices cross data and context: that of one microbatch is of a bfloat16 weight."""
-    return config.model.dtype if config.train.accumulation_steps == 1 else 'float32'
+    return config.model.dtype if config.train.num_microbatches == 1 else 'float32'
 
 
 def _loss_of_block(config: Config):
@@ -86,14 +87,14 @@ def _loss_of_block(config: Config):
     return loss
 
 
-def _over_microbatches(function, batch: Batch, accumulation_steps: int):
+def _over_microbatches(function, batch: Batch, num_microbatches: int):
     """Sum of function(microbatch), a tree of arrays, over the microbatches of a batch, one after another."""
-    if accumulation_steps == 1:
+    if num_microbatches == 1:
         return function(batch)
 
     def one(total, microbatch):
         return jax.tree.map(jnp.add, total, function(microbatch)), None
 
-    microbatches = jax.tree.map(lambda x_BL: x_BL.reshape(accumulation_steps, -1, *x_BL.shape[1:]), batch)
+    microbatches = jax.tree.map(lambda x_BL: x_BL.reshape(num_microbatches, -1, *x_BL.shape[1:]), batch)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, batch))
     return jax.lax.scan(one, zeros, microbatches)[0]

@@ -40,6 +40,7 @@ class Run:
       evaluation: metrics of the evaluation at `evaluated_at`, the newest one; empty before the first.
       started_from: the step of the checkpoint that this run goes on from; 0 for a new run.
       attended: mean tokens that a token of the training split attends to, see `metrics.mean_attended`.
+      train_step, eval_step: compiled by `compile_steps`; None before, and train_step where the run is finished already.
     """
 
     config: Config
@@ -49,23 +50,24 @@ class Run:
     loader: Loader
     state: step_lib.State
     step: int
-    train_step: Callable
-    eval_step: Callable
     stop: Stop
     writers: metrics.Writers
     started_from: int
     attended: float
+    train_step: Callable | None = None
+    eval_step: Callable | None = None
     evaluated_at: int = -1
     evaluation: dict[str, float] = dataclasses.field(default_factory=dict)
     clock: metrics.Clock = dataclasses.field(default_factory=metrics.Clock)
     pending: metrics.PendingMetrics = dataclasses.field(default_factory=metrics.PendingMetrics)
 
 
-def train(config: Config, workdir: pathlib.Path, stop: StopRequest, sample: Callable) -> int:
+def train(config: Config, workdir: pathlib.Path, stop: StopRequest, sample: Callable, fit: Callable) -> int:
     """Trains from the newest checkpoint of the workdir, or from the start, to train.steps or a request to stop.
 
     Args:
       sample: writes the continuation at the end, as `inference.generator.sample`.
+      fit: chooses what the config leaves open and compiles the step, as `planning.fitting.fit`.
 
     Returns:
       The exit code of the process.
@@ -82,7 +84,7 @@ def train(config: Config, workdir: pathlib.Path, stop: StopRequest, sample: Call
         run = open_run(config, workdir, stop)
         stack.callback(close, run)
         with jax.set_mesh(run.mesh):
-            compile_on_all_processes(run)
+            compile_steps(run, fit)
             return train_to_the_end(run, sample)
 
 
@@ -129,7 +131,6 @@ def open_run(config: Config, workdir: pathlib.Path, stop: StopRequest) -> Run:
     if restored is not None:
         for line in announcement.describe_resumption(checkpoints.restored_config, config, step):
             writers.print(line)
-    train_step, eval_step = jit_steps(config, device_mesh)
     return Run(
         config=config,
         workdir=workdir,
@@ -140,42 +141,55 @@ def open_run(config: Config, workdir: pathlib.Path, stop: StopRequest) -> Run:
         step=step,
         started_from=step,
         attended=attended,
-        train_step=train_step,
-        eval_step=eval_step,
         stop=Stop(stop),
         writers=writers,
     )
 
 
-def jit_steps(config: Config, device_mesh: jax.sharding.Mesh) -> tuple[Callable, Callable]:
-    """The jitted `step.train_step`, whose state is donated, and `step.eval_step`; see there for arguments and results."""
-    shardings, batch_sharding = step_lib.state_shardings(config, device_mesh), step_lib.batch_sharding(device_mesh)
-    replicated = mesh.sharding(device_mesh, ())  # numbers that every process reads
-    train_step = jax.jit(
+def compile_steps(run: Run, fit: Callable) -> None:
+    """Chooses what the config leaves open, and compiles on every process before any starts the first step.
+
+    run.config leaves nothing open from here on; what the workdir keeps is the config as it was given.
+    """
+    compile_step = functools.partial(compile_train_step, device_mesh=run.mesh)
+    fitted = fit(run.config, run.mesh, compile_step if run.step < run.config.train.steps else None)
+    run.config, run.train_step = fitted.config, fitted.step
+    for line in fitted.lines:
+        run.writers.print(line)
+    run.eval_step = jit_eval_step(run.config, run.mesh)
+    if processes.is_multiprocess():
+        if splits.eval_splits(run.config):
+            params, batch = (
+                step_lib.abstract_state(run.config, run.mesh)['params'],
+                abstract_batch(run.config, run.mesh),
+            )
+            run.eval_step = run.eval_step.lower(params, batch).compile()
+        processes.all_gather_json('compiled')  # compile times differ
+
+
+def compile_train_step(config: Config, device_mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
+    """`step.train_step`, compiled for the mesh in use; the state is donated."""
+    shardings = step_lib.state_shardings(config, device_mesh)
+    jitted = jax.jit(
         step_lib.train_step(config),
         donate_argnums=0,
-        in_shardings=(shardings, batch_sharding),
-        out_shardings=(shardings, replicated),
+        in_shardings=(shardings, step_lib.batch_sharding(device_mesh)),
+        out_shardings=(shardings, mesh.sharding(device_mesh, ())),  # numbers that every process reads
     )
-    eval_step = jax.jit(
-        step_lib.eval_step(config), in_shardings=(shardings['params'], batch_sharding), out_shardings=replicated
-    )
-    return train_step, eval_step
+    return jitted.lower(step_lib.abstract_state(config, device_mesh), abstract_batch(config, device_mesh)).compile()
 
 
-def compile_on_all_processes(run: Run) -> None:
-    """Compiles on every process before any starts the first step, because compile times differ."""
-    if not processes.is_multiprocess():
-        return
-    config, state = run.config, step_lib.abstract_state(run.config, run.mesh)
-    shape, sharding = (config.data.global_batch, config.data.seq_len), step_lib.batch_sharding(run.mesh)
+def jit_eval_step(config: Config, device_mesh: jax.sharding.Mesh) -> Callable:
+    """The jitted `step.eval_step`."""
+    shardings = step_lib.param_shardings(config, device_mesh), step_lib.batch_sharding(device_mesh)
+    return jax.jit(step_lib.eval_step(config), in_shardings=shardings, out_shardings=mesh.sharding(device_mesh, ()))
+
+
+def abstract_batch(config: Config, device_mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """A global batch's arrays, to compile for."""
+    shape, sharding = (config.data.global_batch, config.data.seq_len), step_lib.batch_sharding(device_mesh)
     row = jax.ShapeDtypeStruct(shape, 'int32', sharding=sharding)
-    batch = dict.fromkeys(('tokens', 'targets', 'segment_ids', 'positions'), row)
-    if run.step < config.train.steps:
-        run.train_step = run.train_step.lower(state, batch).compile()
-    if splits.eval_splits(config):
-        run.eval_step = run.eval_step.lower(state['params'], batch).compile()
-    processes.all_gather_json('compiled')
+    return dict.fromkeys(('tokens', 'targets', 'segment_ids', 'positions'), row)
 
 
 def check_same_on_all_processes(config: Config, loader: Loader) -> None:

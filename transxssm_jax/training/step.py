@@ -92,9 +92,11 @@ def train_step(config: Config):
 
     def step(state: State, batch: Batch):
         params = state['params']
-        sums, grads = gradient(params, batch)
+        # The barrier: with the pieces of a stacked gradient fused into the optimizer, its one pass ran at a third of the
+        # memory's speed.
+        sums, grads = jax.lax.optimization_barrier(gradient(params, batch))
         tokens = jnp.maximum(sums['tokens'], 1.0)
-        grads = jax.tree.map(lambda g: g / tokens, grads)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32) / tokens, grads)
         updates, opt_state = optimizer.update(tx, grads, state['opt_state'], params, state['step'])
         metrics = {
             'loss': sums['nll'] / tokens,

@@ -1,0 +1,75 @@
+"""Remat and microbatches are chosen by what fits into the devices' memory."""
+
+import jax
+import pytest
+
+from pallas_kernels.chips import CHIPS
+from tests.small import small_config
+from transxssm_jax import config as config_lib
+from transxssm_jax.parallel import mesh
+from transxssm_jax.planning import fitting
+from transxssm_jax.training import loop
+
+OPEN = {'model.remat': 'auto', 'train.accumulation_steps': 0}
+ONE = dict(data=1, fsdp=1, context=1, tensor=1)
+
+
+def fit(config, monkeypatch, limit):
+    """What `fit` makes of config where a device has `limit` bytes, and the settings that were compiled for it."""
+    device_mesh, compiled = mesh.build(config, jax.devices()[:1]), []
+
+    def compile_step(config):
+        compiled.append((config.model.remat, config.train.accumulation_steps))
+        return loop.compile_train_step(config, device_mesh)
+
+    monkeypatch.setattr(fitting, 'usable_bytes', lambda device_mesh: limit)
+    with jax.set_mesh(device_mesh):
+        return fitting.fit(config, device_mesh, compile_step), compiled
+
+
+def test_the_fastest_is_taken_where_there_is_room(monkeypatch):
+    fitted, compiled = fit(small_config(**{name.replace('.', '_'): v for name, v in OPEN.items()}), monkeypatch, 1e12)
+    assert compiled == [('none', 1)] and fitted.step is not None
+    assert fitted.config.model.remat == 'none' and fitted.config.train.accumulation_steps == 1
+    assert 'model.remat=none, train.accumulation_steps=1' in fitted.lines[0]
+
+
+def test_what_the_compiler_needs_decides(monkeypatch):
+    """Less room than the fastest needs: a slower policy or more microbatches, which need less by the compiler's count."""
+    config = small_config(model_remat='auto', train_accumulation_steps=0, data_global_batch=16, data_seq_len=256)
+    roomy, _ = fit(config, monkeypatch, 1e12)
+    most = fitting._memory_of(roomy.step)
+    fitted, _ = fit(config, monkeypatch, 0.8 * most)
+    assert fitting._memory_of(fitted.step) <= 0.8 * most
+    settings = fitted.config.model.remat, fitted.config.train.accumulation_steps
+    assert settings != ('none', 1)
+
+
+def test_nothing_fits(monkeypatch):
+    with pytest.raises(fitting.DoesNotFitError) as error:
+        fit(small_config(model_remat='auto', train_accumulation_steps=0), monkeypatch, 1000)
+    message = str(error.value)
+    assert '\n' not in message and 'mesh.fsdp' in message and 'GiB' in message
+    assert 'model.remat=full' in message
+
+
+def test_settings_that_do_not_fit_name_the_remedy(monkeypatch):
+    with pytest.raises(fitting.DoesNotFitError, match=r'--config.model.remat=auto --config.train.accumulation_steps=0'):
+        fit(small_config(model_remat='none', train_accumulation_steps=1), monkeypatch, 1000)
+
+
+def test_settings_that_are_set_are_kept(monkeypatch):
+    fitted, compiled = fit(small_config(model_remat='full', train_accumulation_steps=2), monkeypatch, 1e12)
+    assert compiled == [('full', 2)] and fitted.lines == []
+
+
+@pytest.mark.parametrize('path', ['configs/320m.py', 'configs/1p3b.py'])
+@pytest.mark.parametrize('chip, devices', [('h100', 1), ('h200', 1), ('h200', 8), ('h100', 8)])
+def test_the_shipped_configs_are_expected_to_fit(path, chip, devices):
+    config = config_lib.load(path)
+    sizes = mesh.axis_sizes(config, devices)
+    found = [c for c in fitting.choices(config, sizes, CHIPS[chip]) if c.memory <= CHIPS[chip].usable]
+    assert found
+    assert all(c.config.data.global_batch == config.data.global_batch for c in found)
+    # No matmul is computed again where a microbatch can be smaller instead.
+    assert found[0].config.model.remat in ('none', 'matmuls')

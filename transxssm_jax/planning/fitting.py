@@ -1,0 +1,187 @@
+"""What a config leaves open (model.remat='auto', train.accumulation_steps=0), chosen for the devices that are here.
+
+The choices are tried in the order of the time that a step is expected to take: compiled, and taken if the compiled step
+fits into the devices' memory. What the compiler says decides, the estimate only says what is worth compiling.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable
+
+import jax
+
+from pallas_kernels import chips
+from transxssm_jax import config as config_lib
+from transxssm_jax.cli import ExitCode, UserError
+from transxssm_jax.config import Config
+from transxssm_jax.model.costs import REMAT
+from transxssm_jax.parallel import processes
+from transxssm_jax.planning import estimate, roofline
+
+GIB = 2**30
+USABLE = 0.98  # share of the memory that arrays get: the allocator's pieces do not fill it
+STAND_IN = 'h100'  # ranks the choices on a device that is in no table
+EQUAL_SECONDS = 0.01  # two choices whose expected times differ by less count as equal
+
+
+class DoesNotFitError(UserError):
+    """A step needs more memory than the devices have."""
+
+    exit_code = ExitCode.DOES_NOT_FIT
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Settings that leave nothing open, with the expected seconds of a step and the expected bytes on a device."""
+
+    config: Config
+    seconds: float
+    memory: float
+
+    def __str__(self) -> str:
+        return f'model.remat={self.config.model.remat} train.accumulation_steps={self.config.train.accumulation_steps}'
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """A config that leaves nothing open.
+
+    Attributes:
+      config: the settings.
+      step: the compiled step, or None where nothing was to be compiled.
+      lines: what was chosen and what is expected of it, to print.
+    """
+
+    config: Config
+    step: jax.stages.Compiled | None
+    lines: list[str]
+
+
+def fit(
+    config: Config, device_mesh: jax.sharding.Mesh, compile_step: Callable[[Config], jax.stages.Compiled] | None
+) -> Fitted:
+    """Chooses what config leaves open. Every process of a run chooses alike.
+
+    Args:
+      config: settings.
+      device_mesh: the mesh of the run.
+      compile_step: compiles the train step of settings that leave nothing open; None: the estimate alone decides.
+
+    Raises:
+      DoesNotFitError: no choice fits; the message says what is needed and what there is.
+    """
+    limit = usable_bytes(device_mesh)
+    found = choices(config, dict(device_mesh.shape), _chip(device_mesh))
+    expected_to_fit = [choice for choice in found if choice.memory <= limit]
+    smallest = min(found, key=lambda choice: choice.memory)
+    if compile_step is None:
+        return Fitted((expected_to_fit or [smallest])[0].config, None, [])
+
+    scale, least = 0.0, math.inf  # the compiled memory over the expected, and the least compiled memory
+    for choice in [*(c for c in expected_to_fit if c is not smallest), smallest]:
+        if choice is not smallest and scale * choice.memory > limit:
+            continue
+        try:
+            step = compile_step(choice.config)
+            needed = _memory_of(step)
+        except jax.errors.JaxRuntimeError as error:
+            if 'RESOURCE_EXHAUSTED' not in str(error):
+                raise
+            step, needed = None, math.inf  # a TPU's compiler refuses what does not fit
+        if step is not None and needed <= limit:
+            return Fitted(choice.config, step, _describe(config, choice, needed, limit))
+        scale, least = max(scale, min(needed, 1e18) / choice.memory), min(least, needed)
+    raise DoesNotFitError(_refusal(config, smallest, least, limit))
+
+
+def choices(config: Config, sizes: dict[str, int], chip: chips.Chip) -> list[Choice]:
+    """Every way to close what config leaves open, the one with the fastest expected step first.
+
+    Args:
+      config: settings; what they set is kept.
+      sizes: devices along each mesh axis.
+      chip: of the devices.
+    """
+    policies = list(REMAT) if config.model.remat == 'auto' else [config.model.remat]
+    rows = config.data.global_batch // (sizes['data'] * sizes['fsdp'])
+    counts = [config.train.accumulation_steps]
+    if not counts[0]:
+        counts = [n for n in range(1, rows + 1) if rows % n == 0]
+    network = {}  # all but the number of microbatches leaves it alone
+    found = []
+    for count in counts:
+        for policy in policies:
+            settings = {'model.remat': policy, 'train.accumulation_steps': count}
+            closed = config_lib.replace(config, settings)
+            if count not in network:
+                network[count] = sum(roofline.min_comm_bytes(closed, sizes).values()) / roofline.all_links(chip)
+            seconds = sum(estimate.expected_seconds(closed, sizes, chip, network[count]).values())
+            found.append(Choice(closed, seconds, estimate.expected_memory_bytes(closed, sizes, chip)))
+    fastest = min(choice.seconds for choice in found)
+    order = list(REMAT)
+
+    def rank(choice):
+        times = math.floor((choice.seconds / fastest - 1) / EQUAL_SECONDS)
+        return times, choice.config.train.accumulation_steps, order.index(choice.config.model.remat)
+
+    return sorted(found, key=rank)
+
+
+def usable_bytes(device_mesh: jax.sharding.Mesh) -> float:
+    """Bytes of arrays that every device of the mesh can hold: the least of all processes. A CPU device has its share of the
+    machine's memory."""
+    devices = device_mesh.local_devices
+    stats = devices[0].memory_stats()
+    if stats and 'bytes_limit' in stats:
+        own = min(device.memory_stats()['bytes_limit'] for device in devices)
+    else:
+        own = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / len(devices)
+    return USABLE * min(processes.all_gather_json(own))
+
+
+def _chip(device_mesh) -> chips.Chip:
+    return chips.CHIPS[chips.name_of(device_mesh.devices.flat[0].device_kind) or STAND_IN]
+
+
+def _memory_of(step: jax.stages.Compiled) -> float:
+    """Bytes that a device holds at most while the step runs."""
+    m = step.memory_analysis()
+    if m is None:
+        return 0.0
+    return (
+        m.argument_size_in_bytes
+        + m.output_size_in_bytes
+        - m.alias_size_in_bytes
+        + m.temp_size_in_bytes
+        + m.generated_code_size_in_bytes
+    )
+
+
+def is_open(config: Config) -> bool:
+    """Whether config leaves anything to be chosen."""
+    return config.model.remat == 'auto' or not config.train.accumulation_steps
+
+
+def _describe(config: Config, choice: Choice, needed: float, limit: float) -> list[str]:
+    if not is_open(config):
+        return []
+    count = choice.config.train.accumulation_steps
+    return [
+        f"chosen for the devices' memory: model.remat={choice.config.model.remat}, "
+        f'train.accumulation_steps={count}; a step needs {needed / GIB:.1f} of {limit / GIB:.1f} GiB per device'
+    ]
+
+
+def _refusal(config: Config, smallest: Choice, least: float, limit: float) -> str:
+    needed = f'needs {least / GIB:.1f} GiB per device' if least < 1e18 else 'does not fit, as its compiler says,'
+    there_are = f'and there are {limit / GIB:.1f} GiB'
+    if not is_open(config):
+        return (
+            f'a step with {smallest} {needed} {there_are}; --config.model.remat=auto '
+            '--config.train.accumulation_steps=0 takes what fits'
+        )
+    return (
+        f'a step {needed} even with {smallest} {there_are}; shard the parameters over more devices (mesh.fsdp), or lower '
+        f'data.global_batch={config.data.global_batch} or data.seq_len={config.data.seq_len}'
+    )
