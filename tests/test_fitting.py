@@ -38,9 +38,9 @@ def test_what_the_compiler_needs_decides(monkeypatch):
     """Less room than the fastest needs: a slower policy or more microbatches, which need less by the compiler's count."""
     config = small_config(model_remat='auto', train_accumulation_steps=0, data_global_batch=16, data_seq_len=256)
     roomy, _ = fit(config, monkeypatch, 1e12)
-    most = fitting._memory_of(roomy.step)
+    most = fitting.memory_of(roomy.step)
     fitted, _ = fit(config, monkeypatch, 0.8 * most)
-    assert fitting._memory_of(fitted.step) <= 0.8 * most
+    assert fitting.memory_of(fitted.step) <= 0.8 * most
     settings = fitted.config.model.remat, fitted.config.train.accumulation_steps
     assert settings != ('none', 1)
 

@@ -84,7 +84,7 @@ def fit(
             continue
         try:
             step = compile_step(choice.config)
-            needed = _memory_of(step)
+            needed = memory_of(step)
         except jax.errors.JaxRuntimeError as error:
             if 'RESOURCE_EXHAUSTED' not in str(error):
                 raise
@@ -144,7 +144,7 @@ def _chip(device_mesh) -> chips.Chip:
     return chips.CHIPS[chips.name_of(device_mesh.devices.flat[0].device_kind) or STAND_IN]
 
 
-def _memory_of(step: jax.stages.Compiled) -> float:
+def memory_of(step: jax.stages.Compiled) -> float:
     """Bytes that a device holds at most while the step runs."""
     m = step.memory_analysis()
     if m is None:

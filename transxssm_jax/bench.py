@@ -1,0 +1,127 @@
+"""Measures the speed of a config with random weights and tokens: the one way in which speed is quoted.
+
+  python -m transxssm_jax.bench --config=configs/1p3b.py --config.data.global_batch=8
+  python -m transxssm_jax.bench --config=configs/1p3b.py --modes=train,forward,prefill,decode --output=DIR
+  python -m transxssm_jax.bench --config=configs/1p3b.py --against=attention --lengths=2048,16384,65536 --tokens=65536
+
+Rows: with --tokens, as many as make that many tokens over all devices; otherwise data.global_batch, with any length.
+'attention' is the config with attention in every layer; 'attention-xla' the same without fused attention.
+
+Columns: ms is the median time of a call (a training step, a forward pass with the loss, a prefill, one decoded token per
+row) over --repeats blocks of --calls calls; least and most are of the blocks. MFU counts the model's own work, HFU also
+what the backward pass computes again. GiB is what the compiler counts per device.
+
+--output=DIR writes bench.json (with card, versions, command and date), bench.md and, of several lengths, bench.png.
+
+Exit codes: 0 finished; 2 wrong input, with one line; 3 nothing fitted into the memory.
+"""
+
+from transxssm_jax import cli
+
+if __name__ == '__main__':
+    cli.start('transxssm_jax.bench')
+
+import json
+import pathlib
+import sys
+
+import jax
+
+from transxssm_jax import config as config_lib
+from transxssm_jax.cli import ExitCode, Flag
+from transxssm_jax.config import Config, ConfigError
+from transxssm_jax.data.manifest import write_file
+from transxssm_jax.evals import results as results_lib
+from transxssm_jax.evals import speed
+from transxssm_jax.evals.decode_speed import transformer_of
+
+AGAINST = {
+    'attention': transformer_of,
+    'attention-xla': lambda config: config_lib.replace(
+        transformer_of(config), {'model.attention_implementation': 'xla'}
+    ),
+}
+
+COMMAND = cli.Command(
+    'transxssm_jax.bench',
+    __doc__,
+    [
+        Flag('modes', ('train',), 'What is measured.', choices=speed.MODES),
+        Flag('against', (), 'Other models to measure beside the config.', choices=tuple(AGAINST)),
+        Flag('lengths', (), 'Tokens per row; empty: data.seq_len.', minimum=1),
+        Flag(
+            'tokens',
+            0,
+            'Tokens per call over all devices, from which rows follow; 0: data.global_batch rows.',
+            minimum=0,
+        ),
+        Flag('documents', 1, 'Documents per row, of equal length.', minimum=1),
+        Flag('calls', 8, 'Calls of a timed block.', minimum=1),
+        Flag('repeats', 5, 'Timed blocks.', minimum=1),
+        Flag('output', '', 'Directory to write the results to; empty: none.', is_path=True),
+    ],
+    settings=config_lib.describe,
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; see --help. Returns its exit code."""
+    return cli.run(COMMAND, _bench, argv)
+
+
+def cases(config: Config, flags) -> list[speed.Case]:
+    """Every case that the flags ask for.
+
+    Raises:
+      ConfigError: --tokens is less than a row for every device.
+    """
+    models = {'config': config} | {name: AGAINST[name](config) for name in flags.against}
+    found = []
+    for mode in flags.modes:
+        for length in flags.lengths or [config.data.seq_len]:
+            rows = config.data.global_batch
+            if flags.tokens:
+                rows = flags.tokens // length
+                if rows * length != flags.tokens or rows < 1:
+                    raise ConfigError(f'--tokens={flags.tokens} must be a multiple of --lengths={length}')
+            if length < flags.documents:
+                raise ConfigError(f'--documents={flags.documents} must be at most --lengths={length}')
+            found += [speed.Case(name, model, mode, length, rows, flags.documents) for name, model in models.items()]
+    return found
+
+
+def _bench(flags) -> int:
+    config = config_lib.from_flags(flags)
+    output = pathlib.Path(flags.output) if flags.output else None
+    if output:
+        output.mkdir(parents=True, exist_ok=True)
+    made_by = results_lib.of_command(config, 'transxssm_jax.bench', sys.argv[1:])
+    title = f'{jax.device_count()} x {made_by["device"]}, jax {jax.__version__}, {made_by["date"][:10]}'
+    print(title, flush=True)
+    results = []
+    for case in cases(config, flags):
+        results.append(speed.measure(case, flags.calls, flags.repeats))
+        print(_line(results[-1]), flush=True)
+        if output:  # after every case: a measurement that is stopped keeps what it has
+            write_file(output / 'bench.json', (json.dumps(made_by | {'results': results}, indent=2) + '\n').encode())
+    table = speed.markdown_table(results)
+    print(table)
+    lines = [
+        f'{mode}, {length:,} tokens per row: {ratio:.2f} times the speed of {other}'
+        for other in flags.against
+        for mode, length, ratio in speed.ratios(results, 'config', other)
+    ]
+    print('\n'.join(lines))
+    if output:
+        write_file(output / 'bench.md', '\n'.join([title, '', table, '', *lines, '']).encode())
+        if len({result['length'] for result in results}) > 1:
+            speed.plot(results, title, output / 'bench.png')
+    fitted = any('does_not_fit' not in result for result in results)
+    return ExitCode.FINISHED if fitted else ExitCode.DOES_NOT_FIT
+
+
+def _line(result: dict) -> str:
+    what = f'{result["model"]} {result["mode"]} {result["rows"]} x {result["length"]:,}'
+    if 'does_not_fit' in result:
+        return f'{what}: {result["does_not_fit"]}'
+    return f'{what}: {result["ms"]:,.2f} ms, {result["tokens_per_second"]:,.0f} tokens/s'

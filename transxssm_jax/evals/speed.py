@@ -1,0 +1,282 @@
+"""Measures the speed of a model with random weights on random tokens: training, forward, prefill and decoding.
+
+Every measurement of the project that is quoted comes from here (`python -m transxssm_jax.bench`). Times are medians over
+blocks of calls that follow each other without waiting, as in a run; the first calls are not counted.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import chips
+from transxssm_jax import config as config_lib
+from transxssm_jax.config import Config, ConfigError
+from transxssm_jax.evals import decode_speed
+from transxssm_jax.inference.decode import Decoder
+from transxssm_jax.model import costs, parameters
+from transxssm_jax.parallel import mesh
+from transxssm_jax.planning import fitting, roofline
+from transxssm_jax.training import loop
+from transxssm_jax.training import step as step_lib
+
+MODES = ('train', 'forward', 'prefill', 'decode')
+WARM_UP_CALLS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is measured.
+
+    Attributes:
+      model: name of the model in the table.
+      config: its settings; rows and length replace data.global_batch and data.seq_len.
+      mode: of MODES.
+      length: tokens per row; of decoding, tokens in the cache.
+      rows: over all devices.
+      documents: per row, of equal length.
+    """
+
+    model: str
+    config: Config
+    mode: str
+    length: int
+    rows: int
+    documents: int = 1
+
+
+def measure(case: Case, calls: int, repeats: int) -> dict:
+    """Measures one case on the devices that are here.
+
+    Args:
+      case: what is measured.
+      calls: of a timed block.
+      repeats: timed blocks.
+
+    Returns:
+      The case, and 'ms' (median of a call over the blocks), 'least_ms', 'most_ms', 'tokens_per_second' (all devices),
+      'compile_seconds', 'first_seconds' (the first call, compiled already), 'memory_gib' (what the compiler counts per
+      device; absent for prefill and decoding); for train and forward also 'model_tflops_per_second' (per device), 'mfu' and
+      'hfu' (with what is computed again) where the device's peak is known, and the settings 'remat' and 'microbatches'.
+      Where the case does not fit the memory: the case and 'does_not_fit', one line.
+    """
+    result = {
+        'model': case.model,
+        'mode': case.mode,
+        'length': case.length,
+        'rows': case.rows,
+        'documents': case.documents,
+        'devices': jax.device_count(),
+    }
+    try:
+        if case.mode in ('train', 'forward'):
+            return result | _measure_step(case, calls, repeats)
+        if case.mode == 'prefill':
+            return result | _measure_prefill(case, calls, repeats)
+        return result | _measure_decoding(case, calls, repeats)
+    except fitting.DoesNotFitError as error:
+        return result | {'does_not_fit': str(error)}
+    except jax.errors.JaxRuntimeError as error:
+        if 'RESOURCE_EXHAUSTED' not in str(error):
+            raise
+        return result | {'does_not_fit': str(error).splitlines()[0]}
+
+
+def random_batch(config: Config, documents: int = 1) -> dict[str, np.ndarray]:
+    """A global batch of random tokens, in rows of `documents` documents of equal length (the last one longer)."""
+    rows, length = config.data.global_batch, config.data.seq_len
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (rows, length + 1), np.int32)
+    size = max(length // documents, 1)
+    document_L = np.minimum(np.arange(length) // size, documents - 1)
+    position_L = np.arange(length) - document_L * size
+    return {
+        'tokens': tokens[:, :-1],
+        'targets': tokens[:, 1:],
+        'segment_ids': np.broadcast_to(1 + document_L, (rows, length)).astype(np.int32),
+        'positions': np.broadcast_to(position_L, (rows, length)).astype(np.int32),
+    }
+
+
+def _measure_step(case: Case, calls: int, repeats: int) -> dict:
+    config = config_lib.replace(case.config, {'data.seq_len': case.length, 'data.global_batch': case.rows})
+    device_mesh = mesh.build(config)
+    with jax.set_mesh(device_mesh):
+        started = time.perf_counter()
+
+        def compile_step(config):
+            if case.mode == 'train':
+                return loop.compile_train_step(config, device_mesh)
+            params, batch = (
+                step_lib.abstract_state(config, device_mesh)['params'],
+                loop.abstract_batch(config, device_mesh),
+            )
+            return loop.jit_eval_step(config, device_mesh).lower(params, batch).compile()
+
+        fitted = fitting.fit(config, device_mesh, compile_step)
+        compile_seconds = time.perf_counter() - started
+        batch = mesh.global_batch(device_mesh, random_batch(config, case.documents), case.rows)
+        state = step_lib.create_state(config, device_mesh)
+        if case.mode == 'train':
+
+            def call():
+                nonlocal state
+                state, metrics = fitted.step(state, batch)
+                return metrics['loss']
+
+        else:
+
+            def call():
+                return fitted.step(state['params'], batch)
+
+        first, times = _times(call, calls, repeats)
+    config, sizes = fitted.config, dict(device_mesh.shape)
+    attended = costs.row_attended(case.length // case.documents)
+    per_token = costs.forward_flops_per_token(config.model, attended)
+    executed = per_token
+    if case.mode == 'train':
+        again = roofline.executed_flops_per_token(config, sizes) - costs.train_flops_per_token(
+            config.model, costs.row_attended(case.length)
+        )
+        per_token *= 3
+        executed = per_token + again
+    result = _rates(times, case.rows * case.length) | {
+        'compile_seconds': compile_seconds,
+        'first_seconds': first,
+        'memory_gib': fitting.memory_of(fitted.step) / 2**30,
+        'remat': config.model.remat,
+        'microbatches': config.train.num_microbatches,
+    }
+    flops = result['tokens_per_second'] / jax.device_count() * per_token
+    result['model_tflops_per_second'] = flops / 1e12
+    if peak := chips.peak_flops(jax.devices()[0].device_kind):
+        result |= {'mfu': flops / peak, 'hfu': flops / peak * executed / per_token}
+    return result
+
+
+def _measure_prefill(case: Case, calls: int, repeats: int) -> dict:
+    decoder = _decoder(case)
+    tokens = np.random.default_rng(0).integers(0, case.config.model.vocab_size, (case.rows, case.length), np.int32)
+    length_B = np.full(case.rows, case.length, np.int32)
+    held = [decoder.empty(case.rows, case.length)]
+
+    def call():
+        held[0] = decoder.prefill(held[0], jnp.asarray(tokens), length_B, length_B)
+        return held[0]['position_B']
+
+    started = time.perf_counter()
+    jax.block_until_ready(call())
+    compile_seconds = time.perf_counter() - started
+    first, times = _times(call, calls, repeats)
+    return _rates(times, case.rows * case.length) | {'compile_seconds': compile_seconds, 'first_seconds': first}
+
+
+def _measure_decoding(case: Case, calls: int, repeats: int) -> dict:
+    times = decode_speed.measure(_decoder(case), case.rows, case.length, calls, repeats)
+    seconds = [times[name] / 1e3 for name in ('least', 'ms', 'most')]
+    return _rates(seconds, case.rows) | {'compile_seconds': times['compile_s']}
+
+
+def _decoder(case: Case) -> Decoder:
+    params = jax.jit(lambda seed: parameters.init_params(case.config.model, seed))(0)
+    return Decoder(params, case.config)
+
+
+def _times(call: Callable, calls: int, repeats: int) -> tuple[float, list[float]]:
+    """(seconds of the first call, seconds of a call in each timed block)."""
+    started = time.perf_counter()
+    jax.block_until_ready(call())
+    first = time.perf_counter() - started
+    for _ in range(WARM_UP_CALLS):
+        jax.block_until_ready(call())
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        for _ in range(calls):
+            last = call()
+        jax.block_until_ready(last)
+        times.append((time.perf_counter() - started) / calls)
+    return first, times
+
+
+def _rates(times: list[float], tokens: int) -> dict:
+    median = statistics.median(times)
+    return {
+        'ms': 1e3 * median,
+        'least_ms': 1e3 * min(times),
+        'most_ms': 1e3 * max(times),
+        'tokens_per_second': tokens / median,
+    }
+
+
+# ---- tables ------------------------------------------------------------------
+
+_COLUMNS = {
+    'model': ('model', '{}'),
+    'mode': ('mode', '{}'),
+    'length': ('tokens per row', '{:,}'),
+    'rows': ('rows', '{:,}'),
+    'remat': ('remat', '{}'),
+    'microbatches': ('microbatches', '{}'),
+    'ms': ('ms', '{:,.2f}'),
+    'least_ms': ('least', '{:,.2f}'),
+    'most_ms': ('most', '{:,.2f}'),
+    'tokens_per_second': ('tokens/s', '{:,.0f}'),
+    'mfu': ('MFU', '{:.1%}'),
+    'hfu': ('HFU', '{:.1%}'),
+    'memory_gib': ('GiB', '{:.1f}'),
+    'compile_seconds': ('compile s', '{:.0f}'),
+    'first_seconds': ('first s', '{:.2f}'),
+}
+
+
+def markdown_table(results: list[dict]) -> str:
+    """One row per result; what does not fit says so in place of its time."""
+    used = [name for name in _COLUMNS if any(name in result for result in results)]
+    lines = ['| ' + ' | '.join(_COLUMNS[name][0] for name in used) + ' |', '|' + ' --- |' * len(used)]
+    for result in results:
+        cells = [_COLUMNS[name][1].format(result[name]) if name in result else '' for name in used]
+        if 'does_not_fit' in result and 'ms' in used:
+            cells[used.index('ms')] = 'does not fit'
+        lines.append('| ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines)
+
+
+def ratios(results: list[dict], model: str, other: str) -> list[tuple[str, int, float]]:
+    """(mode, length, tokens/s of `model` over those of `other`) wherever both were measured with equal rows."""
+    speed = {
+        (r['mode'], r['length'], r['rows'], r['model']): r['tokens_per_second']
+        for r in results
+        if 'does_not_fit' not in r
+    }
+    return [
+        (mode, length, value / speed[mode, length, rows, other])
+        for (mode, length, rows, name), value in speed.items()
+        if name == model and (mode, length, rows, other) in speed
+    ]
+
+
+def plot(results: list[dict], title: str, path) -> None:
+    """Writes a PNG: tokens/s by tokens per row, one line per model and mode."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError('--plot needs matplotlib: pip install -e .[eval]') from error
+    figure = Figure(figsize=(7, 4.5), layout='constrained')
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    measured = [r for r in results if 'does_not_fit' not in r]
+    for model, mode in dict.fromkeys((r['model'], r['mode']) for r in measured):
+        points = sorted(
+            (r['length'], r['tokens_per_second']) for r in measured if (r['model'], r['mode']) == (model, mode)
+        )
+        axes.plot(*zip(*points), marker='o', label=f'{model}, {mode}')
+    axes.set(xscale='log', yscale='log', xlabel='tokens per row', ylabel='tokens/s', title=title)
+    axes.set_xscale('log', base=2)
+    axes.grid(True, which='both', alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
