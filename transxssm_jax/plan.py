@@ -28,7 +28,7 @@ from transxssm_jax import config as config_lib
 from transxssm_jax.cli import ExitCode, Flag
 from transxssm_jax.config import Config, ConfigError
 from transxssm_jax.parallel import mesh
-from transxssm_jax.planning import plan_search
+from transxssm_jax.planning import fitting, plan_search
 from transxssm_jax.planning.report import compiled_report, refused_report, report, show, show_chips
 from transxssm_jax.planning.topology import DoesNotFitError, Progress, Topology, compile_step
 
@@ -78,11 +78,16 @@ def _settings_of(topology: Topology, config: Config) -> dict[str, int | str]:
 
 
 def _plan_one(config: Config, topology: Topology, as_json: bool) -> int:
+    # What does not divide is refused before the compiler is looked for.
+    sizes = mesh.axis_sizes(config, topology.num_devices)
+    if fitting.is_open(config):
+        config = fitting.closed(config, sizes, topology.chip, topology.chip.usable)
+        chosen = f'model.remat={config.model.remat} train.accumulation_steps={config.train.accumulation_steps}'
+        print(f'expected to fit, and taken here: {chosen}', file=sys.stderr, flush=True)
     if not isinstance(topology.chip, Tpu):
         result = report(config, topology)
         print(json.dumps(result) if as_json else show(result))
         return ExitCode.FINISHED if result['fits'] else ExitCode.DOES_NOT_FIT
-    mesh.axis_sizes(config, topology.num_devices)  # what does not divide is refused before the compiler is looked for
     device_mesh = mesh.build(config, topology.devices())
     progress = Progress(functools.partial(print, file=sys.stderr, flush=True))
     try:

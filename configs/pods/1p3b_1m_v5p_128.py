@@ -16,4 +16,5 @@ def get_config():
     config.data.seq_len, config.data.global_batch = 2**20, 2
     # 32,768 tokens of a row a chip.
     config.mesh.data, config.mesh.fsdp, config.mesh.context = 1, 2, 32
+    config.model.remat, config.train.accumulation_steps = 'hybrid', 1  # what the figures above are of
     return config

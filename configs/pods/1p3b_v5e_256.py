@@ -15,4 +15,5 @@ def get_config():
     config = start_from(__file__, '../1p3b.py')
     # 2048 / 16 is a whole tile of 128: narrower pieces of a matrix are not gathered but summed, at twice the bytes.
     config.mesh.data, config.mesh.fsdp = 16, 16
+    config.model.remat, config.train.accumulation_steps = 'hybrid', 1  # what the figures above are of
     return config

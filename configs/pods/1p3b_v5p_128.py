@@ -15,4 +15,5 @@ def get_config():
     config = start_from(__file__, '../1p3b.py')
     # 16 chips are a plane of the torus.
     config.mesh.data, config.mesh.fsdp = 4, 16
+    config.model.remat, config.train.accumulation_steps = 'hybrid', 1  # what the figures above are of
     return config

@@ -16,7 +16,7 @@ import typing
 import numpy as np
 
 from transxssm_jax.config import Model
-from transxssm_jax.model.layer_costs import LayerCosts, dtype_bytes
+from transxssm_jax.model.layer_costs import FLOAT32, LayerCosts, dtype_bytes
 from transxssm_jax.model.mixers import mixer_of
 
 
@@ -42,6 +42,7 @@ class Remat(typing.NamedTuple):
       d_model: vectors of width D that are kept per token, the layer's input included.
       d_mlp: vectors of width F that are kept per token.
       again: products that the backward pass computes again, of 'in_proj', 'kernel', 'out_proj' and 'gate_up'.
+      norms: how many norms' statistics are kept, one float32 per token each.
       weights: whether the weights of all layers are kept in model.dtype, gathered.
     """
 
@@ -49,12 +50,13 @@ class Remat(typing.NamedTuple):
     d_model: int
     d_mlp: int
     again: tuple[str, ...]
+    norms: int = 0
     weights: bool = False
 
 
 REMAT = {
-    'none': Remat(('mixer_in', 'mixer_out', 'residual'), 4, 3, (), weights=True),
-    'matmuls': Remat(('mixer_in', 'mixer_out', 'residual'), 2, 2, ()),
+    'none': Remat(('mixer_in', 'mixer_out', 'residual'), 4, 3, (), norms=2, weights=True),
+    'matmuls': Remat(('mixer_in', 'mixer_out', 'residual'), 2, 2, (), norms=2),
     'dots': Remat(('mixer_in',), 2, 2, ('kernel',)),
     'hybrid': Remat(('mixer_in', 'mixer_out', 'residual'), 1, 0, ('out_proj', 'gate_up')),
     'full': Remat((), 1, 0, ('in_proj', 'kernel', 'out_proj', 'gate_up')),
@@ -70,7 +72,7 @@ def saved_bytes(model: Model, costs: LayerCosts, tensor: int = 1) -> float:
     """Bytes per token that one layer keeps for its backward pass under model.remat, on one of `tensor` shards."""
     kept, size = remat_of(model), dtype_bytes(model)
     sharded = sum(getattr(costs, f'{name}_bytes') for name in kept.mixer) + size * kept.d_mlp * model.d_mlp
-    return size * kept.d_model * model.d_model + sharded / tensor
+    return size * kept.d_model * model.d_model + FLOAT32 * kept.norms + sharded / tensor
 
 
 def recomputed_flops(model: Model, costs: LayerCosts, attended: float) -> tuple[float, float]:

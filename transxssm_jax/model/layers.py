@@ -92,12 +92,18 @@ def _matmul_float32(x: jax.Array, kernel_IO: jax.Array) -> jax.Array:
     return _matmul(x, kernel_IO, jnp.float32)
 
 
+def _matmul_float32_forward(x, kernel_IO):
+    return _matmul(x, kernel_IO, jnp.float32), (x, kernel_IO)
+
+
 def _matmul_float32_backward(residuals, cotangent):
     x, kernel_IO = residuals
-    return jax.vjp(_matmul, x, kernel_IO)[1](cotangent.astype(x.dtype))
+    cotangent, tokens = cotangent.astype(x.dtype), tuple(range(x.ndim - 1))
+    d_x = _matmul(cotangent, kernel_IO.T)
+    return d_x, jax.lax.dot_general(x, cotangent, ((tokens, tokens), ((), ())))
 
 
-_matmul_float32.defvjp(lambda x, kernel_IO: (_matmul_float32(x, kernel_IO), (x, kernel_IO)), _matmul_float32_backward)
+_matmul_float32.defvjp(_matmul_float32_forward, _matmul_float32_backward)
 
 
 class InputProjections(nnx.Module):

@@ -1,11 +1,13 @@
 """What a step is expected to take, beside its lower bounds: the roofline's work at measured efficiencies, and its memory.
 
-The efficiencies were measured on Hopper (H100, H200) on 2026-11-26, in bfloat16. With them the estimate is within 5% of
-these measured steps of 32,768 and 65,536 tokens: 1.3B with remat 'hybrid' (632 ms on an H200, 677 on an H100) and 'dots'
-(588), the Transformer of the same sizes (690), and 320M (385). The expected memory is that of an H200 at 1.3B: the
-temporaries of 8 x 4096 tokens with 'hybrid', 'dots' and 'none', and of 1 x 65,536 with 'hybrid' (52, 68, 161, 97 GB), within
-5%; 'full' needs less (55 of 69). On TPUs it is that of the compiled steps of configs/pods, within 7%. tests/test_plan.py holds
-both to these figures.
+The efficiencies were measured on Hopper (H100, H200) on 2026-11-26, in bfloat16. With them the estimate is within 6% of
+these measured steps: with the layers unrolled, on an H100, 1.3B with remat 'matmuls' in 2 and 8 microbatches of 4 x 4096
+(551 and 2,147 ms), the Transformer of the same sizes (634) and 320M in 2 of 16 x 2048 (325); in a scan, 1.3B with 8 x 4096 and
+remat 'hybrid' (632 ms on an H200, 677 on an H100) and 'dots' (588), the Transformer (690), and 320M (385). The expected memory
+is that of 1.3B: in a scan the temporaries of 8 x 4096 tokens with 'hybrid' and 'dots', and of 1 x 65,536 with 'hybrid' (52, 68,
+97 GB), as measured; unrolled those that XLA's GPU compiler counts (8 x 4096: 'hybrid' 28, 'matmuls' 50, 'none' 64; 1 x 65,536:
+'hybrid' 48, 'full' 19), within 10% of a step's whole memory. On TPUs it is that of the compiled steps of configs/pods, within
+7%. tests/test_plan.py holds all to these figures.
 """
 
 from pallas_kernels.chips import Chip, Tpu
@@ -15,12 +17,12 @@ from transxssm_jax.planning import roofline
 
 MATMUL_EFFICIENCY = 0.75  # share of the peak: 740 of 989 TFLOP/s
 # HBM traffic beside matmuls and kernels (elementwise work, reductions, the layer loop's slices), over the least.
-HBM_FACTOR = 4.1
+HBM_FACTOR_SCAN, HBM_FACTOR_UNROLLED = 4.1, 2.3
 # Share of the links' speed. Nothing is taken to overlap: with that fsdp loses 4% and tensor=4 36%, measured 2% and 37%.
 NETWORK_EFFICIENCY = 0.5
-# The backward pass's working set, in layers' worth of activations: as GPUs ran it, and as the TPU compiler plans it.
-WORKING_LAYERS_GPU, WORKING_LAYERS_TPU = 15, 5
-UNCOUNTED = {'none': 1.2}  # what a policy keeps in float32 beyond the least, over the least
+# The backward pass's working set, in layers' worth of activations: of a scan as GPUs ran it and as the TPU compiler plans it,
+# and of unrolled layers on GPUs.
+WORKING_LAYERS_GPU, WORKING_LAYERS_TPU, WORKING_LAYERS_UNROLLED = 15, 5, 3
 
 
 def source(chip: Chip) -> str:
@@ -45,7 +47,8 @@ def expected_seconds(
     tokens = roofline.tokens_per_device(config, sizes) / sizes['tensor']
     work = {name: tokens * flops / chip.peak for name, flops in roofline.executed_flops_by_unit(config, sizes).items()}
     kernels = sum(work[kind] / layer.kernel_efficiency for kind, _, layer in costs.layer_costs(config.model))
-    hbm_bytes = compiled_hbm_bytes or HBM_FACTOR * roofline.min_hbm_bytes(config, sizes)
+    factor = HBM_FACTOR_UNROLLED if _is_unrolled(config, chip) else HBM_FACTOR_SCAN
+    hbm_bytes = compiled_hbm_bytes or factor * roofline.min_hbm_bytes(config, sizes)
     return {
         'matmuls': work['matmul'] / MATMUL_EFFICIENCY,
         'kernels': kernels,
@@ -59,5 +62,15 @@ def expected_memory_bytes(config: Config, sizes: dict[str, int], chip: Chip) -> 
     model, least = config.model, roofline.min_memory_bytes(config, sizes)
     tokens = roofline.tokens_per_device(config, sizes) // config.train.num_microbatches
     layer = costs.dtype_bytes(model) * (5 * model.d_model + 3 * model.d_mlp / sizes['tensor']) * tokens
-    working = layer * (WORKING_LAYERS_TPU if isinstance(chip, Tpu) else WORKING_LAYERS_GPU)
-    return sum(least.values()) + working + UNCOUNTED.get(model.remat, 0.0) * least['saved']
+    if _is_unrolled(config, chip):
+        layers = WORKING_LAYERS_UNROLLED
+    else:
+        layers = WORKING_LAYERS_TPU if isinstance(chip, Tpu) else WORKING_LAYERS_GPU
+    needed = sum(least.values()) + layers * layer
+    # The sum over microbatches is a loop's carry, beside the gradient of the microbatch that is under way.
+    return needed + (2 * least['gradients'] if config.train.num_microbatches > 1 else 0.0)
+
+
+def _is_unrolled(config: Config, chip: Chip) -> bool:
+    choice = config.model.layer_loop
+    return choice == 'unrolled' or (choice == 'auto' and not isinstance(chip, Tpu))

@@ -71,12 +71,12 @@ def fit(
     Raises:
       DoesNotFitError: no choice fits; the message says what is needed and what there is.
     """
-    limit = usable_bytes(device_mesh)
-    found = choices(config, dict(device_mesh.shape), _chip(device_mesh))
+    limit, chip, sizes = usable_bytes(device_mesh), _chip(device_mesh), dict(device_mesh.shape)
+    if compile_step is None:
+        return Fitted(closed(config, sizes, chip, limit), None, [])
+    found = choices(config, sizes, chip)
     expected_to_fit = [choice for choice in found if choice.memory <= limit]
     smallest = min(found, key=lambda choice: choice.memory)
-    if compile_step is None:
-        return Fitted((expected_to_fit or [smallest])[0].config, None, [])
 
     scale, least = 0.0, math.inf  # the compiled memory over the expected, and the least compiled memory
     for choice in [*(c for c in expected_to_fit if c is not smallest), smallest]:
@@ -93,6 +93,16 @@ def fit(
             return Fitted(choice.config, step, _describe(config, choice, needed, limit))
         scale, least = max(scale, min(needed, 1e18) / choice.memory), min(least, needed)
     raise DoesNotFitError(_refusal(config, smallest, least, limit))
+
+
+def closed(config: Config, sizes: dict[str, int], chip: chips.Chip, limit: float) -> Config:
+    """config with what it leaves open chosen by the estimate alone: the fastest choice that is expected to fit into `limit`
+    bytes per device, or else the smallest. Arguments as for `choices`."""
+    if not is_open(config):
+        return config
+    found = choices(config, sizes, chip)
+    fitting = (choice for choice in found if choice.memory <= limit)
+    return next(fitting, min(found, key=lambda choice: choice.memory)).config
 
 
 def choices(config: Config, sizes: dict[str, int], chip: chips.Chip) -> list[Choice]:
