@@ -85,6 +85,13 @@ VARIANTS = {
     'attention first, linear': dict(attention_offset=0, rope_scaling='linear'),
     'attention everywhere, length': dict(attention_period=1, attention_offset=0, rope_scaling='length'),
     'attention nowhere, length': dict(attention_period=0, num_layers=1, num_ssd_groups=1, rope_scaling='length'),
+    'mamba2': dict(pattern='mamba2', num_layers=2),
+    'mamba2 and attention without an encoding, with biases': dict(
+        pattern='2xmamba2,attention', num_layers=3, num_ssd_groups=1, attention_encoding='none', use_bias=True
+    ),
+    'mamba2 alone, without MLP': dict(pattern='mamba2', num_layers=1, d_mlp=0, mamba_expand=1, conv_width=2),
+    'conv1d_d': dict(ssd_encoding='conv1d_d'),
+    'decay_only, length': dict(ssd_encoding='decay_only', rope_scaling='length'),
     'other settings': dict(num_kv_heads=2, use_bias=True, tie_embeddings=False, use_dt_bias=False),
 }
 
@@ -98,7 +105,7 @@ def test_logits_are_those_of_the_forward_pass(name):
     np.testing.assert_allclose(logits[known], expected[known], atol=3e-5)
 
 
-@pytest.mark.parametrize('name', ['two modules', 'other settings'])
+@pytest.mark.parametrize('name', ['two modules', 'other settings', 'mamba2', 'conv1d_d'])
 def test_a_row_alone_decodes_as_among_others(name):
     # A single vector takes other forms of the products and norms.
     decoder = decoder_of(**VARIANTS[name])

@@ -17,18 +17,19 @@ from transxssm_jax.parallel import collectives
 
 
 class Block(nnx.Module):
-    """x = w1 * x + mixer(x);  x = w2 * x + mlp(x). Mixer and MLP begin with their norm."""
+    """x = w1 * x + mixer(x);  x = w2 * x + mlp(x). Mixer and MLP begin with their norm. No MLP where model.d_mlp is 0."""
 
     def __init__(self, model: Model, kind: str, *, rngs: nnx.Rngs):
         self.mixer = mixer_of(kind)(model, rngs=rngs)
         self.mixer_residual = layers.LearnedResidual(model.d_model)
-        self.mlp = layers.SwiGLU(model, rngs=rngs)
-        self.mlp_residual = layers.LearnedResidual(model.d_model)
+        if model.d_mlp:
+            self.mlp = layers.SwiGLU(model, rngs=rngs)
+            self.mlp_residual = layers.LearnedResidual(model.d_model)
 
     def __call__(self, x_BLD: jax.Array, **side_inputs) -> jax.Array:
         """side_inputs: what the mixer takes beside x, see its __call__."""
         x_BLD = self.mixer_residual(x_BLD, self.mixer(x_BLD, **side_inputs))
-        return self.mlp_residual(x_BLD, self.mlp(x_BLD))
+        return self.mlp_residual(x_BLD, self.mlp(x_BLD)) if hasattr(self, 'mlp') else x_BLD
 
 
 class LanguageModel(nnx.Module):
