@@ -89,7 +89,11 @@ def model_of(published: dict, where: str) -> tuple[Model, list[str]]:
 
     fields = PUBLISHED | published
     if str(fields.get('model_type', 'TransXSSM')).lower() != 'transxssm':
-        refuse('model_type', fields['model_type'], 'is another model; only TransXSSM is read')
+        refuse(
+            'model_type',
+            fields['model_type'],
+            'is another model; only TransXSSM is read, and Mamba-2 with the config.json of mamba_ssm',
+        )
     if fields['hidden_act'] not in ('silu', 'swish'):
         refuse('hidden_act', fields['hidden_act'], 'is not computed here; only silu is')
     if fields['num_key_value_heads'] is None:
