@@ -14,6 +14,8 @@ import zipfile
 import ml_dtypes
 import numpy as np
 
+from transxssm_jax.pytorch.fields import ConvertError
+
 _STORAGES = {
     'FloatStorage': (np.dtype(np.float32), 'F32'),
     'HalfStorage': (np.dtype(np.float16), 'F16'),
@@ -23,7 +25,7 @@ _STORAGES = {
 }
 
 
-class TorchFileError(ValueError):
+class TorchFileError(ConvertError):
     """The file is not what torch.save writes of a dictionary of tensors."""
 
 
