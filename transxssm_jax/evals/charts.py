@@ -53,7 +53,8 @@ class Chart:
         points = [point for curve in self.curves for point in curve.points]
         xs = [x for x, _ in points]
         low, high = min(xs), max(xs)
-        start = low + (high - low) / 20 if self.skips_start else low
+        skips = self.skips_start and all(len(curve.points) >= 20 for curve in self.curves)
+        start = low + (high - low) / 20 if skips else low
         ys = [y for x, y in points if x >= start] or [y for _, y in points]
         return low, high if high > low else low + 1, *_widened(min(ys), max(ys))
 
