@@ -27,20 +27,27 @@ def in_this_process(monkeypatch):
     """Trains the first cell in this process, and gives its records to the others; returns what was called, and exit codes."""
     calls, codes, trained = [], {}, []
 
-    def call(cell):
-        calls.append(f'{cell.name}/{cell.seed}')
+    def call(command):
+        flags = dict(word[2:].split('=', 1) for word in command[3:])
+        workdir = pathlib.Path(flags['workdir'])
+        if command[2] != 'transxssm_jax.train':
+            calls.append(f'{command[2]} {workdir.parent.name}/{workdir.name}')
+            (workdir / 'evals').mkdir()
+            found = {'results': [{'rope_scaling': 'none', 'length': 32, 'perplexity': 7.5, 'buckets': [{}]}]}
+            (workdir / 'evals' / 'perplexity-step-4-2026').write_text(json.dumps(found))
+            return 0
+        calls.append(f'{workdir.parent.name}/{flags["config.train.seed"]}')
         if calls[-1] in codes:
             return codes.pop(calls[-1])
         if trained:
-            cell.workdir.mkdir(parents=True)
-            (cell.workdir / 'config.json').write_text(config_lib.to_json(cell.config))
-            shutil.copytree(trained[0] / 'checkpoints', cell.workdir / 'checkpoints')
-            shutil.copy(trained[0] / 'metrics.jsonl', cell.workdir)
+            (workdir / 'config.json').write_text((trained[0] / 'config.json').read_text())
+            shutil.copytree(trained[0] / 'checkpoints', workdir / 'checkpoints')
+            shutil.copy(trained[0] / 'metrics.jsonl', workdir)
             return 0
-        trained.append(cell.workdir)
-        return train_fixtures.call(['train', *cell.command()[3:]]).code
+        trained.append(workdir)
+        return train_fixtures.call(['train', *command[3:]]).code
 
-    monkeypatch.setattr(lib, 'train', call)
+    monkeypatch.setattr(lib, 'run', call)
     return calls, codes
 
 
@@ -71,6 +78,12 @@ def test_cells_are_trained_once_and_end_in_a_table(tmp_path, prepared, in_this_p
     assert code == 3 and calls[2:] == ['a_2k/0', 'a_1k/1', 'a_2k/1'] and 'finished before' in out
     code, out, _ = run(capsys, *arguments)
     assert code == 0 and calls[5:] == ['a_1k/1']
+    # Evaluations are made once for each finished run, and stand on the page.
+    for _ in range(2):
+        assert run(capsys, *arguments, '--evaluate=perplexity --lengths=1x')[0] == 0
+        made = [f'transxssm_jax.evals.perplexity a_{size}/seed-{seed}' for seed in (0, 1) for size in ('1k', '2k')]
+        assert calls[6:] == made
+    assert 'perplexity, 32 tokens' in (tmp_path / 'runs' / 'report.html').read_text()
     lines = out.splitlines()
     [small] = [line for line in lines if line.startswith('| a_1k |')]
     assert '| 0, 1 |' in small and '±' in small and '| 1,024 |' in small
@@ -94,7 +107,10 @@ def test_a_cell_is_a_process_that_gets_signals(tmp_path, monkeypatch):
     script = 'trap "exit 75" TERM; kill -TERM $PPID; while :; do sleep 0.1; done'
     real = subprocess.Popen
     monkeypatch.setattr(lib.subprocess, 'Popen', lambda command, **kwargs: real(['bash', '-c', script], **kwargs))
-    assert lib.train(cell) == 75
+    assert lib.run(cell.command()) == 75
+    assert cell.evaluation("needle --depths='0, 50'")[1:] == [
+        '-m', 'transxssm_jax.evals.needle', f'--workdir={tmp_path / "a"}', '--depths=0, 50',
+    ]  # fmt: skip
 
 
 def test_a_run_of_other_length_has_the_same_shape():
@@ -118,6 +134,8 @@ def test_a_run_of_other_length_has_the_same_shape():
         (('--configs=nowhere',), '--configs=nowhere has no config files'),
         (('--only=hybrid_rop',), '--only=hybrid_rop is no file of --configs; did you mean hybrid_rope?'),
         (('--seeds=1,1',), '--seeds=1,1 must be one or more seeds, each once'),
+        (('--evaluate=perplexty',), "--evaluate='perplexty' must begin with an evaluation; did you mean perplexity?"),
+        (("--evaluate=needle '",), 'No closing quotation'),
         ((), '--data=DIR is missing'),
         (('--config.model.pattern=7xmamba',), "unknown mixer 'mamba'; did you mean mamba2?"),
         ((f'--configs={PAPER / "encodings"},{PAPER / "encodings"}',), '--configs has two files'),

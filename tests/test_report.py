@@ -10,6 +10,7 @@ from transxssm_jax import config as config_lib
 from transxssm_jax import report
 from transxssm_jax.config import Config, Model, Optimizer, Train
 from transxssm_jax.evals import charts
+from transxssm_jax.evals.run_evaluations import evaluations_of
 from transxssm_jax.evals.run_records import RunError, read_run, read_runs, repeats
 
 STEPS = 40
@@ -158,6 +159,39 @@ def test_a_run_is_read_as_it_stands(tmp_path):
     (tmp_path / 'a' / 'config.json').write_text('{"model": 3}')
     with pytest.raises(RunError, match='config.json'):
         read_run(tmp_path / 'a')
+
+
+def test_evaluations_of_a_run_are_the_newest_of_each_command(tmp_path, capsys):
+    folder = write_run(tmp_path / 'a') / 'evals'
+    folder.mkdir()
+    parts = [{'from': 0, 'to': 32, 'perplexity': 9.0}, {'from': 32, 'to': 64, 'perplexity': 8.0}]
+    by_position = {'rope_scaling': 'none', 'length': 64, 'perplexity': 8.5, 'buckets': parts}
+    other = by_position | {'rope_scaling': 'linear', 'length': 128}
+    files = {
+        'perplexity-step-9-2026-02.json': {'results': [by_position | {'perplexity': 1.0}]},
+        'perplexity-step-40-2026-01.json': {'results': [by_position, other]},
+        'perplexity-step-41-2026-01.json': {'other': 1},
+        'harness-step-40-2026-01.json': {
+            'results': {'piqa': {'acc,none': 0.625, 'acc_stderr,none': 0.1, 'alias': 'piqa'}}
+        },
+        'needle-step-40-2026-01/results.json': {
+            'cells': [{'context_length': 512, 'chosen': value} for value in (0.5, 1.0)]
+        },
+    }
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(content))
+    assert evaluations_of(read_run(tmp_path / 'a')) == {
+        'perplexity, 64 tokens': 8.5,
+        'perplexity, 0 to 32 of 64': 9.0,
+        'perplexity, 32 to 64 of 64': 8.0,
+        'needle chosen, 512 tokens': 0.75,
+        'piqa, acc': 0.625,
+    }
+    write_run(tmp_path / 'b')
+    assert run(capsys, f'--output={tmp_path / "out"}', tmp_path / 'a', tmp_path / 'b')[0] == 0
+    assert '| piqa, acc | 0.625 | - |' in (tmp_path / 'out' / 'report.md').read_text()
+    Page((tmp_path / 'out' / 'report.html').read_text())
 
 
 def test_repeats_and_names(tmp_path):

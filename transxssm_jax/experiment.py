@@ -1,11 +1,12 @@
 """Trains several models alike and compares them: the paper's tables.
 
     python -m transxssm_jax.experiment --configs=configs/paper/encodings --workdir=runs/encodings --data=PREPARED
-        [--steps=2000] [--seeds=0,1] [--only=MODEL,MODEL] [--config.a.b=VALUE]
+        [--steps=2000] [--seeds=0,1] [--only=MODEL,MODEL] [--evaluate='perplexity --lengths=1x'] [--config.a.b=VALUE]
 
 Every file of --configs is a model; it is trained once for each seed, in WORKDIR/MODEL/seed-SEED. The same command goes on
 where it stood: finished runs are not trained again, and a run that was stopped continues from its last checkpoint. --only
-trains some of the models, on another machine of a shared directory perhaps; the table has all of them.
+trains some of the models, on another machine of a shared directory perhaps; the table has all of them. --evaluate, which may
+be given again, runs an evaluation of every finished run: perplexity, needle or harness, with its flags.
 
 Prints the table, and writes it to WORKDIR with the curves: table.md, results.json, report.html and PNGs. They are written
 anew after every run.
@@ -50,6 +51,9 @@ COMMAND = cli.Command(
         Flag('data', '', 'Prepared directory; empty: data.path of the configs.', is_path=True),
         Flag('steps', 0, 'Steps of each run, warmup and cadences scaled alike; 0: those of the configs.', minimum=0),
         Flag('seeds', (0, 1), 'Seeds, of parameters and of the order of the data.', minimum=0),
+        Flag(
+            'evaluate', (), "Evaluation of each run, e.g. 'perplexity --lengths=1x'; repeat.", kind=str, repeated=True
+        ),
         Flag('only', (), 'Models to train, by the names of their files; empty: all.', kind=str),
     ],
     settings=config_lib.describe,
@@ -72,6 +76,8 @@ def _experiment(flags) -> int:
             raise RunError(f'--only={name} is no file of --configs{cli.nearest(name, names)}')
     if len(set(flags.seeds)) < len(flags.seeds) or not flags.seeds:
         raise RunError(f'--seeds={",".join(map(str, flags.seeds))} must be one or more seeds, each once')
+    for words in flags.evaluate:
+        experiment.check_evaluation(words)
     overrides = dict(flags.overrides) | ({'data.path': flags.data} if flags.data else {})
     workdir = pathlib.Path(flags.workdir)
     cells = experiment.make_cells(files, workdir, flags.seeds, flags.steps, overrides)
@@ -82,20 +88,24 @@ def _experiment(flags) -> int:
     workdir.mkdir(parents=True, exist_ok=True)
     failed = 0
     for number, cell in enumerate(wanted, start=1):
-        records = cell.records()
         steps = f'{cell.config.train.steps:,} steps of {cell.config.tokens_per_step:,} tokens'
         print(f'--- {number} of {len(wanted)}: {cell.name}, seed {cell.seed}, {steps}', flush=True)
-        if records is not None and records.is_finished and records.config.train.steps == cell.config.train.steps:
+        cell.workdir.mkdir(parents=True, exist_ok=True)
+        commands = [] if cell.is_finished() else [cell.command()]
+        commands += filter(None, (cell.evaluation(words) for words in flags.evaluate))
+        if not commands:
             print('finished before', flush=True)
-            continue
-        code = experiment.train(cell)
-        if code in (ExitCode.TERMINATED, ExitCode.INTERRUPTED):
-            print('stopped; the same command goes on from there', flush=True)
-            return code
-        if code:
-            print(f'{cell.name}, seed {cell.seed}: exit code {code}; the others are trained all the same', flush=True)
-            failed = failed or (code if code > 0 else ExitCode.CRASHED)
-        write_results(workdir, cells, flags.argv)
+        for command in commands:
+            code = experiment.run(command)
+            if code in (ExitCode.TERMINATED, ExitCode.INTERRUPTED):
+                print('stopped; the same command goes on from there', flush=True)
+                return code
+            if code:
+                print(f'{cell.name}, seed {cell.seed}: exit code {code}; the others go on all the same', flush=True)
+                failed = failed or (code if code > 0 else ExitCode.CRASHED)
+                break
+        if commands:
+            write_results(workdir, cells, flags.argv)
     print(write_results(workdir, cells, flags.argv))
     print(f'written to {workdir}: table.md, results.json, report.html and PNGs')
     return failed

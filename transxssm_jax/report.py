@@ -17,6 +17,7 @@ import pathlib
 
 from transxssm_jax.cli import Flag
 from transxssm_jax.evals import charts, run_report
+from transxssm_jax.evals.run_evaluations import table_of
 from transxssm_jax.evals.run_records import RunError, check_comparable, read_runs
 
 COMMAND = cli.Command(
@@ -54,7 +55,10 @@ def _report(flags) -> None:
     drawn = run_report.charts_of(runs)
     headings, rows = run_report.rows_of(runs)
     names, settings = run_report.settings_of(runs)
-    tables = [f'# {flags.title}', run_report.markdown(headings, rows), '## What differs between the configs']
+    evaluations = table_of(runs)
+    tables = [f'# {flags.title}', run_report.markdown(headings, rows)]
+    tables += ['## Evaluations', run_report.markdown(*evaluations)] if evaluations[1] else []
+    tables.append('## What differs between the configs')
     tables.append(run_report.markdown(names, settings) if settings else 'Nothing.')
     output.mkdir(parents=True)
     (output / 'report.html').write_text(run_report.page(flags.title, runs, drawn, note))

@@ -3,14 +3,17 @@
 import dataclasses
 import pathlib
 import re
+import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 
+from transxssm_jax import cli
 from transxssm_jax import config as config_lib
 from transxssm_jax.config import Config
 from transxssm_jax.evals import run_report
+from transxssm_jax.evals.run_evaluations import READERS
 from transxssm_jax.evals.run_records import RunError, RunRecords, read_run
 from transxssm_jax.model import parameters
 
@@ -46,11 +49,23 @@ class Cell:
         except RunError:
             return None  # it was stopped before its first record
 
+    def is_finished(self) -> bool:
+        """Whether it is trained to the end, for as many steps as are asked for."""
+        records = self.records()
+        return records is not None and records.is_finished and records.config.train.steps == self.config.train.steps
+
     def command(self) -> list[str]:
         """The command that trains it, or goes on with it."""
         settings = [f'--config.{name}={value}' for name, value in self.overrides.items()]
         train = [sys.executable, '-m', 'transxssm_jax.train']
         return [*train, f'--config={self.file}', f'--workdir={self.workdir}', *settings]
+
+    def evaluation(self, words: str) -> list[str]:
+        """The command of an evaluation of it, e.g. 'perplexity --lengths=1x'; [] where that has been done."""
+        kind, *flags = shlex.split(words)
+        if any((self.workdir / 'evals').glob(f'{kind}-step-{self.config.train.steps}-*')):
+            return []
+        return [sys.executable, '-m', f'transxssm_jax.evals.{kind}', f'--workdir={self.workdir}', *flags]
 
 
 def make_cells(
@@ -93,12 +108,22 @@ def _with_steps(config: Config, steps: int) -> dict[str, int]:
     return {'train.steps': steps, **changes}
 
 
-def train(cell: Cell) -> int:
-    """Trains a cell in a process of its own, from where it stands, and returns the exit code.
+def check_evaluation(words: str) -> None:
+    """Raises RunError unless the words begin with an evaluation whose results are read."""
+    kind = next(iter(words.split()), '')
+    if kind not in READERS:
+        raise RunError(f'--evaluate={words!r} must begin with an evaluation{cli.nearest(kind, READERS)}')
+    try:
+        shlex.split(words)
+    except ValueError as error:
+        raise RunError(f'--evaluate={words!r}: {error}') from error
+
+
+def run(command: list[str]) -> int:
+    """Runs a command in a process of its own and returns the exit code.
 
     The process is no member of this one's group: a signal comes to it once, from here, so that it saves and stops.
     """
-    cell.workdir.parent.mkdir(parents=True, exist_ok=True)
     process, early = None, []  # signals that come before there is a process
 
     def pass_on(number, frame):
@@ -107,7 +132,7 @@ def train(cell: Cell) -> int:
 
     before = {number: signal.signal(number, pass_on) for number in STOPS}
     try:
-        process = subprocess.Popen(cell.command(), start_new_session=True)
+        process = subprocess.Popen(command, start_new_session=True)
         for number in early:
             process.send_signal(number)
         return process.wait()
@@ -147,7 +172,7 @@ def results_of(cells: Sequence[Cell]) -> list[Result]:
     for cell in cells:
         records = cell.records()
         mine = found.setdefault(cell.name, [])
-        if records is not None and records.is_finished and records.last('eval_loss') is not None:
+        if cell.is_finished() and records.last('eval_loss') is not None:
             mine.append((cell, records))
     results = []
     for name, runs in found.items():

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from transxssm_jax import cli
 from transxssm_jax.evals import charts
 from transxssm_jax.evals.charts import Chart, Curve
+from transxssm_jax.evals.run_evaluations import table_of
 from transxssm_jax.evals.run_records import RunRecords, common_metrics, differing_settings, repeats
 
 # (file, title, metric, axis); what not all runs have is left out.
@@ -126,6 +127,7 @@ def page(title: str, runs: Sequence[RunRecords], drawn: Sequence[Chart], note: s
     """One HTML file with the table, the charts and the settings that differ; it loads nothing."""
     headings, rows = rows_of(runs)
     names, settings = settings_of(runs)
+    evaluations = table_of(runs)
     legend = []
     for curve in drawn[0].curves if drawn else []:
         dash = charts.DASHES[curve.dash % len(charts.DASHES)]
@@ -146,6 +148,7 @@ def page(title: str, runs: Sequence[RunRecords], drawn: Sequence[Chart], note: s
             '<div class="charts">',
             *(f'<figure style="margin:0">{charts.svg(chart)}</figure>' for chart in drawn),
             '</div>',
+            *(['<h2>Evaluations</h2>', _table(*evaluations)] if evaluations[1] else []),
             '<h2>What differs between the configs</h2>',
             _table(names, settings) if settings else '<p>Nothing.</p>',
             '</body></html>\n',
