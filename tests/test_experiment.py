@@ -40,7 +40,10 @@ def in_this_process(monkeypatch):
         if calls[-1] in codes:
             return codes.pop(calls[-1])
         if trained:
-            (workdir / 'config.json').write_text((trained[0] / 'config.json').read_text())
+            changes = {
+                name.removeprefix('config.'): value for name, value in flags.items() if name.startswith('config.')
+            }
+            (workdir / 'config.json').write_text(config_lib.to_json(config_lib.load(flags['config'], changes)))
             shutil.copytree(trained[0] / 'checkpoints', workdir / 'checkpoints')
             shutil.copy(trained[0] / 'metrics.jsonl', workdir)
             return 0
@@ -83,6 +86,13 @@ def test_cells_are_trained_once_and_end_in_a_table(tmp_path, prepared, in_this_p
         assert run(capsys, *arguments, '--evaluate=perplexity --lengths=1x')[0] == 0
         made = [f'transxssm_jax.evals.perplexity a_{size}/seed-{seed}' for seed in (0, 1) for size in ('1k', '2k')]
         assert calls[6:] == made
+    # A run of another length, or with other settings, is not taken for one of this experiment.
+    for other, message in (
+        ('--steps=5', 'was begun with train.steps=4, not 5'),
+        ('--config.model.d_mlp=48', 'model.d_mlp='),
+    ):
+        code, _, err = run(capsys, *arguments, other)
+        assert code == 2 and message in err and len(err.splitlines()) == 1
     assert 'perplexity, 32 tokens' in (tmp_path / 'runs' / 'report.html').read_text()
     lines = out.splitlines()
     [small] = [line for line in lines if line.startswith('| a_1k |')]

@@ -84,6 +84,7 @@ def _experiment(flags) -> int:
     for cell in cells:
         if not cell.config.data.path:
             raise RunError('--data=DIR is missing; prepare data with python -m transxssm_jax.data.prepare')
+        cell.check()
     wanted = [cell for cell in cells if not flags.only or cell.name in flags.only]
     workdir.mkdir(parents=True, exist_ok=True)
     failed = 0

@@ -14,7 +14,7 @@ from transxssm_jax import config as config_lib
 from transxssm_jax.config import Config
 from transxssm_jax.evals import run_report
 from transxssm_jax.evals.run_evaluations import READERS
-from transxssm_jax.evals.run_records import RunError, RunRecords, read_run
+from transxssm_jax.evals.run_records import RunError, RunRecords, is_without_effect, read_run
 from transxssm_jax.model import parameters
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -49,10 +49,23 @@ class Cell:
         except RunError:
             return None  # it was stopped before its first record
 
+    def check(self) -> None:
+        """Raises RunError where its workdir holds a run of another config, which would be taken for this one."""
+        if not (self.workdir / 'metrics.jsonl').exists():
+            return
+        begun = config_lib.from_json((self.workdir / 'config.json').read_bytes())
+        found = config_lib.differences(begun, self.config)
+        # The steps come first, because other settings follow them.
+        for name, (was, wanted) in sorted(found.items(), key=lambda item: item[0] != 'train.steps'):
+            if name != 'data.path' and not is_without_effect(name):
+                raise RunError(
+                    f'{self.workdir} was begun with {name}={was!r}, not {wanted!r}; give the same command, or another --workdir'
+                )
+
     def is_finished(self) -> bool:
-        """Whether it is trained to the end, for as many steps as are asked for."""
+        """Whether it is trained to the end."""
         records = self.records()
-        return records is not None and records.is_finished and records.config.train.steps == self.config.train.steps
+        return records is not None and records.is_finished
 
     def command(self) -> list[str]:
         """The command that trains it, or goes on with it."""

@@ -205,10 +205,11 @@ def repeats(runs: Sequence[RunRecords]) -> list[list[RunRecords]]:
     groups: dict[str, list[RunRecords]] = {}
     for run in runs:
         flat = config_lib.flatten(run.config)
-        key = {name: value for name, value in flat.items() if name not in SEEDS and not _is_without_effect(name)}
+        key = {name: value for name, value in flat.items() if name not in SEEDS and not is_without_effect(name)}
         groups.setdefault(json.dumps(key), []).append(run)
     return list(groups.values())
 
 
-def _is_without_effect(name: str) -> bool:
+def is_without_effect(name: str) -> bool:
+    """Whether a setting is one of WITHOUT_EFFECT, or of such a section."""
     return name in WITHOUT_EFFECT or name.partition('.')[0] in WITHOUT_EFFECT
