@@ -7,6 +7,7 @@ import types
 import zipfile
 
 import jax
+import make_transformers_logits
 import mamba2_oracle as oracle
 import ml_dtypes
 import numpy as np
@@ -21,7 +22,7 @@ from transxssm_jax.pytorch.mamba_ssm import model_of
 from transxssm_jax.pytorch.torch_files import TorchFile, TorchFileError
 from transxssm_jax.training import checkpoint
 
-SIZES = dict(vocab=48, d_model=32, layers=2, head_dim=16, groups=1, state=16)
+SIZES = make_transformers_logits.MAMBA2
 CONFIG = {
     'd_model': 32,
     'd_intermediate': 0,
@@ -114,6 +115,33 @@ def assert_gives_the_published_logits(folder, tensors, **sizes):
 def test_logits_are_those_of_the_published_model(tmp_path, kind):
     tensors = write(tmp_path, kind=kind)
     assert_gives_the_published_logits(tmp_path, tensors)
+
+
+def test_logits_are_those_that_transformers_gave(tmp_path):
+    """Its own implementation of Mamba-2, from the same weights."""
+    write(tmp_path, make_transformers_logits.mamba2_tensors())
+    params, config = conversion.load_pytorch(tmp_path)
+    wanted = np.load(make_transformers_logits.PATH)['mamba2']
+    found = logits_of(params, config, make_transformers_logits.MAMBA2_TOKENS)
+    assert np.linalg.norm(found - wanted) < 1e-5 * np.linalg.norm(wanted)
+
+
+@pytest.mark.torch
+def test_logits_are_those_of_transformers():
+    pytest.importorskip('transformers', reason='pip install torch transformers')
+    tensors = make_transformers_logits.mamba2_tensors()
+    wanted = make_transformers_logits.mamba2(tensors)
+    stored = np.load(make_transformers_logits.PATH)['mamba2']
+    assert np.linalg.norm(stored - wanted) < 1e-5 * np.linalg.norm(wanted)
+
+
+def test_a_file_of_torch_itself_is_read():
+    a = np.arange(6, dtype=np.float32).reshape(2, 3)
+    with TorchFile(make_transformers_logits.TORCH_FILE) as file:
+        for name, wanted in {'a': a, 'turned': a.T, 'part': a[1:], 'half': a.astype(ml_dtypes.bfloat16)}.items():
+            found = file.get_tensor(name)
+            assert found.dtype == wanted.dtype
+            np.testing.assert_array_equal(found, wanted)
 
 
 def test_other_sizes(tmp_path):
