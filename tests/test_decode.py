@@ -233,6 +233,28 @@ def test_a_mesh_changes_nothing(sizes):
     assert is_split(decoder.weights['layers']['0000']['mixer']['in_proj']['kernel'], 'groups', None, 'embed')
 
 
+def test_a_mesh_changes_nothing_for_mamba2():
+    """Its convolution's state is sharded by groups, its norm's scale by heads; one row has fewer tokens than the convolution."""
+    settings = dict(num_heads=4, num_kv_heads=2, d_model=64, pattern='mamba2,attention', attention_encoding='none')
+    tokens = np.where(np.arange(L) < LENGTHS[:, None], TOKENS, 0)[:, : LENGTHS.max()]
+
+    def after_steps(config):
+        decoder = Decoder(init(config), config)
+        state = decoder.prefill(decoder.empty(4, L), tokens, LENGTHS, WHOLE)
+        for i in range(5):
+            state = decoder.step(state, TOKENS[:, i], WHOLE)
+        return jax.device_get(state), state
+
+    whole, _ = after_steps(tiny(**settings))
+    config = tiny(**settings, mesh_data=2, mesh_fsdp=2, mesh_tensor=2)
+    device_mesh = mesh.build(config)
+    with jax.set_mesh(device_mesh):
+        sharded, state = after_steps(config)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=3e-5), sharded, whole)
+    conv_state = state['caches'][0][1]
+    assert conv_state.sharding.is_equivalent_to(mesh.sharding(device_mesh, ('batch', None, 'groups', None)), 4)
+
+
 def test_blocks_of_steps_stop_where_rows_do():
     decoder = decoder_of()
     prefilled = functools.partial(decoder.prefill, tokens_BL=TOKENS[:, :20], length_B=LENGTHS, rope_length_B=WHOLE)
