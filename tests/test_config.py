@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import random
+import re
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ import pytest
 from transxssm_jax import cli, settings
 from transxssm_jax import config as config_lib
 from transxssm_jax.config import Config, ConfigError, Data, Mesh, Model, Optimizer, Train
+from transxssm_jax.layer_pattern import parse_pattern, write_pattern
 from transxssm_jax.model.parameters import count_params, init_params
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
@@ -138,6 +140,45 @@ def test_settings_that_do_not_fit_each_other_are_refused(path, overrides, messag
     with pytest.raises(ConfigError) as error:
         config_lib.load(path, overrides)
     assert says(message)(error.value), error.value
+
+
+@pytest.mark.parametrize(
+    'changes, message',
+    [
+        (
+            {'model.pattern': '4xmamba2,attention'},
+            'model.num_layers=24 must be divisible by layers per period=5; try 20 or 25',
+        ),
+        ({'model.pattern': '7xmamba,attention'}, "unknown mixer 'mamba'; did you mean mamba2?"),
+        ({'model.pattern': '7xrwkv'}, "unknown mixer 'rwkv'; known: attention, mamba2, ssd"),
+        ({'model.pattern': '7 ssd'}, "has '7 ssd' where a kind of layer must be"),
+        ({'model.pattern': 'ssd,,attention'}, "has '' where a kind of layer must be"),
+        ({'model.pattern': '0xssd'}, "has '0xssd' where a kind of layer must be"),
+        ({'model.pattern': '99999999999xssd'}, "has '99999999999xssd' where a kind of layer must be"),
+        ({'model.pattern': '9999xssd'}, 'has more than 4096 layers'),
+        ({'model.attention_encoding': 'conv1d_d'}, "model.attention_encoding='conv1d_d' is not one of the choices"),
+        (
+            {'model.ssd_encoding': 'conv1d'},
+            "model.ssd_encoding='conv1d' is not one of the choices; did you mean conv1d_d?",
+        ),
+        ({'model.mamba2_encoding': 'rope'}, 'unknown setting model.mamba2_encoding; did you mean'),
+        (
+            {'model.pattern': 'ssd', 'model.attention_period': 4},
+            "model.attention_period places no layer beside model.pattern='ssd'; change model.pattern",
+        ),
+    ],
+)
+def test_wrong_patterns(changes, message):
+    with pytest.raises(ConfigError, match=re.escape(message)) as error:
+        config_lib.replace(Config(), changes)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize('text', ['ssd', '7xssd,attention', 'mamba2,attention,2xmamba2'])
+def test_a_pattern_is_read_as_it_is_written(text):
+    assert write_pattern(parse_pattern(text)) == text
+    assert parse_pattern(' 2xssd , ssd') == ('ssd',) * 3
+    assert Model(pattern=text, attention_period=3).layer_pattern == parse_pattern(text)
 
 
 def test_layer_patterns():
@@ -581,6 +622,20 @@ def test_parameter_counts(name, count):
     assert model.vocab_size == 50304 and model.tie_embeddings
     assert model.layer_pattern == ('ssd',) * 7 + ('attention',)
     assert _parameters(model) == count_params(model)
+
+
+PATTERNS = {'llama3': ('attention',), 'mamba2': ('mamba2',), 'jamba': ('mamba2',) * 7 + ('attention',)}
+
+
+@pytest.mark.parametrize('size, count', [('1p3b', 1.30e9), ('320m', 320e6)])
+@pytest.mark.parametrize('name', PATTERNS)
+def test_baselines_differ_in_the_layers_alone(name, size, count):
+    ours, other = (config_lib.load(CONFIGS / f'{file}.py') for file in (size, f'{name}_{size}'))
+    assert other.model.layer_pattern == PATTERNS[name]
+    assert count_params(other.model) == pytest.approx(count, rel=0.01)
+    assert count_params(other.model) == pytest.approx(count_params(ours.model), rel=0.01)
+    assert set(config_lib.differences(ours, other)) <= {'model.pattern', 'model.d_mlp', 'model.attention_encoding'}
+    assert (other.model.attention_encoding == 'none') == (name == 'jamba')
 
 
 def _parameters(model):

@@ -175,6 +175,16 @@ def test_losses_and_gradients_are_those_of_one_device(name):
         assert_equal_to_one_device(documents, (MESHES | MORE_MESHES)[name])
 
 
+# 'across borders' has documents that begin within the reach of the convolution from a border, 'of one token' many.
+@pytest.mark.parametrize('documents', ['across borders', 'of one token', 'none over the border'])
+@pytest.mark.parametrize(
+    'pattern, encoding', [('attention', 'rope'), ('mamba2', 'rope'), ('2xmamba2,attention', 'none')]
+)
+def test_the_other_models_are_split_alike(pattern, encoding, documents):
+    settings = dict(model_pattern=pattern, model_attention_encoding=encoding)
+    assert_equal_to_one_device(documents, MESHES['fsdp 2 context 2 tensor 2'], **settings)
+
+
 @pytest.mark.slow
 def test_other_parameters_are_split_alike():
     assert_equal_to_one_device(

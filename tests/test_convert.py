@@ -24,7 +24,6 @@ from small import small_config
 
 from transxssm_jax import config as config_lib
 from transxssm_jax import convert
-from transxssm_jax.model import mixers
 from transxssm_jax.model.parameters import split_model
 from transxssm_jax.parallel import mesh
 from transxssm_jax.pytorch import arrays, conversion, files
@@ -626,6 +625,8 @@ TRAINED = {
     ),
     'biases everywhere': dict(model_use_bias=True, model_use_dt_bias=False, model_num_ssd_groups=4),
     'attention only': dict(model_attention_period=1, model_attention_offset=0, model_num_kv_heads=1),
+    'attention by pattern': dict(model_pattern='attention'),
+    'a pattern': dict(model_pattern='ssd,attention,2xssd'),
 }
 
 
@@ -818,14 +819,26 @@ def test_an_import_takes_the_lease_of_the_workdir(tmp_path, capsys):
 # ---- what an export refuses ------------------------------------------------
 
 
-def test_a_mixer_that_the_format_has_not_is_named(tmp_path, monkeypatch, capsys):
-    config = small_config()
+@pytest.mark.parametrize(
+    'settings, message',
+    [
+        (
+            dict(model_pattern='mamba2,attention'),
+            "a layer of kind 'mamba2' has no place in the published PyTorch format",
+        ),
+        (dict(model_ssd_encoding='decay_only'), "model.ssd_encoding='decay_only' has no place in the published format"),
+        (dict(model_ssd_encoding='conv1d_d'), "model.ssd_encoding='conv1d_d' has no place in the published format"),
+        (dict(model_attention_encoding='none'), "model.attention_encoding='none' has no place in the published format"),
+        (dict(model_d_mlp=0), 'model.d_mlp=0 has no place in the published format'),
+        (dict(model_pattern='2xssd,2xattention'), "model.pattern='2xssd,2xattention' has no place in the published"),
+    ],
+)
+def test_a_model_that_the_format_has_not_is_named(tmp_path, capsys, settings, message):
+    config = small_config(**settings)
     save_run(tmp_path / 'run', config, {5: random_params(config)})
-    monkeypatch.setitem(mixers.MIXERS, 'mamba2', mixers.MIXERS['ssd'])
-    monkeypatch.setattr(config_lib.Model, 'layer_pattern', property(lambda model: ('mamba2', 'attention')))
     assert run('export', f'--workdir={tmp_path / "run"}', f'--output={tmp_path / "out"}') == 2
     error = capsys.readouterr().err
-    assert "a layer of kind 'mamba2' has no place in the published PyTorch format" in error
+    assert message in error
     assert len(error.splitlines()) == 1 and not (tmp_path / 'out').exists()
 
 

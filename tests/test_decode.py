@@ -85,6 +85,13 @@ VARIANTS = {
     'attention first, linear': dict(attention_offset=0, rope_scaling='linear'),
     'attention everywhere, length': dict(attention_period=1, attention_offset=0, rope_scaling='length'),
     'attention nowhere, length': dict(attention_period=0, num_layers=1, num_ssd_groups=1, rope_scaling='length'),
+    'mamba2': dict(pattern='mamba2', num_layers=2),
+    'mamba2 and attention without an encoding, with biases': dict(
+        pattern='2xmamba2,attention', num_layers=3, num_ssd_groups=1, attention_encoding='none', use_bias=True
+    ),
+    'mamba2 alone, without MLP': dict(pattern='mamba2', num_layers=1, d_mlp=0, mamba_expand=1, conv_width=2),
+    'conv1d_d': dict(ssd_encoding='conv1d_d'),
+    'decay_only, length': dict(ssd_encoding='decay_only', rope_scaling='length'),
     'other settings': dict(num_kv_heads=2, use_bias=True, tie_embeddings=False, use_dt_bias=False),
 }
 
@@ -98,7 +105,7 @@ def test_logits_are_those_of_the_forward_pass(name):
     np.testing.assert_allclose(logits[known], expected[known], atol=3e-5)
 
 
-@pytest.mark.parametrize('name', ['two modules', 'other settings'])
+@pytest.mark.parametrize('name', ['two modules', 'other settings', 'mamba2', 'conv1d_d'])
 def test_a_row_alone_decodes_as_among_others(name):
     # A single vector takes other forms of the products and norms.
     decoder = decoder_of(**VARIANTS[name])
@@ -224,6 +231,28 @@ def test_a_mesh_changes_nothing(sizes):
 
     assert all(is_split(cache, 'batch', 'heads') for cache in (state['caches'][0], *state['caches'][1]))
     assert is_split(decoder.weights['layers']['0000']['mixer']['in_proj']['kernel'], 'groups', None, 'embed')
+
+
+def test_a_mesh_changes_nothing_for_mamba2():
+    """Its convolution's state is sharded by groups, its norm's scale by heads; one row has fewer tokens than the convolution."""
+    settings = dict(num_heads=4, num_kv_heads=2, d_model=64, pattern='mamba2,attention', attention_encoding='none')
+    tokens = np.where(np.arange(L) < LENGTHS[:, None], TOKENS, 0)[:, : LENGTHS.max()]
+
+    def after_steps(config):
+        decoder = Decoder(init(config), config)
+        state = decoder.prefill(decoder.empty(4, L), tokens, LENGTHS, WHOLE)
+        for i in range(5):
+            state = decoder.step(state, TOKENS[:, i], WHOLE)
+        return jax.device_get(state), state
+
+    whole, _ = after_steps(tiny(**settings))
+    config = tiny(**settings, mesh_data=2, mesh_fsdp=2, mesh_tensor=2)
+    device_mesh = mesh.build(config)
+    with jax.set_mesh(device_mesh):
+        sharded, state = after_steps(config)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=3e-5), sharded, whole)
+    conv_state = state['caches'][0][1]
+    assert conv_state.sharding.is_equivalent_to(mesh.sharding(device_mesh, ('batch', None, 'groups', None)), 4)
 
 
 def test_blocks_of_steps_stop_where_rows_do():

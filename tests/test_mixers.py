@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 from small import small_config
 
+from transxssm_jax.layer_pattern import KINDS
 from transxssm_jax.model import costs, rope
 from transxssm_jax.model.language_model import Block
 from transxssm_jax.model.mixers import MIXERS
@@ -27,8 +28,8 @@ MESHES = {
 }
 
 
-def config_of(**sizes):
-    return small_config(
+def config_of(**settings):
+    usual = dict(
         model_d_model=D,
         model_num_heads=4,
         model_num_kv_heads=4,
@@ -36,8 +37,8 @@ def config_of(**sizes):
         model_use_bias=True,
         data_seq_len=L,
         data_global_batch=B,
-        **sizes,
     )
+    return small_config(**usual | settings)
 
 
 def block_and_axes(config, kind, mixer=None):
@@ -87,9 +88,19 @@ def value_and_gradients(config, kind, device_mesh=None, mixer=None):
         return jax.device_get(function(*arguments))
 
 
+# Name -> (kind, its settings): every registered mixer, and the position encodings that a mixer has besides its first.
+CASES = {kind: (kind, {}) for kind in MIXERS} | {
+    'ssd, conv1d_d': ('ssd', dict(model_ssd_encoding='conv1d_d')),
+    'ssd, decay_only': ('ssd', dict(model_ssd_encoding='decay_only')),
+    # Without biases: that of K adds the same to all scores of a query, and its gradient is nothing but rounding.
+    'attention, none': ('attention', dict(model_attention_encoding='none', model_use_bias=False)),
+}
+
+
 @functools.cache
-def on_one_device(kind):
-    return value_and_gradients(config_of(), kind)
+def on_one_device(case):
+    kind, settings = CASES[case]
+    return value_and_gradients(config_of(**settings), kind)
 
 
 def differences(found, expected):
@@ -102,10 +113,11 @@ def differences(found, expected):
 
 
 @pytest.mark.parametrize('name', MESHES)
-@pytest.mark.parametrize('kind', MIXERS)
-def test_a_mesh_changes_nothing(kind, name):
-    config = config_of(**MESHES[name])
-    found = differences(value_and_gradients(config, kind, mesh.build(config)), on_one_device(kind))
+@pytest.mark.parametrize('case', CASES)
+def test_a_mesh_changes_nothing(case, name):
+    kind, settings = CASES[case]
+    config = config_of(**MESHES[name], **settings)
+    found = differences(value_and_gradients(config, kind, mesh.build(config)), on_one_device(case))
     assert max(found.values()) < 2e-5, found
 
 
@@ -131,6 +143,6 @@ def test_a_mixer_that_forgets_a_collective_is_caught():
 def test_every_mixer_states_its_costs_and_its_form_for_decoding():
     from transxssm_jax.inference.packed import PACKED
 
-    assert MIXERS.keys() == PACKED.keys()
+    assert set(KINDS) == MIXERS.keys() == PACKED.keys()
     for kind in MIXERS:
         assert costs.costs_of(config_of().model, kind).in_proj_flops > 0

@@ -64,6 +64,8 @@ VARIANTS = {
     'attention first': dict(attention_offset=0),
     'attention everywhere': dict(attention_period=1, attention_offset=0),
     'attention nowhere': dict(attention_period=0),
+    'mamba2': dict(pattern='mamba2'),
+    'jamba': dict(pattern='mamba2,attention', attention_encoding='none'),
     'other': dict(num_kv_heads=1, num_ssd_groups=1, use_bias=True, tie_embeddings=False, use_dt_bias=False),
 }
 
@@ -95,8 +97,18 @@ def loss_and_gradients(config):
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
-def test_packed_documents_are_separate_documents():
-    settings = dict(num_kv_heads=1, num_ssd_groups=1)
+@pytest.mark.parametrize(
+    'settings',
+    [
+        dict(num_kv_heads=1, num_ssd_groups=1),
+        dict(pattern='attention'),
+        dict(pattern='mamba2', num_ssd_groups=1),
+        dict(pattern='mamba2,attention', attention_encoding='none'),
+        dict(ssd_encoding='conv1d_d'),
+    ],
+    ids=str,
+)
+def test_packed_documents_are_separate_documents(settings):
     config, params = tiny(**settings), init(settings)
     packed = packed_batch(config)
     names = list(packed)

@@ -113,12 +113,12 @@ def test_patterns_change_only_the_mixers():
     ]
     for pattern, other in changed.items():
         names = config_lib.differences(config, other)
-        assert set(names) <= {'model.attention_period', 'model.attention_offset'} and bool(names) == (
-            pattern != 'hybrid'
-        )
-    with pytest.raises(ConfigError, match='--pattern=mamba must be one of hybrid, attention, ssd'):
+        assert set(names) == ({'model.pattern'} if pattern != 'hybrid' else set())
+    with pytest.raises(ConfigError, match='--pattern=mamba must be one of hybrid, attention, ssd, mamba2'):
         mqar.with_pattern(config, 'mamba')
-    with pytest.raises(ConfigError, match='--pattern=hybrid needs both kinds of layers'):
+    with pytest.raises(
+        ConfigError, match='--pattern=hybrid needs two kinds of layers, but those of the config are ssd only'
+    ):
         mqar.with_pattern(changed['ssd'], 'hybrid')
 
 
@@ -172,7 +172,7 @@ def test_the_command_trains_and_writes_a_table(tmp_path, capsys):
 @pytest.mark.parametrize(
     'settings, message',
     [
-        (dict(pattern='hybrid,mamba'), '--pattern=mamba is not one of the choices; known: attention, hybrid, ssd'),
+        (dict(pattern='hybrid,mamba'), '--pattern=mamba is not one of the choices; did you mean mamba2?'),
         (dict(pairs=20), 'data.seq_len=32 is too short for --pairs=20'),
         (dict(output='/nowhere/mqar.json'), '--output=/nowhere/mqar.json: its directory does not exist'),
         (dict(patern='ssd'), 'unknown flag --patern; did you mean --pattern?'),

@@ -213,6 +213,7 @@ class Command:
       settings: returns the lines that describe the settings of a config, for commands that take --config.a.b=value.
       takes_file: with settings, whether --config=PATH is taken too.
       if_interrupted: what to print when Ctrl-C ends the command.
+      arguments: what words without dashes are called in --help, where the command takes them; '': it takes none.
     """
 
     module: str
@@ -221,6 +222,7 @@ class Command:
     settings: Callable[[], str] | None = None
     takes_file: bool = True
     if_interrupted: str = ''
+    arguments: str = ''
 
     def help(self) -> str:
         lines = [self.description.strip(), '', 'Flags, with their defaults:']
@@ -234,24 +236,24 @@ class Command:
     def parse(self, argv: Sequence[str]) -> types.SimpleNamespace:
         """The flags by name, with their defaults.
 
-        Also `argv` as given; `given`, the names of those that were on the command line; and with settings `config_file`
-        ('' if not given) and `overrides` (dotted name -> what was typed), of which config.from_flags makes a config.
+        Also `argv` as given; `arguments`, the words without dashes; `given`, the names of those that were on the command
+        line; and with settings `config_file` ('' if not given) and `overrides` (dotted name -> what was typed), of which
+        config.from_flags makes a config.
 
         Raises:
           UsageError: an unknown, wrong or missing flag; the message is one line.
         """
         known = {flag.name: flag for flag in self.flags}
-        values, config_file, overrides = {}, '', {}
+        values, config_file, overrides, arguments = {}, '', {}, []
         words = iter(argv)
         for word in words:
             if word == '--':
-                extra = next(words, None)
-                if extra is not None:
-                    raise self._unexpected(extra)
+                arguments += words
                 break
             match = re.fullmatch(r'--?([A-Za-z][\w.\-]*)(?:=(.*))?', word, re.DOTALL)
             if not match:
-                raise self._unexpected(word)
+                arguments.append(word)
+                continue
             name, text = match.groups()
             name = name if name.startswith('config.') else name.replace('-', '_')
             if self.settings and name.startswith('config.'):
@@ -271,6 +273,8 @@ class Command:
             else:
                 near = nearest('--' + name, [f'--{flag}' for flag in known] + ['--config'] * bool(self.settings))
                 raise UsageError(f'unknown flag --{shorten(name)}{near or "; see --help"}')
+        if arguments and not self.arguments:
+            raise self._unexpected(arguments[0])
         for flag in self.flags:
             if values.get(flag.name, flag.default) in (REQUIRED, '', ()) and flag.default is REQUIRED:
                 raise UsageError(f'--{flag.name} is missing, e.g. --{flag.name}={flag.example}')
@@ -278,6 +282,7 @@ class Command:
         return types.SimpleNamespace(
             **{**defaults, **values},
             argv=tuple(argv),
+            arguments=tuple(map(os.path.expanduser, arguments)),
             given=frozenset(values),
             config_file=config_file,
             overrides=overrides,

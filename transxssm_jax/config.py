@@ -14,6 +14,7 @@ import types
 from typing import Any
 
 from transxssm_jax import cli, settings
+from transxssm_jax.layer_pattern import parse_pattern
 from transxssm_jax.settings import LARGEST_SEED, ConfigError, Section, setting
 
 
@@ -26,7 +27,7 @@ class Model(Section):
     num_layers: int = setting(24, 'Layers; each is a mixer and an MLP.', minimum=1, maximum=1 << 12, of_checkpoint=True)
     num_heads: int = setting(
         32,
-        'Heads H of both mixers; the head width is d_model / num_heads.',
+        'Heads H of attention and ssd; the head width is d_model / num_heads. mamba2 has mamba_expand times as many.',
         minimum=1,
         maximum=1 << 14,
         of_checkpoint=True,
@@ -36,7 +37,7 @@ class Model(Section):
     )
     num_ssd_groups: int = setting(
         8,
-        'Groups of B and C in the state-space layer; divides num_heads.',
+        'Groups of B and C in ssd and mamba2; divides num_heads.',
         minimum=1,
         maximum=1 << 14,
         of_checkpoint=True,
@@ -44,7 +45,15 @@ class Model(Section):
     d_state: int = setting(
         128, 'State size N of the state-space layer; a multiple of 16.', minimum=16, maximum=1 << 14, of_checkpoint=True
     )
-    d_mlp: int = setting(6144, 'Inner width F of the SwiGLU MLP.', minimum=1, maximum=1 << 22, of_checkpoint=True)
+    d_mlp: int = setting(
+        6144, 'Inner width F of the SwiGLU MLP; 0: layers have none.', minimum=0, maximum=1 << 22, of_checkpoint=True
+    )
+    pattern: str = setting(
+        '',
+        "Layers of a period, e.g. '7xmamba2,attention'; empty: ssd, with attention where attention_period and "
+        'attention_offset place it.',
+        of_checkpoint=True,
+    )
     attention_period: int = setting(
         8,
         'Layers in a period, one of them attention; 1: attention everywhere, 0: nowhere.',
@@ -54,6 +63,25 @@ class Model(Section):
     )
     attention_offset: int = setting(
         7, 'Index of the attention layer within its period.', minimum=0, maximum=1 << 12, of_checkpoint=True
+    )
+    attention_encoding: str = setting(
+        'rope', 'Position encoding of attention.', choices=('rope', 'none'), of_checkpoint=True
+    )
+    ssd_encoding: str = setting(
+        'rope',
+        'Position encoding of the state-space layer: rotation of B and C; a short convolution and a D skip; the decay alone.',
+        choices=('rope', 'conv1d_d', 'decay_only'),
+        of_checkpoint=True,
+    )
+    conv_width: int = setting(
+        4, 'Tokens that the convolution of mamba2 and conv1d_d sees.', minimum=2, maximum=1 << 8, of_checkpoint=True
+    )
+    mamba_expand: int = setting(
+        2,
+        'Width of mamba2 inside over d_model; its heads are as wide as others.',
+        minimum=1,
+        maximum=64,
+        of_checkpoint=True,
     )
     rope_theta: float = setting(10000.0, 'Base of the rotary frequencies.', minimum=1.0, of_checkpoint=True)
     rope_scaling: str = setting(
@@ -97,8 +125,14 @@ class Model(Section):
         return self.d_model // self.num_heads
 
     @property
+    def num_mamba_heads(self) -> int:
+        return self.mamba_expand * self.num_heads
+
+    @property
     def layer_pattern(self) -> tuple[str, ...]:
         """Kind of each layer of one period."""
+        if self.pattern:
+            return parse_pattern(self.pattern)
         if self.attention_period == 0:
             return ('ssd',)
         return tuple('attention' if i == self.attention_offset else 'ssd' for i in range(self.attention_period))
@@ -263,6 +297,12 @@ def replace(config: Config, changes: dict[str, Any]) -> Config:
     """
     changed = settings.copy(config)
     settings.change(changed, changes)
+    placed = [name for name in ('model.attention_period', 'model.attention_offset') if name in changes]
+    if placed and changed.model.pattern:
+        raise ConfigError(
+            f'{placed[0]} places no layer beside model.pattern={changed.model.pattern!r}; change model.pattern, or '
+            "empty it with model.pattern=''"
+        )
     return resolve(changed)
 
 
@@ -326,7 +366,7 @@ def resolve(config: Config) -> Config:
         raise ConfigError(
             f'model.d_state={model.d_state} must be a multiple of 16; try {model.d_state // 16 * 16 + 16}'
         )
-    if 0 < model.attention_period <= model.attention_offset:
+    if not model.pattern and 0 < model.attention_period <= model.attention_offset:
         raise ConfigError(
             f'model.attention_offset={model.attention_offset} must be below model.attention_period='
             f'{model.attention_period}; try {model.attention_period - 1}'

@@ -4,6 +4,10 @@
     python -m transxssm_jax.convert export --workdir=DIR --output=DIR [--step=N] [--tokenizer=FILE]
                                            [--max_shard_size=5GB] [--dtype=float32|bfloat16]
 
+An import also takes Mamba-2 as it is published in the format of mamba_ssm
+(state-spaces/mamba2-*), with safetensors or pytorch_model.bin; there is no
+export to that format.
+
 An imported workdir is a run at step 0: generate, the evaluations and train take
 it. Its config.py is the config file to train on with; settings that a
 checkpoint is bound to (data.seq_len, data.global_batch, ...) are given at the

@@ -86,7 +86,7 @@ class Sizes:
 
 def transformer_of(config: Config) -> Config:
     """The same sizes with attention in every layer."""
-    return config_lib.replace(config, {'model.attention_period': 1, 'model.attention_offset': 0})
+    return config_lib.replace(config, {'model.pattern': 'attention'})
 
 
 def rows_that_fit(models: list[Model], rows: int, context: int, memory: float) -> int:

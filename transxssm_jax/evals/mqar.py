@@ -50,15 +50,21 @@ TRAIN, EVAL, FINAL = 0, 1, 2  # independent streams of rows
 # The settings of model.* that each pattern changes; 'hybrid' is the config's own.
 PATTERNS = {
     'hybrid': {},
-    'attention': {'attention_period': 1, 'attention_offset': 0},
-    'ssd': {'attention_period': 0},
+    'attention': {'pattern': 'attention'},
+    'ssd': {'pattern': 'ssd'},
+    'mamba2': {'pattern': 'mamba2'},
 }
 
 COMMAND = cli.Command(
     'transxssm_jax.evals.mqar',
     __doc__,
     [
-        Flag('pattern', ('hybrid',), "Patterns to train: 'hybrid', 'attention', 'ssd'.", choices=tuple(PATTERNS)),
+        Flag(
+            'pattern',
+            ('hybrid',),
+            "Patterns to train: 'hybrid', 'attention', 'ssd', 'mamba2'.",
+            choices=tuple(PATTERNS),
+        ),
         Flag('pairs', 0, 'Keys per row; 0: an eighth of data.seq_len.', minimum=0),
         Flag('target', 0.995, 'Accuracy that ends a training; above 1: none does.'),
         Flag('output', '', 'New JSON file; empty: none.', is_path=True),
@@ -150,8 +156,7 @@ def with_pattern(config: Config, pattern: str) -> Config:
     changed = config_lib.replace(config, {f'model.{name}': value for name, value in PATTERNS[pattern].items()})
     if pattern == 'hybrid' and len(set(changed.model.layer_pattern)) == 1:
         raise ConfigError(
-            f'--pattern=hybrid needs both kinds of layers; model.attention_period='
-            f'{changed.model.attention_period} has {changed.model.layer_pattern[0]} only'
+            f'--pattern=hybrid needs two kinds of layers, but those of the config are {changed.model.layer_pattern[0]} only'
         )
     return changed
 

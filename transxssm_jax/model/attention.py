@@ -19,7 +19,10 @@ __all__ = ['Attention', 'save_attention_residuals']
 
 
 class Attention(nnx.Module):
-    """softmax((R q)(R k)^T / sqrt(K)) v with grouped K and V, causal and within each document."""
+    """softmax((R q)(R k)^T / sqrt(K)) v with grouped K and V, causal and within each document.
+
+    R is the identity where model.attention_encoding='none'.
+    """
 
     def __init__(self, model: Model, *, rngs: nnx.Rngs):
         self.implementation = None if model.attention_implementation == 'auto' else model.attention_implementation
@@ -32,8 +35,8 @@ class Attention(nnx.Module):
 
     @staticmethod
     def rope_width(model: Model) -> int:
-        """Q and K rotate over the head width."""
-        return model.head_dim
+        """Q and K rotate over the head width; 0: they do not rotate."""
+        return model.head_dim if model.attention_encoding == 'rope' else 0
 
     @staticmethod
     def costs(model: Model) -> LayerCosts:
@@ -60,7 +63,7 @@ class Attention(nnx.Module):
         self,
         x_BLD: Float[Array, 'B L D'],
         *,
-        rope: Rope,
+        rope: Rope | None,
         scale_BL: Float32[Array, 'B L'] | None,
         segment_ids_BL: Int32[Array, 'B L'],
     ) -> Float[Array, 'B L D']:
@@ -68,7 +71,7 @@ class Attention(nnx.Module):
 
         Args:
           x_BLD: the residual stream.
-          rope: cosines and sines of width head_dim, of `rope.tables`.
+          rope: cosines and sines of width head_dim, of `rope.tables`; None where nothing rotates.
           scale_BL: factor of Q, of `rope.length_scale`, or None.
           segment_ids_BL: tokens of one document share an id.
 
@@ -76,7 +79,8 @@ class Attention(nnx.Module):
           [B, L, D] in x's dtype, to be added to the residual stream.
         """
         q_BLHK, k_BLGK, v_BLGK = self.in_proj(x_BLD)
-        q_BLHK, k_BLGK = rotate(q_BLHK, rope), rotate(k_BLGK, rope)
+        if rope is not None:
+            q_BLHK, k_BLGK = rotate(q_BLHK, rope), rotate(k_BLGK, rope)
         q_BLHK, k_BLGK, v_BLGK = (checkpoint_name(v, 'mixer_in') for v in (q_BLHK, k_BLGK, v_BLGK))
         if scale_BL is not None:
             q_BLHK = (q_BLHK * scale_BL[..., None, None]).astype(q_BLHK.dtype)

@@ -11,6 +11,7 @@ N state, Q chunk length, V vocabulary.
 """
 
 import collections
+import math
 import typing
 
 import numpy as np
@@ -72,7 +73,9 @@ def saved_bytes(model: Model, costs: LayerCosts, tensor: int = 1) -> float:
     """Bytes per token that one layer keeps for its backward pass under model.remat, on one of `tensor` shards."""
     kept, size = remat_of(model), dtype_bytes(model)
     sharded = sum(getattr(costs, f'{name}_bytes') for name in kept.mixer) + size * kept.d_mlp * model.d_mlp
-    return size * kept.d_model * model.d_model + FLOAT32 * kept.norms + sharded / tensor
+    halves = 2 if model.d_mlp else 1  # mixer and MLP, or a mixer alone
+    vectors = size * math.ceil(kept.d_model * halves / 2) * model.d_model
+    return vectors + FLOAT32 * kept.norms * halves / 2 + sharded / tensor
 
 
 def recomputed_flops(model: Model, costs: LayerCosts, attended: float) -> tuple[float, float]:

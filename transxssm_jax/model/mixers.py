@@ -1,9 +1,10 @@
 """The mixers by their word in model.layer_pattern."""
 
 from transxssm_jax.model.attention import Attention
+from transxssm_jax.model.mamba2 import Mamba2
 from transxssm_jax.model.ssd import RotarySSD
 
-MIXERS = {'ssd': RotarySSD, 'attention': Attention}
+MIXERS = {'ssd': RotarySSD, 'attention': Attention, 'mamba2': Mamba2}  # the words of config.KINDS
 
 
 def mixer_of(kind: str):

@@ -66,7 +66,12 @@ def tables(positions_BL: jax.Array, width: int, model: Model, length_B: jax.Arra
 
 
 def side_inputs(model: Model, width: int, positions_BL: jax.Array, length_B: jax.Array | None = None) -> dict:
-    """What a mixer takes of the positions: `rope`, tables of its rope width, and `scale_BL`, of `length_scale`."""
+    """What a mixer takes of the positions: `rope`, tables of its rope width, and `scale_BL`, of `length_scale`.
+
+    Both are None for a width of 0: nothing rotates, and model.rope_scaling has nothing to scale.
+    """
+    if width == 0:
+        return dict(rope=None, scale_BL=None)
     return dict(rope=tables(positions_BL, width, model, length_B), scale_BL=length_scale(positions_BL, model))
 
 

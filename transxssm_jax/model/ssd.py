@@ -1,6 +1,6 @@
 """The rotary state-space mixer: y = (L o (R C)(R B)^T) X, computed as a scan (paper, TransXSSM layer).
 
-It has no convolution, no gate and no D skip.
+It has no gate, and no convolution and no D skip unless model.ssd_encoding='conv1d_d' puts them in place of the rotation.
 Shape legend: B batch, L length, D model, H heads, P head width, G groups, N state.
 """
 
@@ -16,6 +16,7 @@ from pallas_kernels.ssd.api import STATES_NAME as SSD_STATES
 from pallas_kernels.ssd.context import rotary_ssd_in_context
 from transxssm_jax.config import Model
 from transxssm_jax.model import layers
+from transxssm_jax.model.convolution import CausalConvolution, skip
 from transxssm_jax.model.layer_costs import FLOAT32, STATE_INTERVAL, LayerCosts, dtype_bytes
 from transxssm_jax.model.rope import Rope
 from transxssm_jax.parallel import collectives
@@ -25,6 +26,7 @@ __all__ = ['SSD_STATES', 'RotarySSD']
 # Chunk length at which the scan's FLOPs are counted: the least-work figures of the kernel contract use it, and it keeps
 # MFU comparable between chunk sizes.
 SCAN_CHUNK = 128
+KERNEL_EFFICIENCY = 0.115  # H100, 8 x 4096 at 1.3B: 21 layers forward and backward in 27 ms
 
 
 class RotarySSD(nnx.Module):
@@ -33,6 +35,9 @@ class RotarySSD(nnx.Module):
     h_t = exp(dt_t a) h_{t-1} + dt_t x_t (R_t b_t)^T;  y_t = h_t R_t c_t.
     a = -exp(a_log), with exp(a_log) uniform in [a_min, a_max] at first; dt = softplus(projection + bias), and the
     bias, where there is one, starts with softplus(bias) log-uniform in [dt_min, dt_max] (Mamba-2).
+
+    That is model.ssd_encoding='rope'. Of the paper's table 2: with 'decay_only' R is the identity, and with 'conv1d_d' too,
+    but x, b and c pass Mamba-2's convolution, and y_t = h_t c_t + d x_t.
     """
 
     def __init__(self, model: Model, *, rngs: nnx.Rngs):
@@ -45,50 +50,52 @@ class RotarySSD(nnx.Module):
         self.out_proj = layers.Linear(
             heads, {'embed': model.d_model}, std=model.init_std, use_bias=model.use_bias, rngs=rngs
         )
-        rate_H = jax.random.uniform(rngs.params(), (model.num_heads,), jnp.float32, model.a_min, model.a_max)
-        self.a_log = nnx.Param(jnp.log(rate_H), axes=('heads',))
+        self.a_log = nnx.Param(initial_a_log(model, model.num_heads, rngs), axes=('heads',))
         if model.use_dt_bias:
-            dt_H = layers.log_uniform(rngs.params(), (model.num_heads,), model.dt_min, model.dt_max)
-            self.dt_bias = nnx.Param(layers.inverse_softplus(dt_H), axes=('heads',))
+            self.dt_bias = nnx.Param(initial_dt_bias(model, model.num_heads, rngs), axes=('heads',))
+        if model.ssd_encoding == 'conv1d_d':
+            inputs = {name: axes for name, axes in maps.items() if name != 'dt'}
+            self.conv = CausalConvolution(model.conv_width, inputs, rngs=rngs)
+            self.d_skip = nnx.Param(jnp.ones((model.num_heads,), jnp.float32), axes=('heads',))
 
     @staticmethod
     def rope_width(model: Model) -> int:
-        """B and C rotate over the state."""
-        return model.d_state
+        """B and C rotate over the state; 0: they do not rotate."""
+        return model.d_state if model.ssd_encoding == 'rope' else 0
 
     @staticmethod
     def costs(model: Model) -> LayerCosts:
-        """Costs of one layer; the scan is counted in chunks of SCAN_CHUNK tokens.
-
-        Q chunk length.
-        """
-        D, H, P, N, G, Q = (
-            model.d_model, model.num_heads, model.head_dim, model.d_state, model.num_ssd_groups, SCAN_CHUNK,
-        )  # fmt: skip
+        """Costs of one layer; the scan is counted in chunks of SCAN_CHUNK tokens."""
+        D, H, P, N, G = model.d_model, model.num_heads, model.head_dim, model.d_state, model.num_ssd_groups
         size = dtype_bytes(model)
         state = FLOAT32 * H * P * N
+        # Of the convolution, where there is one: what it reads, and its tokens before the first.
+        convolved = H * P + 2 * G * N if model.ssd_encoding == 'conv1d_d' else 0
+        before = size * (model.conv_width - 1) * convolved
+        flops = scan_flops(H, P, G, N) + 2 * model.conv_width * convolved
         return LayerCosts(
             in_proj_flops=2 * D * (H * P + 2 * G * N + H),  # x; B and C; dt
             out_proj_flops=2 * H * P * D,
-            # Scores and scores times x over half a chunk; state in and state out.
-            kernel_flops=lambda attended: G * N * Q + H * P * Q + 4 * H * N * P,
-            kernel_efficiency=0.115,  # H100, 8 x 4096 at 1.3B: 21 layers forward and backward in 27 ms
+            kernel_flops=lambda attended: flops,
+            kernel_efficiency=KERNEL_EFFICIENCY,
             context_flops=2 * 2 * H * P * N,  # what the state before a shard adds to y, and its gradient
             mixer_in_bytes=size * (H * P + 2 * G * N) + FLOAT32 * H,
             mixer_out_bytes=size * H * P,
-            residual_bytes=size * H * P * N / STATE_INTERVAL,
-            state_bytes=state,
+            residual_bytes=residual_bytes(model, H),
+            state_bytes=state + before,
             cache_bytes=0,
             handed_over='states',
             # The prefix scan over shards passes one state on in each of its rounds, forward and backward.
-            context_bytes=lambda shards, tokens: 2 * state * math.ceil(math.log2(shards)),
+            context_bytes=lambda shards, tokens: (
+                2 * state * math.ceil(math.log2(shards)) + (2 * before if shards > 1 else 0)
+            ),
         )
 
     def __call__(
         self,
         x_BLD: Float[Array, 'B L D'],
         *,
-        rope: Rope,
+        rope: Rope | None,
         scale_BL: Float32[Array, 'B L'] | None,
         segment_ids_BL: Int32[Array, 'B L'],
     ) -> Float[Array, 'B L D']:
@@ -96,7 +103,7 @@ class RotarySSD(nnx.Module):
 
         Args:
           x_BLD: the residual stream.
-          rope: cosines and sines of width d_state, of `rope.tables`.
+          rope: cosines and sines of width d_state, of `rope.tables`; None where nothing rotates.
           scale_BL: factor of C, of `rope.length_scale`, or None.
           segment_ids_BL: tokens of one document share an id.
 
@@ -109,6 +116,8 @@ class RotarySSD(nnx.Module):
             dt_BLH = dt_BLH + self.dt_bias[...]
         # The argument of softplus is saved and not its value, whose gradient would need the projection again.
         dt_BLH = jax.nn.softplus(checkpoint_name(dt_BLH, 'mixer_in'))
+        if hasattr(self, 'conv'):
+            x_BLHP, b_BLGN, c_BLGN = self.conv((x_BLHP, b_BLGN, c_BLGN), segment_ids_BL)
         if scale_BL is not None:
             c_BLGN = (c_BLGN * scale_BL[..., None, None]).astype(c_BLGN.dtype)
         y_BLHP = rotary_ssd_in_context(
@@ -123,4 +132,31 @@ class RotarySSD(nnx.Module):
             implementation=self.implementation,
             **collectives.context_axis(),
         )
-        return self.out_proj(checkpoint_name(y_BLHP, 'mixer_out'))
+        y_BLHP = checkpoint_name(y_BLHP, 'mixer_out')
+        if hasattr(self, 'conv'):
+            y_BLHP = skip(y_BLHP, x_BLHP, self.d_skip[...]).astype(y_BLHP.dtype)
+        return self.out_proj(y_BLHP)
+
+
+# ---- what every mixer on the scan shares ---------------------------------------
+
+
+def initial_a_log(model: Model, num_heads: int, rngs: nnx.Rngs) -> jax.Array:
+    """float32 [H] whose exp, the rate of decay -a, is uniform in [a_min, a_max]."""
+    return jnp.log(jax.random.uniform(rngs.params(), (num_heads,), jnp.float32, model.a_min, model.a_max))
+
+
+def initial_dt_bias(model: Model, num_heads: int, rngs: nnx.Rngs) -> jax.Array:
+    """float32 [H] whose softplus is log-uniform in [dt_min, dt_max]."""
+    return layers.inverse_softplus(layers.log_uniform(rngs.params(), (num_heads,), model.dt_min, model.dt_max))
+
+
+def scan_flops(H: int, P: int, G: int, N: int) -> int:
+    """Forward FLOPs of the scan per token, in chunks of SCAN_CHUNK."""
+    # Scores and scores times x over half a chunk; state in and state out.
+    return G * N * SCAN_CHUNK + H * P * SCAN_CHUNK + 4 * H * N * P
+
+
+def residual_bytes(model: Model, num_heads: int) -> float:
+    """The states that the scan keeps for its backward pass, per token."""
+    return dtype_bytes(model) * num_heads * model.head_dim * model.d_state / STATE_INTERVAL

@@ -12,7 +12,9 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 
+from transxssm_jax.config import ConfigError
 from transxssm_jax.parallel.mesh import AXES, BATCH, RULES, spec
 
 # Whether the shard_map being traced takes whole rows, although the mesh has a context axis.
@@ -107,6 +109,28 @@ def shard_index(logical_axis: str):
     """Index of this device's shard of a logical axis; 0 where it is not sharded."""
     names = sharded_over(logical_axis)
     return jax.lax.axis_index(names) if names else 0
+
+
+def previous_tokens(x: jax.Array, count: int) -> jax.Array:
+    """The `count` tokens before those of this device, [B, count, ...]; zeros before the first of a row.
+
+    Args:
+      x: [B, L, ...]; only the last `count` of its tokens are read. Their gradient is what the next shard makes of them.
+
+    Raises:
+      ConfigError: a shard is shorter than that.
+    """
+    last = x[:, -count:]
+    if not sharded_over('length'):
+        return jnp.zeros((x.shape[0], count, *x.shape[2:]), x.dtype)
+    if last.shape[1] < count:
+        raise ConfigError(
+            f'model.conv_width={count + 1} needs shards of at least {count} tokens of a row, not {last.shape[1]}; '
+            'lower mesh.context or raise data.seq_len'
+        )
+    (name,) = sharded_over('length')
+    size = jax.sharding.get_abstract_mesh().shape[name]
+    return jax.lax.ppermute(last, name, [(i, i + 1) for i in range(size - 1)])
 
 
 def copy_to_tensor_parallel(x: jax.Array, *logical_axes: str) -> jax.Array:

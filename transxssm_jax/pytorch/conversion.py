@@ -1,4 +1,4 @@
-"""Import of published PyTorch checkpoints into a workdir, and export from one.
+"""Import of published PyTorch checkpoints into a workdir, and export from one. Mamba-2's are imported only.
 
 One stacked array of ours is in memory at a time, and one tensor; no PyTorch.
 
@@ -25,6 +25,7 @@ from transxssm_jax.data.vocabulary import check_tokenizer
 from transxssm_jax.pytorch import arrays
 from transxssm_jax.pytorch.fields import ConvertError, fields_of, pytorch_model
 from transxssm_jax.pytorch.files import PytorchCheckpoint, Writer
+from transxssm_jax.pytorch.mamba_ssm import MambaCheckpoint, open_checkpoint
 from transxssm_jax.pytorch.tensors import Path, Tensor, check_exportable, shapes_of, spell_out, tensors_of
 from transxssm_jax.training import checkpoint, checkpoint_files, lease
 
@@ -42,12 +43,12 @@ def load_pytorch(directory: pathlib.Path | str) -> tuple[dict, Config]:
     Raises:
       ConvertError: see files.PytorchCheckpoint.
     """
-    source = PytorchCheckpoint(directory)
+    source = open_checkpoint(directory)
     params = {path: array.read() for path, array in _lazy_params(source).items()}
     return nnx.traversals.unflatten_mapping(params), source.config
 
 
-def _lazy_params(source: PytorchCheckpoint, advance=lambda: None) -> dict[Path, arrays.LazyArray]:
+def _lazy_params(source: PytorchCheckpoint | MambaCheckpoint, advance=lambda: None) -> dict[Path, arrays.LazyArray]:
     return {
         path: arrays.LazyArray(shape, np.dtype(np.float32), functools.partial(source.layers, path, shape, advance))
         for path, shape in shapes_of(source.config.model).items()
@@ -63,7 +64,7 @@ def import_pytorch(
     *,
     tokenizer: str = '',
     overrides: dict[str, str] | None = None,
-) -> PytorchCheckpoint:
+) -> PytorchCheckpoint | MambaCheckpoint:
     """Makes `workdir` a run at step 0 with the published weights, a fresh optimizer state and no position in any data.
 
     Args:
@@ -77,7 +78,7 @@ def import_pytorch(
     Raises:
       ConvertError, ConfigError, DataError, checkpoint.CheckpointError, lease.LeaseError: one line.
     """
-    source, workdir, overrides = PytorchCheckpoint(source_directory), pathlib.Path(workdir).absolute(), overrides or {}
+    source, workdir, overrides = open_checkpoint(source_directory), pathlib.Path(workdir).absolute(), overrides or {}
     _check_unused(workdir)
     if tokenizer and 'data.path' in overrides:
         raise ConvertError('--tokenizer and --config.data.path both lead to a tokenizer; give one of them')
@@ -118,7 +119,7 @@ def _check_unused(workdir: pathlib.Path) -> None:
 
 
 def _tokenizer_for_import(
-    source: PytorchCheckpoint, tokenizer: str, workdir: pathlib.Path
+    source: PytorchCheckpoint | MambaCheckpoint, tokenizer: str, workdir: pathlib.Path
 ) -> tuple[str, dict[str, bytes]]:
     """(data.path, files to put into the workdir)."""
     own = source.directory / TOKENIZER_FILES[0]

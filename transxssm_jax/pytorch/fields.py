@@ -89,7 +89,11 @@ def model_of(published: dict, where: str) -> tuple[Model, list[str]]:
 
     fields = PUBLISHED | published
     if str(fields.get('model_type', 'TransXSSM')).lower() != 'transxssm':
-        refuse('model_type', fields['model_type'], 'is another model; only TransXSSM is read')
+        refuse(
+            'model_type',
+            fields['model_type'],
+            'is another model; only TransXSSM is read, and Mamba-2 with the config.json of mamba_ssm',
+        )
     if fields['hidden_act'] not in ('silu', 'swish'):
         refuse('hidden_act', fields['hidden_act'], 'is not computed here; only silu is')
     if fields['num_key_value_heads'] is None:
@@ -172,6 +176,8 @@ def config_of(published: dict, model: Model) -> Config:
                     f'{getattr(model, name)}'
                 )
         stated = {*SAME.values(), 'rope_scaling'} - {'use_bias'}
+        if saved.model.pattern:  # which places the layers; it was compared above
+            stated -= {'attention_period', 'attention_offset'}
         stated |= {'rope_factor'} if model.rope_scaling != 'none' else set()
         stated |= {'rope_original_length'} if model.rope_scaling == 'dynamic' else set()
         changes = {f'model.{name}': getattr(model, name) for name in stated}
@@ -194,13 +200,30 @@ def pytorch_model(model: Model) -> Model:
             f'model.d_state={model.d_state} has no place in the published format, where the state is as wide '
             f'as a head; only model.d_state=model.d_model/model.num_heads={model.head_dim} can be exported'
         )
+    for name, only in (('ssd_encoding', 'ssd'), ('attention_encoding', 'attention')):
+        if getattr(model, name) != 'rope' and only in model.layer_pattern:
+            raise ConvertError(
+                f'model.{name}={getattr(model, name)!r} has no place in the published format, where both kinds of layers '
+                'rotate; this run cannot be exported'
+            )
+    if not model.d_mlp:
+        raise ConvertError('model.d_mlp=0 has no place in the published format, where every layer has an MLP')
+    kinds = model.layer_pattern
+    if kinds.count('attention') > 1 and set(kinds) != {'attention'}:
+        raise ConvertError(
+            f'model.pattern={model.pattern!r} has no place in the published format, which has one attention layer in a period'
+        )
     if model.rope_scaling == 'length':
         raise ConvertError(
             "model.rope_scaling='length' has no place in the published format; add "
             '--config.model.rope_scaling=none, linear or dynamic'
         )
+    placed = {}
+    if model.pattern:  # the published fields place layers by period and offset
+        period = 1 if set(kinds) == {'attention'} else len(kinds) if 'attention' in kinds else 0
+        placed = dict(pattern='', attention_period=period, attention_offset=kinds.index('attention') if period else 0)
     return dataclasses.replace(
-        model, num_ssd_groups=model.num_heads, use_bias=model.use_bias or model.use_dt_bias, use_dt_bias=False
+        model, num_ssd_groups=model.num_heads, use_bias=model.use_bias or model.use_dt_bias, use_dt_bias=False, **placed
     )
 
 

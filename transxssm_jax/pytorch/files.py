@@ -1,8 +1,8 @@
 """The files of a published PyTorch checkpoint, read and written.
 
 A directory with config.json and model.safetensors, or with several files and
-model.safetensors.index.json. Nothing here needs PyTorch, or more memory than
-one tensor.
+model.safetensors.index.json, or with pytorch_model.bin. Nothing here needs
+PyTorch, or more memory than one tensor.
 """
 
 import json
@@ -19,51 +19,26 @@ from transxssm_jax.config import Model
 from transxssm_jax.pytorch import fields, tensors
 from transxssm_jax.pytorch.fields import ConvertError
 from transxssm_jax.pytorch.tensors import Path, Tensor
+from transxssm_jax.pytorch.torch_files import TorchFile, TorchFileError
 
-SINGLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
+SINGLE, INDEX, TORCH = 'model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin'
 DTYPES = {'float32': (np.dtype(np.float32), 'F32'), 'bfloat16': (np.dtype(ml_dtypes.bfloat16), 'BF16')}
 
 
 # ---- reading ---------------------------------------------------------------
 
 
-class PytorchCheckpoint:
-    """A published checkpoint whose names, shapes and decay rates have been checked.
-
-    Attributes:
-      fields: its config.json.
-      config: the config that an import begins with; its model is the one that `layers` gives arrays of.
-      tensors: name -> Tensor.
-      unused: a phrase for each field and tensor that has no effect.
-      rates: name -> float64 [H] of every A.
+class TensorFiles:
+    """The tensors in the files of a directory, by name, read one at a time.
 
     Raises:
-      ConvertError: something is missing, unexpected, of another shape, or cannot be held.
+      ConvertError: a file is missing, cannot be read, or lacks a tensor that it is said to hold.
     """
 
     def __init__(self, directory: pathlib.Path | str):
         self.directory = pathlib.Path(directory)
-        self.fields = self._read_json('config.json')
-        where = f'{self.directory / "config.json"}'
-        self._published, self.unused = fields.model_of(self.fields, where)  # the model with all spelled out
-        try:
-            plain = {name: value for name, value in self.fields.items() if name != fields.SETTINGS}
-            self.config = fields.config_of(plain, self._published)
-        except config_lib.ConfigError as error:
-            raise ConvertError(f'{where}: {error}') from error
-        self.tensors = tensors.tensors_of(self._published)
-        self._files = self._find_tensors()
-        self._check_names_and_shapes()
-        self.rates = {
-            name: self.read(name).astype(np.float64)
-            for name, tensor in self.tensors.items()
-            if tensor.path[-1] == 'a_log'
-        }
-        self._check_rates()
-        if fields.SETTINGS in self.fields:
-            self._restore_settings()
 
-    def _read_json(self, name: str) -> dict:
+    def read_json(self, name: str) -> dict:
         path = self.directory / name
         try:
             content = json.loads(path.read_text())
@@ -79,10 +54,12 @@ class PytorchCheckpoint:
 
     def _find_tensors(self) -> dict[str, str]:
         """Tensor name -> file name."""
-        if (self.directory / SINGLE).exists() or not (self.directory / INDEX).exists():
+        if (self.directory / SINGLE).exists():
             listed, files = {}, [SINGLE]
+        elif not (self.directory / INDEX).exists():
+            listed, files = {}, [TORCH if (self.directory / TORCH).exists() else SINGLE]
         else:
-            listed = self._read_json(INDEX).get('weight_map')
+            listed = self.read_json(INDEX).get('weight_map')
             if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
                 raise ConvertError(f'{self.directory / INDEX} must hold a weight_map of names of files; fetch it again')
             files = sorted(set(listed.values()))
@@ -101,17 +78,69 @@ class PytorchCheckpoint:
         path = self.directory / file
         if not path.is_file():
             raise ConvertError(
-                f'{path}: no such file; the weights must be in {SINGLE}, or in the files that {INDEX} lists'
+                f'{path}: no such file; the weights must be in {SINGLE}, in the files that {INDEX} lists, or in {TORCH}'
             )
         try:
-            return safetensors.safe_open(path, 'numpy')
-        except (safetensors.SafetensorError, OSError) as error:
+            return TorchFile(path) if path.suffix == '.bin' else safetensors.safe_open(path, 'numpy')
+        except (safetensors.SafetensorError, TorchFileError, OSError) as error:
             raise ConvertError(f'{path} cannot be read ({str(error).splitlines()[0]}); fetch it again') from error
 
     def read(self, name: str) -> np.ndarray:
         """One tensor in its own dtype. The file is opened for it alone, so that nothing of it stays mapped."""
         with self._open(self._files[name]) as handle:
-            return handle.get_tensor(name)
+            try:
+                return handle.get_tensor(name)
+            except TorchFileError as error:
+                raise ConvertError(f'{self.directory / self._files[name]}: {error}; fetch it again') from error
+
+    def _check_tensor(self, name: str, wanted: tuple[int, ...]) -> None:
+        """Raises ConvertError unless a tensor has this shape and a floating-point type."""
+        with self._open(self._files[name]) as handle:
+            entry = handle.get_slice(name)
+        shape, dtype = tuple(entry.get_shape()), entry.get_dtype()
+        if shape != wanted:
+            raise ConvertError(
+                f'{self.directory}: {name} has shape {list(shape)}, its config.json calls for {list(wanted)}'
+            )
+        if dtype not in ('F32', 'F16', 'BF16'):
+            raise ConvertError(f'{self.directory}: {name} is of type {dtype}; F32, F16 and BF16 are read')
+
+
+class PytorchCheckpoint(TensorFiles):
+    """A published checkpoint whose names, shapes and decay rates have been checked.
+
+    Attributes:
+      fields: its config.json.
+      config: the config that an import begins with; its model is the one that `layers` gives arrays of.
+      tensors: name -> Tensor.
+      unused: a phrase for each field and tensor that has no effect.
+      rates: name -> float64 [H] of every A.
+
+    Raises:
+      ConvertError: something is missing, unexpected, of another shape, or cannot be held.
+    """
+
+    def __init__(self, directory: pathlib.Path | str):
+        super().__init__(directory)
+        self.fields = self.read_json('config.json')
+        where = f'{self.directory / "config.json"}'
+        self._published, self.unused = fields.model_of(self.fields, where)  # the model with all spelled out
+        try:
+            plain = {name: value for name, value in self.fields.items() if name != fields.SETTINGS}
+            self.config = fields.config_of(plain, self._published)
+        except config_lib.ConfigError as error:
+            raise ConvertError(f'{where}: {error}') from error
+        self.tensors = tensors.tensors_of(self._published)
+        self._files = self._find_tensors()
+        self._check_names_and_shapes()
+        self.rates = {
+            name: self.read(name).astype(np.float64)
+            for name, tensor in self.tensors.items()
+            if tensor.path[-1] == 'a_log'
+        }
+        self._check_rates()
+        if fields.SETTINGS in self.fields:
+            self._restore_settings()
 
     def _check_names_and_shapes(self) -> None:
         missing = [name for name in self.tensors if name not in self._files]
@@ -135,15 +164,7 @@ class PytorchCheckpoint:
                 f'{self.directory} has unexpected tensor {_some(extra)}, which its config.json has no place for'
             )
         for name, tensor in self.tensors.items():
-            with self._open(self._files[name]) as handle:
-                entry = handle.get_slice(name)
-            shape, dtype = tuple(entry.get_shape()), entry.get_dtype()
-            if shape != tensor.shape:
-                raise ConvertError(
-                    f'{self.directory}: {name} has shape {list(shape)}, its config.json calls for {list(tensor.shape)}'
-                )
-            if dtype not in ('F32', 'F16', 'BF16'):
-                raise ConvertError(f'{self.directory}: {name} is of type {dtype}; F32, F16 and BF16 are read')
+            self._check_tensor(name, tensor.shape)
 
     def _check_rates(self) -> None:
         bad = {

@@ -1,0 +1,10 @@
+"""State-space layers whose decay alone tells positions apart, of the paper's table 2; see ../encodings.py."""
+
+from transxssm_jax.config import start_from
+
+
+def get_config():
+    config = start_from(__file__, '../encodings.py')
+    config.model.pattern = 'ssd'
+    config.model.ssd_encoding = 'decay_only'
+    return config

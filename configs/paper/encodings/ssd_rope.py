@@ -1,0 +1,9 @@
+"""State-space layers that rotate B and C, of the paper's table 2; see ../encodings.py."""
+
+from transxssm_jax.config import start_from
+
+
+def get_config():
+    config = start_from(__file__, '../encodings.py')
+    config.model.pattern = 'ssd'
+    return config

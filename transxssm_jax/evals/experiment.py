@@ -1,0 +1,247 @@
+"""A comparison of models: cells, each a config and a seed with a workdir of its own, and the table of what they reached."""
+
+import dataclasses
+import pathlib
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from transxssm_jax import cli
+from transxssm_jax import config as config_lib
+from transxssm_jax.config import Config
+from transxssm_jax.evals import run_report
+from transxssm_jax.evals.run_evaluations import READERS
+from transxssm_jax.evals.run_records import RunError, RunRecords, is_without_effect, read_run
+from transxssm_jax.model import parameters
+
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One training of an experiment.
+
+    Attributes:
+      name: of the model: the stem of its config file.
+      seed: of the initial parameters and of the order of the data.
+      file: config file.
+      overrides: dotted setting -> value, on top of the file.
+      config: of both.
+      workdir: of the run.
+    """
+
+    name: str
+    seed: int
+    file: pathlib.Path
+    overrides: dict
+    config: Config
+    workdir: pathlib.Path
+
+    def records(self) -> RunRecords | None:
+        """What the run has left so far; None before its first record."""
+        if not (self.workdir / 'metrics.jsonl').exists():
+            return None
+        try:
+            return read_run(self.workdir, f'{self.name}, seed {self.seed}')
+        except RunError:
+            return None  # it was stopped before its first record
+
+    def check(self) -> None:
+        """Raises RunError where its workdir holds a run of another config, which would be taken for this one."""
+        if not (self.workdir / 'metrics.jsonl').exists():
+            return
+        begun = config_lib.from_json((self.workdir / 'config.json').read_bytes())
+        found = config_lib.differences(begun, self.config)
+        # The steps come first, because other settings follow them.
+        for name, (was, wanted) in sorted(found.items(), key=lambda item: item[0] != 'train.steps'):
+            if name != 'data.path' and not is_without_effect(name):
+                raise RunError(
+                    f'{self.workdir} was begun with {name}={was!r}, not {wanted!r}; give the same command, or another --workdir'
+                )
+
+    def is_finished(self) -> bool:
+        """Whether it is trained to the end."""
+        records = self.records()
+        return records is not None and records.is_finished
+
+    def command(self) -> list[str]:
+        """The command that trains it, or goes on with it."""
+        settings = [f'--config.{name}={value}' for name, value in self.overrides.items()]
+        train = [sys.executable, '-m', 'transxssm_jax.train']
+        return [*train, f'--config={self.file}', f'--workdir={self.workdir}', *settings]
+
+    def evaluation(self, words: str) -> list[str]:
+        """The command of an evaluation of it, e.g. 'perplexity --lengths=1x'; [] where that has been done."""
+        kind, *flags = shlex.split(words)
+        if any((self.workdir / 'evals').glob(f'{kind}-step-{self.config.train.steps}-*')):
+            return []
+        return [sys.executable, '-m', f'transxssm_jax.evals.{kind}', f'--workdir={self.workdir}', *flags]
+
+
+def make_cells(
+    files: Sequence[pathlib.Path], workdir: pathlib.Path, seeds: Sequence[int], steps: int, overrides: dict
+) -> list[Cell]:
+    """The cells of an experiment, seed by seed, so that after a seed there is a whole table.
+
+    Args:
+      files: config files; a file's stem names its model.
+      workdir: above the workdirs of the runs, MODEL/seed-SEED.
+      steps: of each run; warmup and the cadence of evaluations keep their share. 0: those of the files.
+      overrides: dotted setting -> what was typed, for all.
+
+    Raises:
+      ConfigError: a config that cannot work.
+    """
+    cells = []
+    for seed in seeds:
+        for file in files:
+            changes = {**overrides, 'train.seed': seed, 'data.seed': seed}
+            if steps:
+                changes = {**_with_steps(config_lib.load(file), steps), **changes}
+            config = config_lib.load(file, changes)
+            cells.append(Cell(file.stem, seed, file, changes, config, workdir / file.stem / f'seed-{seed}'))
+    return cells
+
+
+def _with_steps(config: Config, steps: int) -> dict[str, int]:
+    """Changes that make a run of another length of the same shape."""
+    share = steps / config.train.steps
+    scaled = {
+        'optimizer.warmup_steps': config.optimizer.warmup_steps,
+        'optimizer.decay_steps': config.optimizer.decay_steps,
+        'train.eval_every_steps': config.train.eval_every_steps,
+        'train.checkpoint_every_steps': config.train.checkpoint_every_steps,
+    }
+    changes = {name: max(1, round(value * share)) if value else 0 for name, value in scaled.items()}
+    if steps < config.train.log_every_steps * 4:
+        changes['train.log_every_steps'] = max(1, steps // 4)
+    return {'train.steps': steps, **changes}
+
+
+def check_evaluation(words: str) -> None:
+    """Raises RunError unless the words begin with an evaluation whose results are read."""
+    kind = next(iter(words.split()), '')
+    if kind not in READERS:
+        raise RunError(f'--evaluate={words!r} must begin with an evaluation{cli.nearest(kind, READERS)}')
+    try:
+        shlex.split(words)
+    except ValueError as error:
+        raise RunError(f'--evaluate={words!r}: {error}') from error
+
+
+def run(command: list[str]) -> int:
+    """Runs a command in a process of its own and returns the exit code.
+
+    The process is no member of this one's group: a signal comes to it once, from here, so that it saves and stops.
+    """
+    process, early = None, []  # signals that come before there is a process
+
+    def pass_on(number, frame):
+        del frame
+        early.append(number) if process is None else process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in STOPS}
+    try:
+        process = subprocess.Popen(command, start_new_session=True)
+        for number in early:
+            process.send_signal(number)
+        return process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ---- results -----------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a model of an experiment reached, over its seeds.
+
+    Attributes:
+      name: of the model.
+      parameters: how many it has.
+      tokens: of one run.
+      seeds: seeds of the finished runs.
+      perplexity, loss: held out, after the last step, one value per seed.
+      steps_per_second: the median over a run, one value per seed.
+    """
+
+    name: str
+    parameters: int
+    tokens: int
+    seeds: list[int]
+    perplexity: list[float]
+    loss: list[float]
+    steps_per_second: list[float]
+
+
+def results_of(cells: Sequence[Cell]) -> list[Result]:
+    """Results of the finished cells, by model, in the order of the cells."""
+    found: dict[str, list[tuple[Cell, RunRecords]]] = {}
+    for cell in cells:
+        records = cell.records()
+        mine = found.setdefault(cell.name, [])
+        if cell.is_finished() and records.last('eval_loss') is not None:
+            mine.append((cell, records))
+    results = []
+    for name, runs in found.items():
+        config = next(cell.config for cell in cells if cell.name == name)
+        results.append(
+            Result(
+                name=name,
+                parameters=parameters.count_params(config.model),
+                tokens=config.train.steps * config.tokens_per_step,
+                seeds=[cell.seed for cell, _ in runs],
+                perplexity=[run.last('eval_perplexity') for _, run in runs],
+                loss=[run.last('eval_loss') for _, run in runs],
+                steps_per_second=[1 / run.usual('step_seconds') for _, run in runs if run.usual('step_seconds')],
+            )
+        )
+    return results
+
+
+def table(results: Sequence[Result]) -> str:
+    """Markdown: a row per model, with the mean over seeds and half their range; then the gain from small to large models."""
+    headings = ['model', 'parameters', 'tokens', 'seeds', 'held-out loss', 'perplexity', 'steps/s']
+    rows = []
+    for result in results:
+        measured = [(result.loss, '.4f'), (result.perplexity, '.3f'), (result.steps_per_second, '.3g')]
+        rows.append(
+            [
+                result.name,
+                f'{result.parameters:,}',
+                f'{result.tokens:,}',
+                ', '.join(map(str, result.seeds)) or '-',
+                *(run_report.spread(values, form) if values else '-' for values, form in measured),
+            ]
+        )
+    lines = [run_report.markdown(headings, rows)]
+    gains = gains_of(results)
+    if gains:
+        lines += ['', run_report.markdown(['from small to large', 'loss, less by', 'perplexity, less by'], gains)]
+    return '\n'.join(lines)
+
+
+def gains_of(results: Sequence[Result]) -> list[list[str]]:
+    """Rows of what each model gains from its smaller to its larger size, where names end in sizes: llama3_20m, llama3_60m."""
+    sizes: dict[str, list[Result]] = {}
+    for result in results:
+        match = re.fullmatch(r'(.+)_(\d+(?:\.\d+)?[kmb])', result.name)
+        if match and result.loss:
+            sizes.setdefault(match[1], []).append(result)
+    rows = []
+    for name, of_model in sizes.items():
+        small, *_, large = sorted(of_model, key=lambda result: result.parameters) if len(of_model) > 1 else (None, None)
+        if small is None:
+            continue
+        rows.append([name, _less(small.loss, large.loss, '.4f'), _less(small.perplexity, large.perplexity, '.3f')])
+    return rows
+
+
+def _less(small: list[float], large: list[float], form: str) -> str:
+    """Mean difference; its spread is that of all pairs of seeds."""
+    return run_report.spread([a - b for a in small for b in large], form)
