@@ -151,7 +151,9 @@ def test_nothing_is_saved_before_the_first_step(config, tmp_path):
     stop = stopping.StopRequest()
     stop.request(130)
     settings = {'model.d_mlp': 64}
-    assert loop.train(config_lib.load(config, settings), tmp_path / 'workdir', stop, sample=None) == 130
+    assert (
+        loop.train(config_lib.load(config, settings), tmp_path / 'workdir', stop, sample=None, open_weights=None) == 130
+    )
     assert checkpoint_steps(tmp_path / 'workdir') == []
     result = train(config, tmp_path / 'workdir', train__steps=2, train__eval_every_steps=0)
     assert result.code == 0, 'the mistaken setting binds nobody'

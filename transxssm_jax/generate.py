@@ -43,7 +43,13 @@ COMMAND = cli.Command(
     'transxssm_jax.generate',
     __doc__,
     [
-        Flag('workdir', cli.REQUIRED, 'Directory of the training run.', example='runs/a', is_path=True),
+        Flag(
+            'workdir',
+            cli.REQUIRED,
+            'Directory of the training run, alone or with @STEP, @best or @latest.',
+            example='runs/a',
+            is_path=True,
+        ),
         Flag('step', -1, 'Step of the checkpoint; -1: the newest.', minimum=-1),
         Flag('prompt', '', 'Text to continue.'),
         Flag('prompts', '', 'File of prompts, a line each, or .jsonl of objects with "prompt".', is_path=True),

@@ -23,6 +23,7 @@ row each.
 
 import collections
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -140,6 +141,22 @@ def pack_row(tokens: np.ndarray, span_slots: list[int], seq_len: int) -> dict[st
     row['segment_ids'][:n] = segments + 1
     row['positions'][:n] = np.arange(n) - np.repeat(stops - slots, slots)
     return row
+
+
+def pack_rows(rows: list[tuple[list, Iterator[np.ndarray]]], seq_len: int) -> dict[str, np.ndarray]:
+    """A batch.
+
+    Args:
+      rows: of each row, the spans that fill it, and an iterator whose next items are their tokens (Documents.read).
+      seq_len: slots of a row.
+    """
+    names = ('tokens', 'targets', 'segment_ids', 'positions')
+    batch = {name: np.empty((len(rows), seq_len), np.int32) for name in names}
+    for i, (spans, parts) in enumerate(rows):
+        tokens = np.concatenate([next(parts) for _ in spans]) if spans else np.zeros(0, np.int32)
+        for name, values in pack_row(tokens, [stop - start for _, start, stop in spans], seq_len).items():
+            batch[name][i] = values
+    return batch
 
 
 def packing_efficiency(tokens: int, rows: int, seq_len: int) -> float:

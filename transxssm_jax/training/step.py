@@ -89,13 +89,14 @@ def train_step(config: Config):
     tx = optimizer.make_optimizer(config)
     learning_rate = optimizer.schedule(config)
     gradient = summed_gradient(config)
+    updates_before = config.optimizer.updates_before
 
     def step(state: State, batch: Batch):
         params = state['params']
         sums, grads = gradient(params, batch)
         tokens = jnp.maximum(sums['tokens'], 1.0)
         grads = jax.tree.map(lambda g: g / tokens, grads)
-        updates, opt_state = optimizer.update(tx, grads, state['opt_state'], params, state['step'])
+        updates, opt_state = optimizer.update(tx, grads, state['opt_state'], params, state['step'] + updates_before)
         metrics = {
             'loss': sums['nll'] / tokens,
             'tokens': sums['tokens'],
