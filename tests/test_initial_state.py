@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from train_fixtures import checkpoint_steps, losses, prepare_bytes, train, write_config
+from process_fixtures import start_all
+from train_fixtures import arguments, checkpoint_steps, losses, prepare_bytes, train, write_config
 
 from transxssm_jax import config as config_lib
 from transxssm_jax import convert, generate
@@ -232,6 +233,22 @@ def test_published_weights_start_a_run(config, source, tmp_path):
     assert not (tmp_path / 'refused').exists()
     exported = json.loads((tmp_path / 'out' / 'config.json').read_text())['transxssm_jax']
     assert 'init_from' not in exported['train'] and 'updates_before' not in exported['optimizer']
+
+
+@pytest.mark.slow
+def test_two_processes_start_as_one_does(config, source, tmp_path):
+    """Each reads its shards, of a checkpoint whose vocabulary grows, and of published weights."""
+    assert convert.main(['export', f'--workdir={source}', f'--output={tmp_path / "out"}']) == 0
+    settings = dict(model__vocab_size=272, train__steps=4, train__eval_every_steps=0, mesh__data=1, mesh__fsdp=8)
+    checkpointed = settings | dict(train__init_from=f'{source}@best', train__init_what='params+optimizer')
+    published = dict(train__init_from=tmp_path / 'out', train__steps=4, train__eval_every_steps=0)
+    for name, given in (('checkpoint', checkpointed), ('published', published)):
+        command = ['-m', 'transxssm_jax.train', *arguments(config, tmp_path / f'{name} two', **given)[1:]]
+        ends = start_all(command, 2, devices=4).finish()
+        assert [end.code for end in ends] == [0, 0], ends
+        assert train(config, tmp_path / f'{name} one', **given).code == 0
+        many, one = losses(tmp_path / f'{name} two'), losses(tmp_path / f'{name} one')
+        assert many.keys() == one.keys() and all(many[step] == pytest.approx(one[step], rel=2e-5) for step in one)
 
 
 # ---- refusals ------------------------------------------------------------------

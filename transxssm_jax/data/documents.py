@@ -50,7 +50,8 @@ class Documents:
         """The tokens of each (document, first slot, past last slot); every record is read once.
 
         Of each span its slots' targets, stored tokens [start, stop), after the input of its first slot: the
-        stored token before them, or begin_id where the span begins the document.
+        stored token before them, or begin_id where the span begins the document. A token t that is not learned as a
+        target is ~t, which is negative.
         """
         size = self._manifest.record_tokens
         needed = []  # (first record of the document, first record to read, last record to read) of each span
@@ -90,8 +91,13 @@ class Documents:
             try:
                 serialized = reader.read([record - first for record in own])
                 for record, content in zip(own, serialized, strict=True):
-                    (value,) = self._example.FromString(content).features.feature['tokens'].bytes_list.value
+                    feature = self._example.FromString(content).features.feature
+                    (value,) = feature['tokens'].bytes_list.value
                     tokens[record] = np.frombuffer(value, self._dtype)
+                    if self._manifest.chat:
+                        (mask,) = feature['mask'].bytes_list.value
+                        own_tokens = tokens[record].astype(np.int32)
+                        tokens[record] = np.where(np.frombuffer(mask, np.uint8) > 0, own_tokens, ~own_tokens)
             except Exception as error:  # RuntimeError, DecodeError, ... by where it broke
                 raise broken_shard(path, error) from None
             for record in own:

@@ -66,7 +66,8 @@ class Loader:
     """Iterator over batches: dicts of int32 [len(rows), seq_len] `tokens`, `targets`, `segment_ids`, `positions`.
 
     Attributes:
-      num_documents, num_tokens (eos included), num_bytes (UTF-8 text, for bits per byte): of the split.
+      num_documents, num_tokens (eos included), num_targets (tokens that are learned), num_bytes (UTF-8 text of
+        these, for bits per byte): of the split.
       vocab_size, eos_id, begin_id: of the tokenizer; begin_id is the input whose target is a document's first token.
       rows_per_epoch: rows that hold every document once (of all sources of a mixture).
       packing_efficiency: share of slots that have a target, without the padded rows of a last batch.
@@ -82,6 +83,7 @@ class Loader:
         manifests = [part.manifest for part in self.parts]
         self.num_documents = sum(manifest.num_documents for manifest in manifests)
         self.num_tokens = sum(manifest.num_tokens for manifest in manifests)
+        self.num_targets = sum(manifest.num_targets for manifest in manifests)
         self.num_bytes = sum(manifest.num_bytes for manifest in manifests)
         tokenizer = manifests[0].tokenizer
         self.vocab_size, self.eos_id = tokenizer['vocab_size'], tokenizer['eos_id']
@@ -251,7 +253,8 @@ def read_documents(path, split: str, *, at_least: int = 1) -> Iterator[np.ndarra
     documents = Documents(manifest, lengths)
     for document in np.flatnonzero(lengths >= at_least).tolist():
         [tokens] = documents.read([(document, 0, int(lengths[document]))])
-        yield tokens[1:].astype(np.int32)  # without the begin token, which `read` puts first
+        tokens = tokens[1:].astype(np.int32)  # without the begin token, which `read` puts first
+        yield np.where(tokens < 0, ~tokens, tokens) if manifest.chat else tokens
 
 
 def check_batch(path, split: str, seq_len: int, global_batch: int) -> None:

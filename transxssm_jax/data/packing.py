@@ -119,13 +119,14 @@ def pack_row(tokens: np.ndarray, span_slots: list[int], seq_len: int) -> dict[st
 
     Args:
       tokens: integer [slots + spans], the spans of the row joined: of each span the input of its first slot,
-        then the targets of its slots (all but the last of them are the inputs of its other slots).
+        then the targets of its slots (all but the last of them are the inputs of its other slots). A negative one
+        is ~token of a token that is not learned.
       span_slots: slots of each span, at most seq_len together.
       seq_len: slots of the row.
 
     Returns int32 [seq_len] arrays:
       tokens: inputs, 0 where padded.
-      targets: the next token of the same document, -1 where padded.
+      targets: the next token of the same document, -1 where padded and where it is not learned.
       segment_ids: 1 for the row's first document, 2 for its second ...; 0 where padded.
       positions: 0, 1, ... from each document's first slot in this row; 0 where padded.
     """
@@ -136,8 +137,12 @@ def pack_row(tokens: np.ndarray, span_slots: list[int], seq_len: int) -> dict[st
     row = {name: np.zeros(seq_len, np.int32) for name in ('tokens', 'segment_ids', 'positions')}
     row['targets'] = np.full(seq_len, -1, np.int32)
     inputs = np.arange(n) + segments  # where the input of each slot lies: every earlier span has one token more
+    targets = tokens[inputs + 1]
+    if tokens.dtype.kind == 'i' and (is_masked := tokens < 0).any():
+        tokens = np.where(is_masked, ~tokens, tokens)
+        targets = np.maximum(targets, -1)
     row['tokens'][:n] = tokens[inputs]
-    row['targets'][:n] = tokens[inputs + 1]
+    row['targets'][:n] = targets
     row['segment_ids'][:n] = segments + 1
     row['positions'][:n] = np.arange(n) - np.repeat(stops - slots, slots)
     return row

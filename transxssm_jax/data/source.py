@@ -171,14 +171,19 @@ def read_documents(piece: Piece, text_field: str) -> Iterator[str]:
             raise DataError(item.error)
 
 
-def read_items(piece: Piece, text_field: str) -> Iterator[str | Skipped]:
+def read_items(piece: Piece, text_field: str, convert: Callable | None = None) -> Iterator:
     """Texts of the documents of `piece`, and Skipped for those that are bad.
+
+    With `convert` the field holds something else than text, such as messages: convert(value) is what is yielded, or a
+    Skipped whose error lacks its place. Only jsonl and parquet hold such fields.
 
     What cannot be read any further is one Skipped ('unreadable'), whose rest is lost. Raises DataError where all
     documents of a file lack the field, and where the system fails to read (EIO, EACCES): that is no bad document.
     """
     readers = {'text': _read_text, 'jsonl': _read_jsonl, 'parquet': _read_parquet, 'tfds': _read_tfds}
-    items = readers[piece.kind](piece, text_field)
+    if convert and piece.kind not in ('jsonl', 'parquet'):
+        raise DataError(f'--source={piece.path} is {piece.kind}; conversations are read of jsonl and parquet')
+    items = readers[piece.kind](piece, text_field, *([convert] if convert else []))
     while True:
         try:
             item = next(items)
@@ -191,7 +196,7 @@ def read_items(piece: Piece, text_field: str) -> Iterator[str | Skipped]:
                 raise DataError(f'{piece.path} cannot be read ({error.strerror}); run the same command again') from None
             yield Skipped('unreadable', f'{piece.path} cannot be read ({first_line(error)}); fetch it again')
             return
-        yield item if isinstance(item, Skipped) else replace_surrogates(item).removeprefix(BYTE_ORDER_MARK)
+        yield item if convert or isinstance(item, Skipped) else replace_surrogates(item).removeprefix(BYTE_ORDER_MARK)
 
 
 def _below(directory: str) -> tuple[list[str], list[str]]:
@@ -272,7 +277,7 @@ def _read_text(piece: Piece, text_field: str) -> Iterator[str | Skipped]:
         yield Skipped('binary file')
 
 
-def _read_jsonl(piece: Piece, text_field: str) -> Iterator[str | Skipped]:
+def _read_jsonl(piece: Piece, text_field: str, convert: Callable | None = None) -> Iterator:
     with _open(piece.path) as file:
         whole = piece.path.endswith(COMPRESSED)
         position = piece.start
@@ -286,11 +291,11 @@ def _read_jsonl(piece: Piece, text_field: str) -> Iterator[str | Skipped]:
                 break
             content = line if position else line.removeprefix(BYTE_ORDER_MARK.encode())
             if content.strip():
-                yield _json_text(content, text_field, f'{piece.path}, line at byte {position}')
+                yield _json_text(content, text_field, f'{piece.path}, line at byte {position}', convert)
             position += len(line)
 
 
-def _json_text(line: bytes, text_field: str, place: str) -> str | Skipped:
+def _json_text(line: bytes, text_field: str, place: str, convert: Callable | None = None):
     try:
         document = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -302,6 +307,8 @@ def _json_text(line: bytes, text_field: str, place: str) -> str | Skipped:
             'no field', f'{place} has no field {text_field!r} (it has {names}); name the text with --text_field'
         )
     text = document[text_field]
+    if convert:
+        return _converted(text, place, convert)
     if not isinstance(text, str | None):
         return Skipped(
             'not text',
@@ -310,7 +317,12 @@ def _json_text(line: bytes, text_field: str, place: str) -> str | Skipped:
     return text or ''
 
 
-def _read_parquet(piece: Piece, text_field: str) -> Iterator[str]:
+def _converted(value, place: str, convert: Callable):
+    item = convert(value)
+    return Skipped(item.reason, f'{place}: {item.error}') if isinstance(item, Skipped) and item.error else item
+
+
+def _read_parquet(piece: Piece, text_field: str, convert: Callable | None = None) -> Iterator:
     import pyarrow
 
     file = _open_parquet(piece.path)
@@ -321,7 +333,7 @@ def _read_parquet(piece: Piece, text_field: str) -> Iterator[str]:
         )
     column_type = file.schema_arrow.field(text_field).type
     value_type = column_type.value_type if pyarrow.types.is_dictionary(column_type) else column_type
-    if not (
+    if not convert and not (
         pyarrow.types.is_string(value_type)
         or pyarrow.types.is_large_string(value_type)
         or pyarrow.types.is_string_view(value_type)
@@ -329,11 +341,13 @@ def _read_parquet(piece: Piece, text_field: str) -> Iterator[str]:
         raise DataError(
             f'{piece.path}: column {text_field!r} is {column_type}, not text; name the text with --text_field'
         )
+    row = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
     for batch in file.iter_batches(
         batch_size=256, row_groups=range(piece.start, piece.stop), columns=[text_field], use_threads=False
     ):
         for text in batch.column(0).to_pylist():
-            yield text or ''
+            yield _converted(text, f'{piece.path}, row {row}', convert) if convert else text or ''
+            row += 1
 
 
 def _read_tfds(piece: Piece, text_field: str) -> Iterator[str | Skipped]:

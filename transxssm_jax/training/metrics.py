@@ -112,8 +112,8 @@ def memory() -> dict[str, float]:
 
 
 def targets_per_byte(loader) -> float:
-    """Predicted tokens per byte of text: every stored token, eos included, is a target."""
-    return loader.num_tokens / loader.num_bytes
+    """Predicted tokens per byte of text: of text every stored token, eos included, of conversations what is learned."""
+    return loader.num_targets / loader.num_bytes
 
 
 def of_loss(loss: float, targets_per_byte: float, prefix: str = '') -> dict[str, float]:
