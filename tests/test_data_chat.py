@@ -364,7 +364,7 @@ def test_flags_of_a_chat_are_refused_for_text_and_text_for_a_chat(tmp_path, caps
     assert run_prepare(tmp_path / 'out', tmp_path / 'a.txt', loss_on='completion') == 2
     assert '--loss_on is for --format=chat' in capsys.readouterr().err
     assert run_prepare(tmp_path / 'out', tmp_path / 'a.txt', format='chat') == 2
-    assert 'conversations are read of jsonl and parquet' in capsys.readouterr().err
+    assert 'conversations are read of jsonl, parquet' in capsys.readouterr().err
 
 
 # ---- trained and used --------------------------------------------------------------

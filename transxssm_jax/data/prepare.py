@@ -12,7 +12,8 @@ name itself ends in @NUMBER needs a weight too (wiki@2023@1).
 
 With --format=chat a document is a conversation: --text_field (messages) holds a list of objects with role and content,
 in jsonl or parquet. A chat template writes it as text, and a mask keeps which tokens the assistant wrote, which alone
-are learned; chat.py describes both.
+are learned; chat.py describes both. With --format=ids documents are tokens of --tokenizer already; token_files.py tells
+which files are read.
 
 A bad document (a line that is not JSON or lacks the field, what cannot be
 decompressed) ends the run. With --skip_bad=SHARE, such documents are left out
@@ -63,6 +64,7 @@ from transxssm_jax.cli import Flag
 from transxssm_jax.data import manifest as manifest_lib
 from transxssm_jax.data.chat import LOSS_ON, Chat, load_chat
 from transxssm_jax.data.commit import commit, finished, reasons
+from transxssm_jax.data.formats import FIELDS, FORMATS, ChatFormat, IdsFormat
 from transxssm_jax.data.manifest import DataError, Manifest
 from transxssm_jax.data.mixture import whole_number_weights
 from transxssm_jax.data.shard_writer import ShardTask, result_path, write_shard
@@ -90,10 +92,8 @@ COMMAND = cli.Command(
             example='books.parquet',
             is_path=True,
         ),
-        Flag(
-            'text_field', '', "Field, column or feature that holds a document; empty: 'text', or 'messages' of a chat."
-        ),
-        Flag('format', 'text', 'What a document is: text, or a conversation.', choices=('text', 'chat')),
+        Flag('text_field', '', 'Field, column or feature that holds a document; empty: text, messages or input_ids.'),
+        Flag('format', 'text', 'What a document is: text, a conversation, or token ids.', choices=FORMATS),
         Flag(
             'chat_template',
             '',
@@ -130,7 +130,7 @@ def _prepare(flags: types.SimpleNamespace) -> None:
     is_chat = flags.format == 'chat'
     if not is_chat and (extra := {'chat_template', 'loss_on'} & flags.given):
         raise DataError(f'--{min(extra)} is for --format=chat; leave it out')
-    flags.text_field = flags.text_field or ('messages' if is_chat else 'text')
+    flags.text_field = flags.text_field or FIELDS[flags.format]
     if flags.skip_bad >= 1:
         raise DataError(f'--skip_bad={flags.skip_bad} must be a share of the documents, at least 0 and below 1')
     try:
@@ -166,7 +166,10 @@ def prepare(arguments: types.SimpleNamespace) -> Manifest:
         'text_field': arguments.text_field,
         'tokenizer': tokenizer.describe(),
     }
-    chat = _load_chat(arguments, tokenizer)
+    form = _make_format(arguments, tokenizer)
+    chat = form.chat if form else None
+    if form:
+        same['format'] = arguments.format
     if chat:
         same['chat'] = chat.describe()
 
@@ -191,7 +194,7 @@ def prepare(arguments: types.SimpleNamespace) -> Manifest:
         total = sum(whole_number_weights(weights))
         _note(f'--source={spec} has weight {weight}: {share / total:.4g} of the rows')
 
-    tasks = plan(sources, split)
+    tasks = plan(sources, split, ids=arguments.format == 'ids')
     incomplete = output / f'.incomplete.{split}'
     # Every command, and every version of its source files, keeps its finished shards in a directory of its own: a
     # mistyped flag neither costs them nor stands in the way of the corrected command.
@@ -200,7 +203,7 @@ def prepare(arguments: types.SimpleNamespace) -> Manifest:
     state.mkdir(parents=True, exist_ok=True)
     with _locked(incomplete):
         begin = time.monotonic()
-        tokens = tokenize(tasks, state, arguments, tokenizer, chat)
+        tokens = tokenize(tasks, state, arguments, tokenizer, form)
         seconds = max(time.monotonic() - begin, 1e-9)
         with _alone_in(output):  # splits prepared side by side share the files that name them
             _check_same(output, tokenizer, chat)
@@ -231,9 +234,9 @@ def _times(tasks: list[ShardTask]) -> list[int]:
     return [os.stat(path).st_mtime_ns if os.path.isfile(path) else 0 for path in paths]
 
 
-def plan(sources: list[tuple[str, str]], split: str) -> list[ShardTask]:
+def plan(sources: list[tuple[str, str]], split: str, *, ids: bool = False) -> list[ShardTask]:
     """Cuts the sources into tasks; each becomes a shard. Depends on the files alone."""
-    files = [list_files(spec, split, _note) for spec, _ in sources]
+    files = [list_files(spec, split, _note, ids=ids) for spec, _ in sources]
     size = max(MIN_SHARD_BYTES, sum(file.size for listed in files for file in listed) // MAX_SHARDS)
     tasks = []
     for source, listed in enumerate(files):
@@ -249,9 +252,7 @@ def plan(sources: list[tuple[str, str]], split: str) -> list[ShardTask]:
     return tasks
 
 
-def tokenize(
-    tasks: list[ShardTask], state: Path, arguments: types.SimpleNamespace, tokenizer, chat: Chat | None = None
-) -> int:
+def tokenize(tasks: list[ShardTask], state: Path, arguments: types.SimpleNamespace, tokenizer, form=None) -> int:
     """Writes the shards that `state` lacks; returns the tokens in them."""
     pending = [task for task in tasks if not result_path(state, task).exists()]
     documents = tokens = 0
@@ -277,7 +278,7 @@ def tokenize(
         workers = min(arguments.num_workers, len(pending))
         if workers <= 1:
             for task in pending:
-                write_shard(task, state, tokenizer, arguments.text_field, arguments.skip_bad > 0, advance, chat)
+                write_shard(task, state, tokenizer, arguments.text_field, arguments.skip_bad > 0, advance, form)
                 bar.update()
             return tokens
 
@@ -318,7 +319,7 @@ def _start_worker(arguments, state, progress, stop):
     tokenizer = load_tokenizer(arguments.tokenizer, arguments.eos, arguments.bos)
     _worker.update(
         tokenizer=tokenizer,
-        chat=_load_chat(arguments, tokenizer),
+        form=_make_format(arguments, tokenizer),
         text_field=arguments.text_field,
         skip_bad=arguments.skip_bad > 0,
         state=state,
@@ -334,13 +335,14 @@ def _work(task: ShardTask) -> None:
         _worker['progress'].put((documents, tokens))
 
     kept = [_worker[name] for name in ('state', 'tokenizer', 'text_field', 'skip_bad')]
-    write_shard(task, *kept, advance, _worker['chat'])
+    write_shard(task, *kept, advance, _worker['form'])
 
 
-def _load_chat(arguments: types.SimpleNamespace, tokenizer) -> Chat | None:
-    if arguments.format != 'chat':
-        return None
-    return load_chat(tokenizer, arguments.tokenizer, arguments.chat_template, loss_on=arguments.loss_on)
+def _make_format(arguments: types.SimpleNamespace, tokenizer) -> ChatFormat | IdsFormat | None:
+    if arguments.format == 'chat':
+        chat = load_chat(tokenizer, arguments.tokenizer, arguments.chat_template, loss_on=arguments.loss_on)
+        return ChatFormat(tokenizer, chat)
+    return IdsFormat(tokenizer) if arguments.format == 'ids' else None
 
 
 def _check_same(output: Path, tokenizer, chat: Chat | None) -> None:

@@ -6,7 +6,6 @@ finished when its counts are written, which happens last.
 
 import collections
 import dataclasses
-import functools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -15,8 +14,6 @@ from pathlib import Path
 import numpy as np
 
 from transxssm_jax.data import manifest as manifest_lib
-from transxssm_jax.data.chat import BadConversation, Chat, Conversation
-from transxssm_jax.data.chat import encode as encode_chat
 from transxssm_jax.data.manifest import DataError
 from transxssm_jax.data.source import Piece, Skipped, read_items
 
@@ -42,7 +39,7 @@ def write_shard(
     text_field: str,
     skip_bad: bool,
     advance: Callable[[int, int], None],
-    chat: Chat | None = None,
+    form=None,
 ) -> None:
     """Writes one shard: its records, its documents' lengths, then its counts, which mark it finished.
 
@@ -53,16 +50,16 @@ def write_shard(
       text_field: field, column or feature that holds the text.
       skip_bad: whether a bad document is counted and left out; otherwise it raises DataError.
       advance: called with the numbers of new documents and tokens.
-      chat: the template of conversations, which `text_field` then holds; None: text.
+      form: what a document is, see formats.py; None: text.
     """
     path = shard_path(state, task)
     temporary = path.with_name(f'{path.name}.tmp')
     skipped, first_bad = collections.Counter(), ''
 
-    def texts() -> Iterator[str | Conversation]:
+    def texts() -> Iterator:
         nonlocal first_bad
         for piece in task.pieces:
-            for item in read_items(piece, text_field, *([functools.partial(_converse, chat)] if chat else [])):
+            for item in read_items(piece, text_field, form):
                 if not isinstance(item, Skipped):
                     yield item
                     continue
@@ -75,7 +72,7 @@ def write_shard(
     lengths, text_bytes, targets = [], 0, 0
     for batch in _batches(texts()):
         batch_tokens = 0
-        for ids, mask, learned_bytes in encode_chat(tokenizer, batch) if chat else _documents(tokenizer, batch):
+        for ids, mask, learned_bytes in form.encode(batch) if form else _documents(tokenizer, batch):
             if not len(ids):
                 skipped['empty'] += 1
                 continue
@@ -147,13 +144,6 @@ class _Writer:
         reader.close()
 
 
-def _converse(chat: Chat, messages) -> Conversation | Skipped:
-    try:
-        return chat.conversation(messages)
-    except BadConversation as error:
-        return Skipped(error.reason, str(error))
-
-
 def _documents(tokenizer, texts: list[str]) -> Iterator[tuple[np.ndarray, None, int]]:
     """(ids with eos at their end, no mask, bytes of the text) of each text; no ids for one without text."""
     for text, ids in zip(texts, _encode(tokenizer, texts), strict=True):
@@ -181,7 +171,7 @@ def _parts(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _batches(texts: Iterator[str | Conversation]) -> Iterator[list]:
+def _batches(texts: Iterator) -> Iterator[list]:
     batch, chars = [], 0
     for text in texts:
         batch.append(text)
