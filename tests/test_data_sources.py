@@ -1,15 +1,18 @@
 """Batches of several prepared directories: pure functions of (sources, weights, seed, step), and runs on them."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
 from data_fixtures import ids, run_prepare, texts, train_tokenizer, write_jsonl
 from train_fixtures import before_saving, losses, records, send, train, write_config
 
+from transxssm_jax import convert, generate
 from transxssm_jax.data.loader import make_loader
 from transxssm_jax.data.manifest import DataError
 from transxssm_jax.data.sources import make_mixed_loader
+from transxssm_jax.evals import perplexity
 
 LENGTH, BATCH = 32, 8
 
@@ -222,6 +225,18 @@ def test_the_end_of_a_source_is_told_at_the_start_and_when_it_comes(config, tmp_
     assert result.code == 0, result.err
     lines = [line for line in result.out.splitlines() if 'a has given data.max_epochs' in line]
     assert len(lines) == 2 and lines[1].startswith('step ')
+
+
+def test_a_run_on_sources_is_used_as_any_other(config, tmp_path, capsys):
+    workdir = tmp_path / 'run'
+    assert train(config, workdir, train__steps=6).code == 0
+    capsys.readouterr()
+    assert generate.main([f'--workdir={workdir}@best', '--prompt=a', '--max_tokens=2']) == 0
+    assert perplexity.main([f'--workdir={workdir}@latest', '--lengths=32', '--documents=joined', '--windows=4']) == 0
+    assert 'perplexity' in capsys.readouterr().out
+    assert convert.main(['export', f'--workdir={workdir}', f'--output={tmp_path / "out"}']) == 0
+    assert 'sources' not in json.loads((tmp_path / 'out' / 'config.json').read_text())['transxssm_jax']['data']
+    assert convert.main(['import', f'--source={tmp_path / "out"}', f'--workdir={tmp_path / "again"}']) == 0
 
 
 @pytest.mark.parametrize(

@@ -102,13 +102,18 @@ def _load_tokenizer(workdir, config: Config, source: str, flag: str):
         raise DataError(
             f'{error} ({flag})'
             if source
-            else f'{error}; that is data.path of the run, whose tokenizer is needed: give it with {flag}=PATH'
+            else f'{error}; that is {_setting(config)} of the run, whose tokenizer is needed: give it with {flag}=PATH'
         ) from error
-    name = f'{flag}={source}' if source else f'data.path={trained}'
+    name = f'{flag}={source}' if source else f'{_setting(config)}={trained}'
     check_tokenizer(tokenizer, config.model.vocab_size, f'the tokenizer of {name}')
     if source:
         _check_same(tokenizer, config, name)
     return tokenizer
+
+
+def _setting(config: Config) -> str:
+    """The setting that leads to the tokenizer of the training data."""
+    return 'data.path' if config.data.path else 'data.sources'
 
 
 def _check_same(tokenizer, config: Config, name: str) -> None:
@@ -119,7 +124,11 @@ def _check_same(tokenizer, config: Config, name: str) -> None:
     except DataError:
         expected = None
     if expected is None:
-        where = f'the training data (data.path={trained}) is not here' if trained else 'data.path of the run is empty'
+        where = (
+            f'the training data ({_setting(config)}={trained}) is not here'
+            if trained
+            else 'data.path of the run is empty'
+        )
         print(
             f'note: {name} has {tokenizer.vocab_size} ids, which fit model.vocab_size={config.model.vocab_size}; its '
             f'digest could not be checked, because {where}',
@@ -127,7 +136,7 @@ def _check_same(tokenizer, config: Config, name: str) -> None:
         )
     elif not is_same(tokenizer.describe(), expected):
         raise DataError(
-            f'{name} has another tokenizer than the training data, data.path={trained}; give the tokenizer of the '
+            f'{name} has another tokenizer than the training data, {_setting(config)}={trained}; give the tokenizer of the '
             'training data'
         )
 

@@ -99,7 +99,7 @@ def check_input(config: Config) -> None:
     splits.check_data(config)
 
 
-def open_run(config: Config, workdir: pathlib.Path, stop: StopRequest, open_weights=None) -> Run:
+def open_run(config: Config, workdir: pathlib.Path, stop: StopRequest, open_weights: initial_state.OpenWeights) -> Run:
     """Opens the workdir and the data, restores or creates the state, and prints what the run is. Raises as `train`."""
     device_mesh = mesh.build(config)
     checkpoint.open_workdir(workdir, config)

@@ -1,6 +1,7 @@
 """Which checkpoint of which run: RUN, RUN@STEP, RUN@best or RUN@latest, wherever a command takes a trained run."""
 
 import logging
+import math
 import pathlib
 
 from transxssm_jax.training import checkpoint_files as files
@@ -49,7 +50,9 @@ def best_step(workdir: pathlib.Path, name: str) -> int:
     directory, losses = workdir / 'checkpoints', {}
     for step in files.steps_in(directory):
         try:
-            losses[step] = float(digest.read_json(directory / str(step) / 'metrics.json')['eval_loss'])
+            loss = float(digest.read_json(directory / str(step) / 'metrics.json')['eval_loss'])
+            if math.isfinite(loss):
+                losses[step] = loss
         except FileNotFoundError:
             continue
         except Exception as error:  # a damaged file is no evaluation
