@@ -123,10 +123,10 @@ def test_sources_that_end_at_one_step():
 
 
 def test_counts_of_a_long_line_do_not_overflow():
-    with pytest.raises(DataError, match='is too long; make it shorter'):
-        Schedule(
-            [Point(0, (Fraction(1), Fraction(0))), Point(1 << 20, (Fraction(0), Fraction(1)), True)], 1 << 20, [0, 0]
-        )
+    for steps, rows in ((1 << 20, 1 << 20), (1 << 30, 1)):
+        points = [Point(0, (Fraction(1), Fraction(0))), Point(steps, (Fraction(0), Fraction(1)), True)]
+        with pytest.raises(DataError, match='is too long; give points on the way'):
+            Schedule(points, rows, [0, 0])
 
 
 # ---- text ----------------------------------------------------------------------
@@ -153,6 +153,10 @@ def test_weights_are_read():
         ('to 5: 1, 1', 'has no point before it'),
         ('from 5: 1, 1', 'must be'),
         ('1: 2: 3', 'must be'),
+        ('1__0: 1, 1', 'must be'),
+        (f'{1 << 31}: 1, 1', 'must be at most 2147483647'),
+        ('9' * 5000 + ': 1, 1', 'must be at most 2147483647'),
+        ('1, ' + '9' * 5000, 'decimal numbers of at least 0'),
     ],
 )
 def test_wrong_weights_are_refused_in_one_line(text, expected):
@@ -161,7 +165,7 @@ def test_wrong_weights_are_refused_in_one_line(text, expected):
     assert '\n' not in str(error.value) and 'data.weights' in str(error.value)
 
 
-@pytest.mark.parametrize('text', ['1', '1, 2, 3', '1, -1', 'a, b', '1,'])
+@pytest.mark.parametrize('text', ['1', '1, 2, 3', '1, -1', 'a, b', '1,', '1, ' + '9' * 5000])
 def test_wrong_epochs_are_refused(text):
     with pytest.raises(DataError, match='data.max_epochs=.* must be 2 numbers'):
         parse_epochs(text, 2)

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from transxssm_jax import cli
 from transxssm_jax.data.manifest import DataError, finished_splits, first_line, read_manifest
 from transxssm_jax.data.tokenizer import replace_surrogates
 
@@ -37,7 +38,7 @@ _MARKS = re.compile(r'\{%[-+]?\s*generation\s*[-+]?%\}')
 _PROBE = 'conversation'  # content that tells what a template writes after it
 
 
-class BadConversation(Exception):
+class BadConversation(cli.UserError, ValueError):
     """A conversation that cannot be stored: `reason`, a few words by which it is counted, and what is wrong with it."""
 
     def __init__(self, reason: str, explanation: str):

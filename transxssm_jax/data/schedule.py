@@ -27,13 +27,17 @@ from fractions import Fraction
 
 import numpy as np
 
+from transxssm_jax import cli
 from transxssm_jax.data.manifest import DataError
+from transxssm_jax.settings import LARGEST_INT
 
 _SHARE_BITS = 30  # of a share among all sources
 _BITS = 24  # of a share among a source and those after it
 _ONE = 1 << _BITS
 _FAR = 1 << 40  # steps that no run takes
 _MOST_ROWS_OF_A_LINE = 1 << 38  # so that sums fit 63 bits
+_MOST_STEPS_OF_A_LINE = 1 << 22  # 32 MiB of sums per source
+_DECIMAL = re.compile(r'(?=.{1,20}$)([0-9]+(\.[0-9]*)?|\.[0-9]+)')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,19 +68,21 @@ def parse_weights(text: str, num_sources: int) -> list[Point]:
     """
     points = []
     for part in filter(None, (part.strip() for part in text.split(';'))):
-        match = re.fullmatch(r'(?:(?P<to>to\s+)?(?P<step>[0-9_]+)\s*:)?(?P<weights>[^:]*)', part)
+        match = re.fullmatch(r'(?:(?P<to>to\s+)?(?P<step>[0-9]+(?:_[0-9]+)*)\s*:)?(?P<weights>[^:]*)', part)
         if not match or (match['step'] is None and (points or ';' in text.rstrip('; '))):
             raise DataError(
                 f"data.weights: {part!r} must be 'STEP: WEIGHT, WEIGHT' or 'to STEP: WEIGHT, WEIGHT', e.g. "
                 "'0: 0.8, 0.2; to 9000: 0.5, 0.5'"
             )
         words = [word.strip() for word in match['weights'].split(',')]
-        if not all(re.fullmatch(r'[0-9]+(\.[0-9]*)?|\.[0-9]+', word) for word in words):
+        if not all(map(_DECIMAL.fullmatch, words)):
             raise DataError(f'data.weights: {part!r} must hold decimal numbers of at least 0, with commas between')
         if len(words) != num_sources:
             raise DataError(
                 f'data.weights: {part!r} has {len(words)} weights for {num_sources} data.sources; give one for each'
             )
+        if len(match['step'] or '') > 12 or int(match['step'] or 0) > LARGEST_INT:
+            raise DataError(f'data.weights: step {cli.shorten(match["step"], 40)} must be at most {LARGEST_INT}')
         point = Point(int(match['step'] or 0), tuple(map(Fraction, words)), bool(match['to']))
         if not any(point.weights):
             raise DataError(f'data.weights: {part!r} gives no source a weight; one must be above 0')
@@ -91,7 +97,7 @@ def parse_weights(text: str, num_sources: int) -> list[Point]:
 def parse_epochs(text: str, num_sources: int) -> list[Fraction]:
     """The most epochs of each source, 0 for any number. Raises DataError."""
     words = [word.strip() for word in text.split(',')] if text.strip() else ['0'] * num_sources
-    if not all(re.fullmatch(r'[0-9]+(\.[0-9]*)?|\.[0-9]+', word) for word in words) or len(words) != num_sources:
+    if not all(map(_DECIMAL.fullmatch, words)) or len(words) != num_sources:
         raise DataError(
             f'data.max_epochs={text!r} must be {num_sources} numbers of at least 0, one for each of data.sources, with '
             'commas between; 0: any number'
@@ -122,6 +128,13 @@ class Schedule:
             start, stop = 0 if point is points[0] else point.step, after.step if after else _FAR
             goal = after.shares if after and after.is_line else point.shares
             step = start
+            if goal != point.shares and (
+                stop - start > _MOST_STEPS_OF_A_LINE or (stop - start) * rows >= _MOST_ROWS_OF_A_LINE
+            ):
+                raise DataError(
+                    f'data.weights: a line of {stop - start:,} steps with {rows:,} rows each is too long; give points on '
+                    'the way, without to'
+                )
             while step < stop and self.end_step is None:
                 done = {source for _, source in self.ended}
                 shares = _shares(point.shares, goal, start, stop, step, done)
@@ -193,10 +206,6 @@ class _Stretch:
         fractions = ((shares << _BITS) + after - (after > 0)) // np.maximum(after, 1)
         self._fractions, self._sums = fractions.tolist() if shares.ndim == 1 else [], None
         if shares.ndim == 2:
-            if len(shares) * rows >= _MOST_ROWS_OF_A_LINE:
-                raise DataError(
-                    f'data.weights: a line of {len(shares):,} steps with {rows:,} rows each is too long; make it shorter'
-                )
             self._sums = self._sum(fractions[:, :-1])
 
     def _sum(self, fractions: np.ndarray) -> np.ndarray:

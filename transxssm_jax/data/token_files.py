@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from transxssm_jax import cli
 from transxssm_jax.data.manifest import DataError, first_line
 
 ENDINGS = {'.bin': 'megatron', '.idx': 'megatron', '.npy': 'npy', '.arrow': 'arrow', '.feather': 'arrow'}
@@ -26,7 +27,7 @@ _DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np
 _BLOCK = 1 << 20  # tokens that are searched for eos at a time
 
 
-class BadIds(Exception):
+class BadIds(cli.UserError, ValueError):
     """A document that cannot be stored: `reason`, a few words by which it is counted, and what is wrong with it."""
 
     def __init__(self, reason: str, explanation: str):
