@@ -8,7 +8,7 @@ from tests.small import small_config
 from transxssm_jax import config as config_lib
 from transxssm_jax.parallel import mesh
 from transxssm_jax.planning import fitting
-from transxssm_jax.training import loop
+from transxssm_jax.training import compilation
 
 OPEN = {'model.remat': 'auto', 'train.accumulation_steps': 0}
 ONE = dict(data=1, fsdp=1, context=1, tensor=1)
@@ -20,7 +20,7 @@ def fit(config, monkeypatch, limit):
 
     def compile_step(config):
         compiled.append((config.model.remat, config.train.accumulation_steps))
-        return loop.compile_train_step(config, device_mesh)
+        return compilation.compile_train_step(config, device_mesh)
 
     monkeypatch.setattr(fitting, 'usable_bytes', lambda device_mesh: limit)
     with jax.set_mesh(device_mesh):

@@ -27,7 +27,7 @@ from train_fixtures import (
 from transxssm_jax import config as config_lib
 from transxssm_jax.data import prepare
 from transxssm_jax.planning import fitting
-from transxssm_jax.training import loop, stopping
+from transxssm_jax.training import compilation, loop, stopping
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -49,7 +49,7 @@ def compile_once():
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ('compile_train_step', 'jit_eval_step'):
-            patch.setattr(loop, name, functools.partial(made_once, getattr(loop, name)))
+            patch.setattr(compilation, name, functools.partial(made_once, getattr(compilation, name)))
         yield
 
 
@@ -155,7 +155,15 @@ def test_nothing_is_saved_before_the_first_step(config, tmp_path):
     stop.request(130)
     settings = {'model.d_mlp': 64}
     assert (
-        loop.train(config_lib.load(config, settings), tmp_path / 'workdir', stop, sample=None, fit=fitting.fit) == 130
+        loop.train(
+            config_lib.load(config, settings),
+            tmp_path / 'workdir',
+            stop,
+            sample=None,
+            open_weights=None,
+            fit=fitting.fit,
+        )
+        == 130
     )
     assert checkpoint_steps(tmp_path / 'workdir') == []
     result = train(config, tmp_path / 'workdir', train__steps=2, train__eval_every_steps=0)

@@ -146,11 +146,26 @@ class Model(Section):
 @dataclasses.dataclass
 class Data(Section):
     path: str = setting('', 'Directory that python -m transxssm_jax.data.prepare wrote.', is_path=True)
+    sources: str = setting(
+        '',
+        'In place of data.path, several prepared directories with commas between, each DIR or NAME=DIR (the name is by '
+        'default the last part of DIR): a row comes from one of them by data.weights.',
+    )
+    weights: str = setting(
+        '',
+        "Weights of data.sources, '0.8, 0.2', or by step, '0: 0.8, 0.2; 9000: 0.5, 0.5'; with 'to 9000: 0.5, 0.5' they "
+        'move there along a line. Empty: in proportion to their tokens.',
+    )
+    max_epochs: str = setting(
+        '',
+        'Most epochs of each of data.sources, with commas between; 0: any number. A source that has given them ends, '
+        'and the others share its rows.',
+    )
     train_split: str = setting('train', 'Split to train on.', of_checkpoint=True)
     eval_splits: str = setting(
         'validation',
-        'Splits to evaluate on, separated by commas; the loss of the first decides which checkpoints are best. '
-        'Empty: no evaluation.',
+        'Splits to evaluate on, separated by commas; the loss of the first decides which checkpoints are best. Of '
+        'data.sources SPLIT is that of every source that has it, and NAME/SPLIT that of one. Empty: no evaluation.',
     )
     seq_len: int = setting(4096, 'Tokens per row.', minimum=1, of_checkpoint=True)
     global_batch: int = setting(
@@ -166,6 +181,16 @@ class Data(Section):
         'Check of the shards at opening: their sizes, or their full contents (sha256).',
         choices=('sizes', 'full'),
     )
+
+    @property
+    def directories(self) -> dict[str, str]:
+        """Name -> directory of data.sources, in order; empty without them. ConfigError: a name is there twice."""
+        return settings.named_paths('data.sources', self.sources)
+
+    @property
+    def tokenizer_path(self) -> str:
+        """A directory with the tokenizer of the data; '' where no data is named."""
+        return self.path or next(iter(self.directories.values()), '')
 
     @property
     def eval_split_names(self) -> tuple[str, ...]:
@@ -190,6 +215,12 @@ class Optimizer(Section):
     )
     clip_norm: float = setting(1.0, 'Global gradient norm to clip to; 0: no clipping.', minimum=0.0)
     z_loss: float = setting(0.0, 'Weight of the squared log-partition in the loss.', minimum=0.0)
+    updates_before: int = setting(
+        0,
+        "Updates that the optimizer's state had seen before step 0; set by the program, see train.init_what.",
+        minimum=0,
+        of_checkpoint=True,
+    )
 
 
 @dataclasses.dataclass
@@ -203,6 +234,17 @@ class Train(Section):
     )
     loss_chunk_tokens: int = setting(2048, 'Tokens per device whose logits exist at a time.', minimum=1)
     seed: int = setting(0, 'Seed of the initial parameters.', minimum=0, maximum=LARGEST_SEED, of_checkpoint=True)
+    init_from: str = setting(
+        '',
+        'What a new run starts from: a workdir, alone or with @STEP, @best or @latest behind it, or a directory of '
+        'published weights. Empty: from train.seed. A run with checkpoints goes on from its own.',
+        is_path=True,
+    )
+    init_what: str = setting(
+        'params',
+        'What is taken of train.init_from: the parameters, or the state of the optimizer too. The step starts at 0.',
+        choices=('params', 'params+optimizer'),
+    )
     log_every_steps: int = setting(10, 'Steps between metrics records.', minimum=1)
     eval_every_steps: int = setting(1000, 'Steps between evaluations; one more comes at the end. 0: none.', minimum=0)
     eval_batches: int = setting(
@@ -385,6 +427,13 @@ def resolve(config: Config) -> Config:
             raise ConfigError(
                 f'optimizer.{name}={getattr(optimizer, name)} must be below 1; try 0.9 for b1, 0.999 for b2'
             )
+    if data.path and data.directories:
+        raise ConfigError(
+            f'data.path={data.path} and data.sources={data.sources} both name the data; leave one of them empty'
+        )
+    for name in ('weights', 'max_epochs'):
+        if getattr(data, name) and not data.directories:
+            raise ConfigError(f'data.{name}={getattr(data, name)!r} belongs to data.sources, which is empty; set both')
     _divides('data.global_batch', data.global_batch, 'train.accumulation_steps', train.num_microbatches)
     decay_steps = optimizer.decay_steps if optimizer.schedule == 'wsd' else 0
     if optimizer.warmup_steps + decay_steps > train.steps:

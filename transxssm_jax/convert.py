@@ -58,7 +58,13 @@ EXPORT = cli.Command(
     'transxssm_jax.convert export',
     'Workdir -> published format.',
     [
-        Flag('workdir', cli.REQUIRED, 'Directory of the run.', example='runs/a', is_path=True),
+        Flag(
+            'workdir',
+            cli.REQUIRED,
+            'Directory of the run, alone or with @STEP, @best or @latest.',
+            example='runs/a',
+            is_path=True,
+        ),
         Flag('output', cli.REQUIRED, 'Directory to make.', example='DIR', is_path=True),
         Flag('step', -1, 'Step of the checkpoint; -1: the newest.', minimum=-1),
         Flag('tokenizer', '', 'A JSON file or a prepared directory; empty: that of the run.', is_path=True),

@@ -5,6 +5,10 @@ the terminal. The text streams to the terminal, or goes to --output=FILE.jsonl: 
 completion has ended, and at the end the lines are put in the order of the prompts. Ctrl-C ends a text of --interactive,
 Ctrl-D the program. Every prompt begins with the tokenizer's begin token; an empty prompt is that token alone.
 
+--chat talks to a model that was tuned on conversations (prepare --format=chat): a prompt is what the user writes, the
+template of the training data goes around it, --system stands before it, and --interactive is one conversation. A
+.jsonl file may hold "messages" (role, content) in place of "prompt".
+
 --config.a.b=value changes settings that the checkpoint is not bound to: --config.mesh.data=2 and --config.mesh.tensor=4
 shard prompts over 2 devices and heads over 4; --config.model.rope_scaling=linear serves beyond the training length.
 
@@ -27,6 +31,7 @@ from transxssm_jax import config as config_lib
 from transxssm_jax.cli import Flag
 from transxssm_jax.data.manifest import write_file
 from transxssm_jax.data.tokenizer import replace_surrogates
+from transxssm_jax.inference.dialogue import Dialogue, open_chat
 from transxssm_jax.inference.generator import Generator
 from transxssm_jax.inference.prompt import encode_prompts
 from transxssm_jax.inference.sampling import InputError, Sampling, fold_seed
@@ -43,10 +48,18 @@ COMMAND = cli.Command(
     'transxssm_jax.generate',
     __doc__,
     [
-        Flag('workdir', cli.REQUIRED, 'Directory of the training run.', example='runs/a', is_path=True),
+        Flag(
+            'workdir',
+            cli.REQUIRED,
+            'Directory of the training run, alone or with @STEP, @best or @latest.',
+            example='runs/a',
+            is_path=True,
+        ),
         Flag('step', -1, 'Step of the checkpoint; -1: the newest.', minimum=-1),
         Flag('prompt', '', 'Text to continue.'),
         Flag('prompts', '', 'File of prompts, a line each, or .jsonl of objects with "prompt".', is_path=True),
+        Flag('chat', False, 'Whether a prompt is a message of a conversation, and the text the answer to it.'),
+        Flag('system', '', 'System message that conversations of --chat begin with.'),
         Flag('interactive', False, 'Whether to read prompts from the terminal.'),
         Flag(
             'output', '', 'JSONL file to write completions to, an object per line; empty: the terminal.', is_path=True
@@ -85,6 +98,8 @@ def _generate(flags) -> None:
     output = pathlib.Path(flags.output)
     if flags.output and (output.exists() or not output.absolute().parent.is_dir()):
         raise InputError(f'--output={output} {"exists" if output.exists() else "is in no directory"}; name a new file')
+    if flags.system and not flags.chat:
+        raise InputError('--system is for --chat')
     records = _read_prompts(flags)
     request = dict(
         max_tokens=flags.max_tokens,
@@ -92,6 +107,12 @@ def _generate(flags) -> None:
         sampling=Sampling(**{flag.name: getattr(flags, flag.name) for flag in SAMPLING}),
     )
     run = open_trained_run(flags.workdir, flags.step, flags.tokenizer, overrides=flags.overrides)
+    dialogue, write_prompt = None, lambda record: record['prompt']
+    if flags.chat:
+        dialogue = Dialogue(open_chat(run, flags.tokenizer), flags.system)
+        write_prompt = dialogue.text_of
+        request['stop_strings'] = (*flags.stop, *dialogue.stop_strings)
+    texts = [write_prompt(record) for record in records]
     with run.on_devices():
         generator = Generator(
             run.params,
@@ -102,12 +123,12 @@ def _generate(flags) -> None:
         )
         del run
         if flags.interactive:
-            _converse(generator, request, flags)
+            _converse(generator, request, flags, dialogue)
         elif flags.output:
-            _write(generator, records, request, flags)
+            _write(generator, records, texts, request, flags)
         else:
-            for i, record in enumerate(records):
-                _print_streams(generator, record['prompt'], i, request, flags)
+            for i, text in enumerate(texts):
+                _print_streams(generator, text, i, request, flags)
 
 
 def given(flags, name: str) -> bool:
@@ -125,13 +146,18 @@ def _read_prompts(flags) -> list[dict]:
         for i, line in enumerate(_read_lines(name, flags.prompts), start=1):
             try:
                 records.append(json.loads(line) if flags.prompts.endswith('.jsonl') else {'prompt': line})
-                if not isinstance(records[-1]['prompt'], str):
+                is_conversation = flags.chat and isinstance(records[-1], dict) and 'messages' in records[-1]
+                if not is_conversation and not isinstance(records[-1]['prompt'], str):
                     raise TypeError
             except (ValueError, KeyError, TypeError):
-                raise InputError(f'{name}, line {i}: it must be an object with a text "prompt"') from None
+                what = 'a text "prompt" or "messages"' if flags.chat else 'a text "prompt"'
+                raise InputError(f'{name}, line {i}: it must be an object with {what}') from None
         if not records:
             raise InputError(f'{name} has no line; write one prompt per line')
-    return [record | {'prompt': replace_surrogates(record['prompt'])} for record in records]
+    return [
+        record | {'prompt': replace_surrogates(record['prompt'])} if isinstance(record.get('prompt'), str) else record
+        for record in records
+    ]
 
 
 def _read_lines(name: str, path: str) -> list[str]:
@@ -144,23 +170,30 @@ def _read_lines(name: str, path: str) -> list[str]:
     return lines[:-1] if lines[-1] == '' else lines
 
 
-def _print_streams(generator: Generator, text: str, index: int, request: dict, flags) -> None:
-    """Prints a prompt with each of its completions as it grows; `index` is the prompt's among the prompts."""
+def _print_streams(generator: Generator, text: str, index: int, request: dict, flags) -> str:
+    """Prints a prompt, unless it is a conversation, with each of its completions as it grows; returns the last of these.
+
+    `index` is the prompt's among the prompts.
+    """
     [tokens] = encode_prompts(generator.tokenizer, [text])
+    completion = ''
     for sample in range(flags.num_samples):
+        completion = ''
         pieces = generator.stream(tokens, seed=fold_seed(flags.seed, index, sample), **request)
-        print(text, end='', flush=True)
+        print('' if flags.chat else text, end='', flush=True)
         for piece in pieces:
+            completion += piece
             print(piece, end='', flush=True)
         print()
+    return completion
 
 
-def _converse(generator: Generator, request: dict, flags) -> None:
-    """Continues each prompt by itself, until the end of the input."""
+def _converse(generator: Generator, request: dict, flags, dialogue: Dialogue | None) -> None:
+    """Continues each prompt by itself, or one conversation, until the end of the input."""
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):  # Python may be built without it
             import readline  # noqa: F401  input() then edits lines and recalls them
-        print('Type a text to continue. Ctrl-C stops a completion, Ctrl-D ends.')
+        print(f'Type a {"message" if dialogue else "text to continue"}. Ctrl-C stops a completion, Ctrl-D ends.')
     for index in itertools.count():
         try:
             text = replace_surrogates(input('> ' if sys.stdin.isatty() else ''))
@@ -170,7 +203,10 @@ def _converse(generator: Generator, request: dict, flags) -> None:
             print()
             continue
         try:
-            if text:
+            if text and dialogue:
+                dialogue.hear(text)
+                dialogue.answer(_print_streams(generator, dialogue.text(), index, request, flags))
+            elif text:
                 _print_streams(generator, text, index, request, flags)
         except InputError as error:
             print(f'error: {error}', file=sys.stderr)
@@ -178,17 +214,17 @@ def _converse(generator: Generator, request: dict, flags) -> None:
             print(' [stopped]')
 
 
-def _write(generator: Generator, records: list[dict], request: dict, flags) -> None:
+def _write(generator: Generator, records: list[dict], texts: list[str], request: dict, flags) -> None:
     """Writes each completion as soon as it has ended, so that an error loses none; at the end, in the prompts' order."""
     samples = range(flags.num_samples)
-    texts = [
-        (record | ({'sample': sample} if len(samples) > 1 else {}), fold_seed(flags.seed, i, sample))
-        for i, record in enumerate(records)
+    each = [
+        (text, record | ({'sample': sample} if len(samples) > 1 else {}), fold_seed(flags.seed, i, sample))
+        for i, (record, text) in enumerate(zip(records, texts))
         for sample in samples
     ]
     completions = generator.completions(
-        encode_prompts(generator.tokenizer, [record['prompt'] for record, _ in texts]),
-        seeds=[seed for _, seed in texts],
+        encode_prompts(generator.tokenizer, [text for text, _, _ in each]),
+        seeds=[seed for _, _, seed in each],
         **request,
     )
     lines = {}
@@ -196,7 +232,7 @@ def _write(generator: Generator, records: list[dict], request: dict, flags) -> N
     encoding = dict(encoding='utf-8', errors='backslashreplace')
     with open(flags.output, 'x', **encoding) as file:
         for i, completion in completions:
-            values = texts[i][0] | {'completion': completion.text, 'finish_reason': completion.finish_reason}
+            values = each[i][1] | {'completion': completion.text, 'finish_reason': completion.finish_reason}
             lines[i] = json.dumps(values, ensure_ascii=False) + '\n'
             file.write(lines[i])
             file.flush()

@@ -101,6 +101,26 @@ def checked(name: str, field: dataclasses.Field, value):
     return os.path.expanduser(value) if field.metadata.get('is_path') else value
 
 
+def named_paths(name: str, text: str) -> dict[str, str]:
+    """Name -> path of a setting that holds PATH or NAME=PATH, with commas between; the name is by default the last part.
+
+    Raises:
+      ConfigError: a name is there twice, or is none.
+    """
+    named = {}
+    for part in filter(None, (part.strip() for part in text.split(','))):
+        key, equals, path = part.partition('=')
+        if not equals:
+            key, path = os.path.basename(part.rstrip('/')), part
+        key, path = key.strip(), os.path.expanduser(path.strip())
+        if not path or not key or '/' in key:
+            raise ConfigError(f'{name}: {part!r} must be DIR or NAME=DIR, the name without a /')
+        if key in named:
+            raise ConfigError(f'{name} has two sources of the name {key}; write NAME={path} for one')
+        named[key] = path
+    return named
+
+
 def _shown(value) -> str:
     try:
         return repr(value)

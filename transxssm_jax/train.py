@@ -6,6 +6,9 @@ stopped by SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2, or because a loader process was
 killed, and 130 by Ctrl-C, all after saving. After 69, 75 and 130 the same
 command goes on from the last checkpoint.
 
+--init_from=RUN@best starts a new workdir from the weights of another run, or of a directory in the published format,
+with other data, lengths, batch and schedule. Called again, the run goes on from its own checkpoints.
+
 On several hosts the same command runs on each. TPU slices, SLURM, Open MPI and
 indexed Kubernetes jobs are recognised; elsewhere --coordinator, --num_processes
 and --process_id, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
@@ -30,6 +33,7 @@ from transxssm_jax.config import ConfigError
 from transxssm_jax.inference.generator import sample
 from transxssm_jax.parallel import processes
 from transxssm_jax.planning.fitting import fit
+from transxssm_jax.pytorch.conversion import open_weights
 from transxssm_jax.training import loop
 from transxssm_jax.training.stopping import StopRequest
 
@@ -44,6 +48,19 @@ COMMAND = cli.Command(
             example='runs/a',
             is_path=True,
         ),
+        Flag(
+            'init_from',
+            '',
+            'Weights that a new run starts from, as train.init_from: RUN, RUN@STEP, RUN@best, RUN@latest or a directory.',
+            example='runs/a@best',
+            is_path=True,
+        ),
+        Flag(
+            'init_what',
+            'params',
+            'What is taken of them, as train.init_what.',
+            choices=('params', 'params+optimizer'),
+        ),
         Flag('coordinator', '', 'HOST:PORT of process 0; needed only where the processes are started by hand.'),
         Flag('num_processes', 0, 'Processes of the run, where they are started by hand.', minimum=0),
         Flag('process_id', -1, 'Number of this process, from 0, where they are started by hand.', minimum=-1),
@@ -52,6 +69,7 @@ COMMAND = cli.Command(
     ],
     settings=config_lib.describe,
 )
+INIT_FLAGS = ('init_from', 'init_what')
 HOST_FLAGS = ('coordinator', 'num_processes', 'process_id', 'connect_timeout_seconds', 'heartbeat_timeout_seconds')
 
 
@@ -67,12 +85,13 @@ def _train(flags) -> int:
     stop = StopRequest()
     stop.install()
     try:
+        flags.overrides |= {f'train.{name}': getattr(flags, name) for name in INIT_FLAGS if name in flags.given}
         config = config_lib.from_flags(flags)
         workdir = _workdir(flags.workdir)
         processes.join(**{name: getattr(flags, name) for name in HOST_FLAGS})
         if not processes.is_coordinator():
             logging.getLogger().setLevel(logging.ERROR)  # process 0 warns of what concerns all
-        exit_code = loop.train(config, workdir, stop, sample, fit)
+        exit_code = loop.train(config, workdir, stop, sample, open_weights, fit)
     except (Exception, KeyboardInterrupt) as error:
         exit_code = _end_all(error)
     processes.shutdown(exit_code)

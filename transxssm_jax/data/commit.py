@@ -24,17 +24,18 @@ def commit(
     same: dict,
     tokenizer,
     skip_bad: float,
+    chat: dict | None = None,
 ) -> Manifest:
     """Moves the finished shards into place and names the split in dataset_info.json last.
 
-    May be repeated: a run that died in here is continued by the next.
+    chat describes the template of conversations, or is None. May be repeated: a run that died in here is continued by the next.
     """
     counts = [json.loads(result_path(state, task).read_text()) for task in tasks]
     kept = [task for task in tasks if counts[task.number]['records']]
     totals = []
     for number, (spec, weight) in enumerate(sources):
         own = [counts[task.number] for task in tasks if task.source == number]
-        total = {name: sum(count[name] for count in own) for name in ('documents', 'tokens', 'bytes')}
+        total = {name: sum(count[name] for count in own) for name in ('documents', 'tokens', 'bytes', 'targets')}
         skipped = collections.Counter()
         for count in own:
             skipped.update(count['skipped'])
@@ -67,6 +68,7 @@ def commit(
         lengths_sha256=manifest_lib.write_lengths(output, split, lengths),
         sources=tuple(totals),
         shards=tuple(shards),
+        chat=chat or {},
     )
     if manifest.tokenizer['kind'] == 'json':
         manifest_lib.write_file(output / 'tokenizer.json', tokenizer.content)
@@ -106,12 +108,12 @@ def write_tfds_metadata(output: Path, manifest: Manifest, state: Path) -> None:
     import tensorflow_datasets as tfds
 
     splits = [manifest_lib.read_manifest(output, split) for split in finished(output)] + [manifest]
-    features = tfds.features.FeaturesDict(
-        {
-            'tokens': tfds.features.Tensor(shape=(None,), dtype=np.dtype(manifest.token_dtype), encoding='bytes'),
-            'offset': tfds.features.Scalar(np.int64),
-        }
-    )
+    features = {
+        'tokens': tfds.features.Tensor(shape=(None,), dtype=np.dtype(manifest.token_dtype), encoding='bytes'),
+        'offset': tfds.features.Scalar(np.int64),
+    }
+    if manifest.chat:
+        features['mask'] = tfds.features.Tensor(shape=(None,), dtype=np.uint8, encoding='bytes')
     # The builder is only asked for its name and version; tfds.folder_dataset.write_metadata does the same,
     # but writes in place and takes stray files of an unfinished split for data.
     identity = tfds.core.dataset_info.DatasetIdentity(
@@ -119,7 +121,7 @@ def write_tfds_metadata(output: Path, manifest: Manifest, state: Path) -> None:
     )
     info = tfds.core.DatasetInfo(
         builder=identity,
-        features=features,
+        features=tfds.features.FeaturesDict(features),
         description=f'Documents as tokens, each ending with id {manifest.tokenizer["eos_id"]}; '
         'a record of offset 0 begins a document. Written by transxssm_jax.data.prepare.',
     )

@@ -18,10 +18,9 @@ from transxssm_jax import cli
 if __name__ == '__main__':
     cli.start('transxssm_jax.data.loader')
 
-import collections
+import dataclasses
 import os
 import sys
-import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
@@ -31,13 +30,14 @@ import numpy as np
 from absl import flags
 
 from transxssm_jax.cli import Flag
-from transxssm_jax.data.manifest import DataError, Manifest, broken_shard, finished_splits, read_manifest
+from transxssm_jax.data.documents import Documents
+from transxssm_jax.data.manifest import DataError, Manifest, finished_splits, read_manifest
 from transxssm_jax.data.mixture import Mixture
-from transxssm_jax.data.packing import pack_row
+from transxssm_jax.data.packing import pack_rows
 from transxssm_jax.data.vocabulary import check_size
 from transxssm_jax.data.workers import exit_with_parent
 
-_ENDLESS = 1 << 60  # steps of a run that repeats its data
+ENDLESS = 1 << 60  # steps of a run that repeats its data
 
 COMMAND = cli.Command(
     'transxssm_jax.data.loader',
@@ -66,27 +66,29 @@ class Loader:
     """Iterator over batches: dicts of int32 [len(rows), seq_len] `tokens`, `targets`, `segment_ids`, `positions`.
 
     Attributes:
-      num_documents, num_tokens (eos included), num_bytes (UTF-8 text, for bits per byte): of the split.
+      num_documents, num_tokens (eos included), num_targets (tokens that are learned), num_bytes (UTF-8 text of
+        these, for bits per byte): of the split.
       vocab_size, eos_id, begin_id: of the tokenizer; begin_id is the input whose target is a document's first token.
       rows_per_epoch: rows that hold every document once (of all sources of a mixture).
       packing_efficiency: share of slots that have a target, without the padded rows of a last batch.
       fingerprint: digest of all that decides a batch of the split; a checkpoint that keeps it can tell that its data
         was replaced. The same for the same data in another place.
       num_steps: steps of one pass, counted from step 0; only where repeat is False, else 0.
-      manifest, lengths: of the split; lengths is uint32 [documents], memory-mapped.
+      parts: what the batches are read of, one Part, or one for each of several sources.
+      events: step -> sentence of what happens to the data before that step: a source that has given its last row.
     """
 
-    def __init__(self, batches: '_Batches', *, num_workers: int, num_threads: int, prefetch: int):
-        self.manifest, self.lengths = batches.manifest, batches.lengths
-        manifest = self.manifest
-        self.num_documents, self.num_tokens, self.num_bytes = (
-            manifest.num_documents,
-            manifest.num_tokens,
-            manifest.num_bytes,
-        )
-        self.vocab_size, self.eos_id = manifest.tokenizer['vocab_size'], manifest.tokenizer['eos_id']
-        self.begin_id = manifest.tokenizer['begin_id']
-        self.fingerprint = manifest.fingerprint()
+    def __init__(self, batches, *, num_workers: int, num_threads: int, prefetch: int):
+        self._batches, self.parts, self.events = batches, batches.parts, batches.events
+        manifests = [part.manifest for part in self.parts]
+        self.num_documents = sum(manifest.num_documents for manifest in manifests)
+        self.num_tokens = sum(manifest.num_tokens for manifest in manifests)
+        self.num_targets = sum(manifest.num_targets for manifest in manifests)
+        self.num_bytes = sum(manifest.num_bytes for manifest in manifests)
+        tokenizer = manifests[0].tokenizer
+        self.vocab_size, self.eos_id = tokenizer['vocab_size'], tokenizer['eos_id']
+        self.begin_id = tokenizer['begin_id']
+        self.fingerprint = batches.fingerprint
         self.rows_per_epoch = batches.rows_per_epoch
         self.packing_efficiency = batches.packing_efficiency
         self.num_steps = batches.num_steps
@@ -124,6 +126,10 @@ class Loader:
             batch = {name: np.array(values, subok=False) for name, values in batch.items()}
         return batch
 
+    def position(self, step: int) -> dict:
+        """What tells that the batches before `step` were of this data: the fingerprint, or each source's with its rows."""
+        return self._batches.position(step)
+
     def close(self) -> None:
         """Ends threads and worker processes; may be called again."""
         self._finalizer()
@@ -133,6 +139,22 @@ class Loader:
 
     def __exit__(self, *exception) -> None:
         self.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Prepared data that batches are read of.
+
+    Attributes:
+      name: of the source; '' for data.path.
+      share: of the rows of the first batch that is read.
+      manifest, lengths: of the split; lengths is uint32 [documents], memory-mapped.
+    """
+
+    name: str
+    share: float
+    manifest: Manifest
+    lengths: np.ndarray
 
 
 def _close(iterators: list) -> None:
@@ -228,10 +250,11 @@ def read_documents(path, split: str, *, at_least: int = 1) -> Iterator[np.ndarra
     manifest = read_manifest(path, split)
     manifest.check_shards()
     lengths = manifest.lengths()
-    documents = _Documents(manifest, lengths)
+    documents = Documents(manifest, lengths)
     for document in np.flatnonzero(lengths >= at_least).tolist():
         [tokens] = documents.read([(document, 0, int(lengths[document]))])
-        yield tokens[1:].astype(np.int32)  # without the begin token, which `read` puts first
+        tokens = tokens[1:].astype(np.int32)  # without the begin token, which `read` puts first
+        yield np.where(tokens < 0, ~tokens, tokens) if manifest.chat else tokens
 
 
 def check_batch(path, split: str, seq_len: int, global_batch: int) -> None:
@@ -254,103 +277,6 @@ def _start_worker(worker: int, num_workers: int) -> None:
         sys.modules['jax'].config.update('jax_platforms', 'cpu')
 
 
-class _Documents:
-    """Tokens of documents by random access; safe to use from several threads."""
-
-    def __init__(self, manifest: Manifest, lengths: np.ndarray):
-        from tensorflow_datasets.proto import tf_example_pb2
-
-        self._example = tf_example_pb2.Example
-        self._manifest = manifest
-        self._dtype = np.dtype(manifest.token_dtype).newbyteorder('<')
-        self._begin = np.array([manifest.tokenizer['begin_id']], self._dtype)
-        self._lengths = lengths
-        self._shard_ends = np.cumsum([shard.records for shard in manifest.shards])
-        self._readers = {}
-        self._lock = threading.Lock()
-        # Without a document longer than a record, record and document numbers are the same.
-        self._first_record = None
-        if int(lengths.max()) > manifest.record_tokens:
-            records = -(-lengths.astype(np.int64) // manifest.record_tokens)
-            self._first_record = np.cumsum(records) - records
-
-    def _reader(self, shard: int):
-        with self._lock:
-            if shard not in self._readers:
-                from array_record.python.array_record_module import ArrayRecordReader
-
-                path = self._manifest.directory / self._manifest.shards[shard].file
-                try:
-                    reader = ArrayRecordReader(
-                        str(path), options='readahead_buffer_size:0,max_parallelism:0', file_reader_buffer_size=32768
-                    )
-                    records = reader.num_records()
-                except Exception as error:  # the extension raises what its C++ status maps to
-                    raise broken_shard(path, error) from None
-                if records != self._manifest.shards[shard].records:
-                    raise broken_shard(path, f'{records} records instead of {self._manifest.shards[shard].records}')
-                self._readers[shard] = reader
-            return self._readers[shard]
-
-    def read(self, spans: list[tuple[int, int, int]]) -> list[np.ndarray]:
-        """The tokens of each (document, first slot, past last slot); every record is read once.
-
-        Of each span its slots' targets, stored tokens [start, stop), after the input of its first slot: the
-        stored token before them, or begin_id where the span begins the document.
-        """
-        size = self._manifest.record_tokens
-        needed = []  # (first record of the document, first record to read, last record to read) of each span
-        for document, start, stop in spans:
-            first = document if self._first_record is None else int(self._first_record[document])
-            needed.append((first, first + max(start - 1, 0) // size, first + (stop - 1) // size))
-        records = self._read_records(
-            {
-                record: (document, record - first)
-                for (document, _, _), (first, begin, end) in zip(spans, needed, strict=True)
-                for record in range(begin, end + 1)
-            }
-        )
-        parts = []
-        for (_, start, stop), (first, begin, end) in zip(spans, needed, strict=True):
-            joined = records[begin] if begin == end else np.concatenate([records[r] for r in range(begin, end + 1)])
-            skip = (begin - first) * size
-            if start:
-                parts.append(joined[start - 1 - skip : stop - skip])
-            else:
-                parts.append(np.concatenate([self._begin, joined[:stop]]))
-        return parts
-
-    def _read_records(self, records: dict[int, tuple[int, int]]) -> dict[int, np.ndarray]:
-        """Tokens of each record; records: the document that each is of, and which of its records it is."""
-        by_shard = collections.defaultdict(list)
-        ordered = np.array(sorted(records))
-        for record, shard in zip(
-            ordered.tolist(), np.searchsorted(self._shard_ends, ordered, side='right').tolist(), strict=True
-        ):
-            by_shard[shard].append(record)
-        tokens = {}
-        for shard, own in by_shard.items():
-            path = self._manifest.directory / self._manifest.shards[shard].file
-            first = int(self._shard_ends[shard]) - self._manifest.shards[shard].records
-            reader = self._reader(shard)
-            try:
-                serialized = reader.read([record - first for record in own])
-                for record, content in zip(own, serialized, strict=True):
-                    (value,) = self._example.FromString(content).features.feature['tokens'].bytes_list.value
-                    tokens[record] = np.frombuffer(value, self._dtype)
-            except Exception as error:  # RuntimeError, DecodeError, ... by where it broke
-                raise broken_shard(path, error) from None
-            for record in own:
-                document, number = records[record]
-                size = self._manifest.record_tokens
-                expected = min(int(self._lengths[document]) - number * size, size)
-                if len(tokens[record]) != expected:
-                    raise broken_shard(
-                        path, f'document {document} has {len(tokens[record])} tokens instead of {expected}'
-                    )
-        return tokens
-
-
 class _Batches:
     """Random-access source of this host's rows of each step, for grain. Pickles to its settings."""
 
@@ -366,28 +292,29 @@ class _Batches:
         repeat: bool,
     ):
         self._settings = manifest, seq_len, global_batch, seed, start_step, rows, shuffle, repeat
-        self.manifest, self._seq_len, self._global_batch = manifest, seq_len, global_batch
+        self._manifest, self._seq_len, self._global_batch = manifest, seq_len, global_batch
         self._start_step, self._rows, self._repeat = start_step, rows, repeat
-        self.lengths = lengths = manifest.lengths()
-        self._documents = _Documents(manifest, lengths)
-        weights = manifest.mixture_weights() if repeat else []
-        if weights:
-            pools = [(source.first_document, source.documents) for source in manifest.sources]
-        else:
-            pools = [(0, manifest.num_documents)]
-        self._mixture = Mixture(lengths, pools, weights, seq_len=seq_len, seed=seed, shuffle=shuffle)
+        self._lengths = manifest.lengths()
+        self._documents = Documents(manifest, self._lengths)
+        self._mixture = make_mixture(manifest, self._lengths, seq_len, seed, shuffle=shuffle, weighted=repeat)
         self.rows_per_epoch = self._mixture.rows_per_epoch
         self.packing_efficiency = self._mixture.packing_efficiency
         self.num_steps = 0 if repeat else -(-self.rows_per_epoch // global_batch)
+        self.parts, self.events = [Part('', 1.0, manifest, self._lengths)], {}
+        self.fingerprint = manifest.fingerprint()
+
+    def position(self, step: int) -> dict:
+        del step
+        return {'fingerprint': self.fingerprint}
 
     def __reduce__(self):
         return type(self), self._settings
 
     def __repr__(self) -> str:
-        return f'Batches({self.manifest.directory}, {self.manifest.split})'  # in grain's messages
+        return f'Batches({self._manifest.directory}, {self._manifest.split})'  # in grain's messages
 
     def __len__(self) -> int:
-        return _ENDLESS if self._repeat else max(self.num_steps - self._start_step, 0)
+        return ENDLESS if self._repeat else max(self.num_steps - self._start_step, 0)
 
     def __getitem__(self, item: int) -> dict[str, np.ndarray]:
         step = self._start_step + int(item)
@@ -399,15 +326,17 @@ class _Batches:
             else:
                 row_spans.append(self._mixture.spans(row))
         parts = iter(self._documents.read([span for spans in row_spans for span in spans]))
-        batch = {
-            name: np.empty((len(self._rows), self._seq_len), np.int32)
-            for name in ('tokens', 'targets', 'segment_ids', 'positions')
-        }
-        for i, spans in enumerate(row_spans):
-            tokens = np.concatenate([next(parts) for _ in spans]) if spans else np.zeros(0, np.int32)
-            for name, values in pack_row(tokens, [stop - start for _, start, stop in spans], self._seq_len).items():
-                batch[name][i] = values
-        return batch
+        return pack_rows([(spans, parts) for spans in row_spans], self._seq_len)
+
+
+def make_mixture(
+    manifest: Manifest, lengths: np.ndarray, seq_len: int, seed: int, *, shuffle=True, weighted=True, key=()
+) -> Mixture:
+    """The rows of a split; where it was prepared with weights and `weighted`, of a pool for each of its sources."""
+    weights = manifest.mixture_weights() if weighted else []
+    pools = [(source.first_document, source.documents) for source in manifest.sources]
+    pools = pools if weights else [(0, manifest.num_documents)]
+    return Mixture(lengths, pools, weights, seq_len=seq_len, seed=seed, shuffle=shuffle, key=key)
 
 
 def main(argv: list[str] | None = None) -> int:

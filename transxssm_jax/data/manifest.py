@@ -4,7 +4,8 @@
     DIR/tokenizer.json                       copy of the tokenizer (none for bytes)
     DIR/documents-SPLIT.array_record-00000-of-00009
                                              tf.train.Example records: tokens (bytes of uint16 or uint32),
-                                             offset (int64; 0 begins a document)
+                                             offset (int64; 0 begins a document); of conversations also
+                                             mask (bytes; 1: the token is learned as a target)
     DIR/SPLIT.manifest.json                  arguments, tokenizer, sources, shards, digests
     DIR/SPLIT.lengths.npy                    uint32 [documents]: tokens of each document, eos included
 
@@ -33,6 +34,7 @@ from transxssm_jax.data.mixture import whole_number_weights
 
 DATASET_NAME = 'documents'
 MANIFEST_VERSION = 2
+CHAT_VERSION = 3  # of conversations, whose mask earlier programs would not see
 VERIFY = ('sizes', 'full')  # how the contents of shards are checked at opening
 # Nothing here advises to delete: a wrong --path may well hold what prepare did not write.
 RESTORE = 'restore it from a copy, or prepare the data again in another directory'
@@ -51,8 +53,9 @@ class Source:
     first_document: int
     documents: int
     tokens: int  # eos included
-    bytes: int  # UTF-8 bytes of the text
+    bytes: int  # UTF-8 bytes of the text; of conversations, of what is learned of it
     skipped: dict[str, int]  # documents that are not stored, by reason: 'empty', 'binary file', 'not JSON', ...
+    targets: int = 0  # of conversations, the tokens that are learned; 0: all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +82,7 @@ class Manifest:
     lengths_sha256: str  # of SPLIT.lengths.npy
     sources: tuple[Source, ...]
     shards: tuple[Shard, ...]
+    chat: dict = dataclasses.field(default_factory=dict)  # Chat.describe() of conversations, which have a mask
 
     @property
     def num_documents(self) -> int:
@@ -87,6 +91,11 @@ class Manifest:
     @property
     def num_tokens(self) -> int:
         return sum(source.tokens for source in self.sources)
+
+    @property
+    def num_targets(self) -> int:
+        """Stored tokens that are learned."""
+        return sum(source.targets for source in self.sources) if self.chat else self.num_tokens
 
     @property
     def num_bytes(self) -> int:
@@ -148,8 +157,12 @@ class Manifest:
                         raise broken_shard(path, 'its sha256 is not that of the manifest')
 
     def _content(self) -> dict:
-        content = {'version': MANIFEST_VERSION} | dataclasses.asdict(self)
+        content = {'version': CHAT_VERSION if self.chat else MANIFEST_VERSION} | dataclasses.asdict(self)
         del content['directory'], content['split']
+        if not self.chat:  # text has the form that it had before there were conversations
+            del content['chat']
+            for source in content['sources']:
+                del source['targets']
         return content
 
     def write(self) -> None:
@@ -201,8 +214,8 @@ def read_manifest(directory, split: str) -> Manifest:
         digest, version = content.pop('sha256'), content['version']
         if digest != _digest(content):
             raise ValueError('its content is not that of its sha256')
-        if version != MANIFEST_VERSION:
-            raise ValueError(f'it is of version {version}, not {MANIFEST_VERSION}')
+        if version not in (MANIFEST_VERSION, CHAT_VERSION):
+            raise ValueError(f'it is of version {version}, not {MANIFEST_VERSION} or {CHAT_VERSION}')
         del content['version']
         content['sources'] = tuple(Source(**source) for source in content['sources'])
         content['shards'] = tuple(Shard(**shard) for shard in content['shards'])

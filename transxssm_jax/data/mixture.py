@@ -45,6 +45,7 @@ class Mixture:
       seq_len: slots of a row.
       seed: of the permutations of documents and of rows.
       shuffle: False keeps documents and rows in order.
+      key: what the permutations depend on besides the seed, where several mixtures have one seed.
 
     Attributes:
       rows_per_epoch: rows that hold every document once.
@@ -60,11 +61,12 @@ class Mixture:
         seq_len: int,
         seed: int,
         shuffle: bool,
+        key: tuple[int, ...] = (),
     ):
         self._weights = weights
         self._first_document = [first for first, _ in pools]
         self._epochs = [
-            Epochs(lengths[first : first + count], seq_len, key=(seed, pool), shuffle=shuffle)
+            Epochs(lengths[first : first + count], seq_len, key=(seed, *key, pool), shuffle=shuffle)
             for pool, (first, count) in enumerate(pools)
         ]
         self.rows_per_epoch = sum(epochs.rows for epochs in self._epochs)

@@ -23,6 +23,7 @@ row each.
 
 import collections
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -118,13 +119,14 @@ def pack_row(tokens: np.ndarray, span_slots: list[int], seq_len: int) -> dict[st
 
     Args:
       tokens: integer [slots + spans], the spans of the row joined: of each span the input of its first slot,
-        then the targets of its slots (all but the last of them are the inputs of its other slots).
+        then the targets of its slots (all but the last of them are the inputs of its other slots). A negative one
+        is ~token of a token that is not learned.
       span_slots: slots of each span, at most seq_len together.
       seq_len: slots of the row.
 
     Returns int32 [seq_len] arrays:
       tokens: inputs, 0 where padded.
-      targets: the next token of the same document, -1 where padded.
+      targets: the next token of the same document, -1 where padded and where it is not learned.
       segment_ids: 1 for the row's first document, 2 for its second ...; 0 where padded.
       positions: 0, 1, ... from each document's first slot in this row; 0 where padded.
     """
@@ -135,11 +137,31 @@ def pack_row(tokens: np.ndarray, span_slots: list[int], seq_len: int) -> dict[st
     row = {name: np.zeros(seq_len, np.int32) for name in ('tokens', 'segment_ids', 'positions')}
     row['targets'] = np.full(seq_len, -1, np.int32)
     inputs = np.arange(n) + segments  # where the input of each slot lies: every earlier span has one token more
+    targets = tokens[inputs + 1]
+    if tokens.dtype.kind == 'i' and (is_masked := tokens < 0).any():
+        tokens = np.where(is_masked, ~tokens, tokens)
+        targets = np.maximum(targets, -1)
     row['tokens'][:n] = tokens[inputs]
-    row['targets'][:n] = tokens[inputs + 1]
+    row['targets'][:n] = targets
     row['segment_ids'][:n] = segments + 1
     row['positions'][:n] = np.arange(n) - np.repeat(stops - slots, slots)
     return row
+
+
+def pack_rows(rows: list[tuple[list, Iterator[np.ndarray]]], seq_len: int) -> dict[str, np.ndarray]:
+    """A batch.
+
+    Args:
+      rows: of each row, the spans that fill it, and an iterator whose next items are their tokens (Documents.read).
+      seq_len: slots of a row.
+    """
+    names = ('tokens', 'targets', 'segment_ids', 'positions')
+    batch = {name: np.empty((len(rows), seq_len), np.int32) for name in names}
+    for i, (spans, parts) in enumerate(rows):
+        tokens = np.concatenate([next(parts) for _ in spans]) if spans else np.zeros(0, np.int32)
+        for name, values in pack_row(tokens, [stop - start for _, start, stop in spans], seq_len).items():
+            batch[name][i] = values
+    return batch
 
 
 def packing_efficiency(tokens: int, rows: int, seq_len: int) -> float:

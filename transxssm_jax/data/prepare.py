@@ -10,6 +10,11 @@ training comes from a source with that share, each source going through epochs
 of its own. A weight is the decimal number behind the last @: a source whose
 name itself ends in @NUMBER needs a weight too (wiki@2023@1).
 
+With --format=chat a document is a conversation: --text_field (messages) holds a list of objects with role and content,
+in jsonl or parquet. A chat template writes it as text, and a mask keeps which tokens the assistant wrote, which alone
+are learned; chat.py describes both. With --format=ids documents are tokens of --tokenizer already; token_files.py tells
+which files are read.
+
 A bad document (a line that is not JSON or lacks the field, what cannot be
 decompressed) ends the run. With --skip_bad=SHARE, such documents are left out
 as long as they are at most that share of all; the manifest counts them by
@@ -57,7 +62,9 @@ from tqdm import tqdm
 
 from transxssm_jax.cli import Flag
 from transxssm_jax.data import manifest as manifest_lib
+from transxssm_jax.data.chat import LOSS_ON, Chat, load_chat
 from transxssm_jax.data.commit import commit, finished, reasons
+from transxssm_jax.data.formats import FIELDS, FORMATS, ChatFormat, IdsFormat
 from transxssm_jax.data.manifest import DataError, Manifest
 from transxssm_jax.data.mixture import whole_number_weights
 from transxssm_jax.data.shard_writer import ShardTask, result_path, write_shard
@@ -85,7 +92,20 @@ COMMAND = cli.Command(
             example='books.parquet',
             is_path=True,
         ),
-        Flag('text_field', 'text', 'Field, column or feature that holds the text.'),
+        Flag('text_field', '', 'Field, column or feature that holds a document; empty: text, messages or input_ids.'),
+        Flag('format', 'text', 'What a document is: text, a conversation, or token ids.', choices=FORMATS),
+        Flag(
+            'chat_template',
+            '',
+            'File of Jinja, or chatml; empty: that of the tokenizer (tokenizer_config.json beside it), else ChatML.',
+            is_path=True,
+        ),
+        Flag(
+            'loss_on',
+            LOSS_ON[0],
+            'What is learned of a conversation: every turn of the assistant, or the last one, its completion.',
+            choices=LOSS_ON,
+        ),
         Flag('eos', '', 'Token or id that ends a document, where the tokenizer has several.'),
         Flag('bos', '', "Token or id that begins a document; empty: the tokenizer's bos, else eos."),
         Flag('vocab_size', 0, "Refuse a tokenizer with more ids than this (the model's); 0: any.", minimum=0),
@@ -107,6 +127,10 @@ def _prepare(flags: types.SimpleNamespace) -> None:
     flags.output = Path(flags.output)
     if not re.fullmatch(r'[A-Za-z]\w*', flags.split):
         raise DataError(f'--split={flags.split} must be a word such as train or validation')
+    is_chat = flags.format == 'chat'
+    if not is_chat and (extra := {'chat_template', 'loss_on'} & flags.given):
+        raise DataError(f'--{min(extra)} is for --format=chat; leave it out')
+    flags.text_field = flags.text_field or FIELDS[flags.format]
     if flags.skip_bad >= 1:
         raise DataError(f'--skip_bad={flags.skip_bad} must be a share of the documents, at least 0 and below 1')
     try:
@@ -142,13 +166,21 @@ def prepare(arguments: types.SimpleNamespace) -> Manifest:
         'text_field': arguments.text_field,
         'tokenizer': tokenizer.describe(),
     }
+    form = _make_format(arguments, tokenizer)
+    chat = form.chat if form else None
+    if form:
+        same['format'] = arguments.format
+    if chat:
+        same['chat'] = chat.describe()
 
     if os.path.isfile(output):
         raise DataError(f'--output={output} is a file; name a directory')
     if split in finished(output):
         manifest = manifest_lib.read_manifest(output, split)
         if manifest.arguments != same:
-            name = next(name for name in same if manifest.arguments.get(name) != same[name])
+            name = next(
+                name for name in {**same, **manifest.arguments} if manifest.arguments.get(name) != same.get(name)
+            )
             raise DataError(
                 f'{output} already holds split {split!r} with another {name} '
                 f'({json.dumps(manifest.arguments.get(name))}); name another --output or another --split'
@@ -156,13 +188,13 @@ def prepare(arguments: types.SimpleNamespace) -> Manifest:
         shutil.rmtree(output / f'.incomplete.{split}', ignore_errors=True)  # of a run killed after its last write
         print(f'{output} already holds split {split!r}: {_count(manifest)}; nothing to do')
         return manifest
-    _check_tokenizer(output, tokenizer)
+    _check_same(output, tokenizer, chat)
     weights = [weight for _, weight in sources if weight]
     for (spec, weight), share in zip(sources, whole_number_weights(weights) if weights else []):
         total = sum(whole_number_weights(weights))
         _note(f'--source={spec} has weight {weight}: {share / total:.4g} of the rows')
 
-    tasks = plan(sources, split)
+    tasks = plan(sources, split, ids=arguments.format == 'ids')
     incomplete = output / f'.incomplete.{split}'
     # Every command, and every version of its source files, keeps its finished shards in a directory of its own: a
     # mistyped flag neither costs them nor stands in the way of the corrected command.
@@ -171,11 +203,21 @@ def prepare(arguments: types.SimpleNamespace) -> Manifest:
     state.mkdir(parents=True, exist_ok=True)
     with _locked(incomplete):
         begin = time.monotonic()
-        tokens = tokenize(tasks, state, arguments, tokenizer)
+        tokens = tokenize(tasks, state, arguments, tokenizer, form)
         seconds = max(time.monotonic() - begin, 1e-9)
         with _alone_in(output):  # splits prepared side by side share the files that name them
-            _check_tokenizer(output, tokenizer)
-            manifest = commit(output, split, state, tasks, sources, same, tokenizer, arguments.skip_bad)
+            _check_same(output, tokenizer, chat)
+            manifest = commit(
+                output,
+                split,
+                state,
+                tasks,
+                sources,
+                same,
+                tokenizer,
+                arguments.skip_bad,
+                chat.describe() if chat else None,
+            )
     shutil.rmtree(incomplete)
     new = f', {tokens / seconds:,.0f} tokens/s with {arguments.num_workers} workers' if tokens else ''
     print(f'{output} holds split {split!r}: {_count(manifest)}{new}')
@@ -192,9 +234,9 @@ def _times(tasks: list[ShardTask]) -> list[int]:
     return [os.stat(path).st_mtime_ns if os.path.isfile(path) else 0 for path in paths]
 
 
-def plan(sources: list[tuple[str, str]], split: str) -> list[ShardTask]:
+def plan(sources: list[tuple[str, str]], split: str, *, ids: bool = False) -> list[ShardTask]:
     """Cuts the sources into tasks; each becomes a shard. Depends on the files alone."""
-    files = [list_files(spec, split, _note) for spec, _ in sources]
+    files = [list_files(spec, split, _note, ids=ids) for spec, _ in sources]
     size = max(MIN_SHARD_BYTES, sum(file.size for listed in files for file in listed) // MAX_SHARDS)
     tasks = []
     for source, listed in enumerate(files):
@@ -210,7 +252,7 @@ def plan(sources: list[tuple[str, str]], split: str) -> list[ShardTask]:
     return tasks
 
 
-def tokenize(tasks: list[ShardTask], state: Path, arguments: types.SimpleNamespace, tokenizer) -> int:
+def tokenize(tasks: list[ShardTask], state: Path, arguments: types.SimpleNamespace, tokenizer, form=None) -> int:
     """Writes the shards that `state` lacks; returns the tokens in them."""
     pending = [task for task in tasks if not result_path(state, task).exists()]
     documents = tokens = 0
@@ -236,7 +278,7 @@ def tokenize(tasks: list[ShardTask], state: Path, arguments: types.SimpleNamespa
         workers = min(arguments.num_workers, len(pending))
         if workers <= 1:
             for task in pending:
-                write_shard(task, state, tokenizer, arguments.text_field, arguments.skip_bad > 0, advance)
+                write_shard(task, state, tokenizer, arguments.text_field, arguments.skip_bad > 0, advance, form)
                 bar.update()
             return tokens
 
@@ -274,8 +316,10 @@ _worker = {}  # what a worker process keeps between tasks: tokenizer, text_field
 
 def _start_worker(arguments, state, progress, stop):
     exit_with_parent()
+    tokenizer = load_tokenizer(arguments.tokenizer, arguments.eos, arguments.bos)
     _worker.update(
-        tokenizer=load_tokenizer(arguments.tokenizer, arguments.eos, arguments.bos),
+        tokenizer=tokenizer,
+        form=_make_format(arguments, tokenizer),
         text_field=arguments.text_field,
         skip_bad=arguments.skip_bad > 0,
         state=state,
@@ -290,12 +334,27 @@ def _work(task: ShardTask) -> None:
             raise DataError('stopped')
         _worker['progress'].put((documents, tokens))
 
-    write_shard(task, _worker['state'], _worker['tokenizer'], _worker['text_field'], _worker['skip_bad'], advance)
+    kept = [_worker[name] for name in ('state', 'tokenizer', 'text_field', 'skip_bad')]
+    write_shard(task, *kept, advance, _worker['form'])
 
 
-def _check_tokenizer(output: Path, tokenizer) -> None:
+def _make_format(arguments: types.SimpleNamespace, tokenizer) -> ChatFormat | IdsFormat | None:
+    if arguments.format == 'chat':
+        chat = load_chat(tokenizer, arguments.tokenizer, arguments.chat_template, loss_on=arguments.loss_on)
+        return ChatFormat(tokenizer, chat)
+    return IdsFormat(tokenizer) if arguments.format == 'ids' else None
+
+
+def _check_same(output: Path, tokenizer, chat: Chat | None) -> None:
+    """Raises DataError where the directory holds splits of another tokenizer, or of text beside conversations."""
     for other in finished(output):
-        described = manifest_lib.read_manifest(output, other).tokenizer
+        manifest = manifest_lib.read_manifest(output, other)
+        described = manifest.tokenizer
+        if manifest.chat.get('template') != (chat.template if chat else None):
+            kind = (
+                'conversations of another template' if manifest.chat and chat else 'text' if chat else 'conversations'
+            )
+            raise DataError(f'{output} holds split {other!r} of {kind}; name another --output')
         if described != tokenizer.describe():
             raise DataError(
                 f'{output} holds split {other!r} with another tokenizer ({described}); '

@@ -39,6 +39,7 @@ def write_shard(
     text_field: str,
     skip_bad: bool,
     advance: Callable[[int, int], None],
+    form=None,
 ) -> None:
     """Writes one shard: its records, its documents' lengths, then its counts, which mark it finished.
 
@@ -49,15 +50,16 @@ def write_shard(
       text_field: field, column or feature that holds the text.
       skip_bad: whether a bad document is counted and left out; otherwise it raises DataError.
       advance: called with the numbers of new documents and tokens.
+      form: what a document is, see formats.py; None: text.
     """
     path = shard_path(state, task)
     temporary = path.with_name(f'{path.name}.tmp')
     skipped, first_bad = collections.Counter(), ''
 
-    def texts() -> Iterator[str]:
+    def texts() -> Iterator:
         nonlocal first_bad
         for piece in task.pieces:
-            for item in read_items(piece, text_field):
+            for item in read_items(piece, text_field, form):
                 if not isinstance(item, Skipped):
                     yield item
                     continue
@@ -67,18 +69,19 @@ def write_shard(
                 first_bad = first_bad or item.error
 
     writer = _Writer(temporary)
-    lengths, text_bytes = [], 0
+    lengths, text_bytes, targets = [], 0, 0
     for batch in _batches(texts()):
         batch_tokens = 0
-        for text, ids in zip(batch, _encode(tokenizer, batch), strict=True):
+        for ids, mask, learned_bytes in form.encode(batch) if form else _documents(tokenizer, batch):
             if not len(ids):
                 skipped['empty'] += 1
                 continue
-            ids = np.append(ids, np.array(tokenizer.eos_id, ids.dtype))
             for offset in range(0, len(ids), RECORD_TOKENS):
-                writer.write(_example(ids[offset : offset + RECORD_TOKENS], offset))
+                part = slice(offset, offset + RECORD_TOKENS)
+                writer.write(_example(ids[part], offset, None if mask is None else mask[part]))
             lengths.append(len(ids))
-            text_bytes += len(text.encode())
+            text_bytes += learned_bytes
+            targets += 0 if mask is None else int(mask.sum())
             batch_tokens += len(ids)
         advance(len(batch), batch_tokens)
     writer.close()
@@ -93,6 +96,7 @@ def write_shard(
         'records': writer.records,
         'tokens': sum(lengths),
         'bytes': text_bytes,
+        'targets': targets,
         'skipped': dict(sorted(skipped.items())),
         'first_bad': first_bad,
         'file_bytes': path.stat().st_size,
@@ -140,6 +144,12 @@ class _Writer:
         reader.close()
 
 
+def _documents(tokenizer, texts: list[str]) -> Iterator[tuple[np.ndarray, None, int]]:
+    """(ids with eos at their end, no mask, bytes of the text) of each text; no ids for one without text."""
+    for text, ids in zip(texts, _encode(tokenizer, texts), strict=True):
+        yield np.append(ids, np.array(tokenizer.eos_id, ids.dtype)) if len(ids) else ids, None, len(text.encode())
+
+
 def _encode(tokenizer, texts: list[str]) -> list[np.ndarray]:
     """encode_batch, with very long texts in parts."""
     parts = [list(_parts(text)) for text in texts]
@@ -161,7 +171,7 @@ def _parts(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
+def _batches(texts: Iterator) -> Iterator[list]:
     batch, chars = [], 0
     for text in texts:
         batch.append(text)
@@ -173,7 +183,7 @@ def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _example(ids: np.ndarray, offset: int) -> bytes:
+def _example(ids: np.ndarray, offset: int, mask: np.ndarray | None) -> bytes:
     from tensorflow_datasets.proto import tf_example_pb2
 
     example = tf_example_pb2.Example()
@@ -181,6 +191,8 @@ def _example(ids: np.ndarray, offset: int) -> bytes:
         ids.astype(ids.dtype.newbyteorder('<'), copy=False).tobytes()
     )
     example.features.feature['offset'].int64_list.value.append(offset)
+    if mask is not None:
+        example.features.feature['mask'].bytes_list.value.append(mask.tobytes())
     return example.SerializeToString(deterministic=True)
 
 

@@ -34,6 +34,7 @@ from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
+from transxssm_jax.data import token_files
 from transxssm_jax.data.manifest import DataError, first_line
 from transxssm_jax.data.tokenizer import replace_surrogates
 
@@ -50,6 +51,7 @@ SPLIT_WORDS = {  # as the Hugging Face hub reads file names
     'evaluation': 'test',
 }
 COMPRESSED = ('.gz', '.zst')
+TOKEN_FILES = '|'.join(map(re.escape, token_files.ENDINGS))
 UNREAD = ('.xz', '.bz2', '.lz4', '.br', '.zip', '.7z', '.rar', '.tar', '.tgz', '.tar.gz', '.tar.zst')
 COMPRESSION = 3  # text bytes per compressed byte, roughly; only sizes the pieces
 BYTE_ORDER_MARK = '\ufeff'
@@ -63,7 +65,7 @@ class Piece:
     TFDS; a text file or a compressed one is one piece. size: bytes of text, roughly.
     """
 
-    kind: str  # text, jsonl, parquet, tfds
+    kind: str  # text, jsonl, parquet, tfds, or one of token_files.py
     path: str
     start: int
     stop: int
@@ -99,13 +101,16 @@ def parse_source(argument: str) -> tuple[str, str]:
     return spec, weight
 
 
-def list_files(spec: str, split: str, note: Callable[[str], None] = lambda text: None) -> list[Piece]:
+def list_files(
+    spec: str, split: str, note: Callable[[str], None] = lambda text: None, *, ids: bool = False
+) -> list[Piece]:
     """The files (or the TFDS split) of one source, each as one whole piece, in sorted order.
 
     Args:
       spec: see the top of this file.
       split: that a directory's files are taken of, where all of them name theirs.
       note: called with a sentence about files that are passed over.
+      ids: whether documents are token ids, which token_files.py reads too.
 
     Raises DataError where there are none, or where it cannot be told which are meant.
     """
@@ -113,11 +118,16 @@ def list_files(spec: str, split: str, note: Callable[[str], None] = lambda text:
         data, size = _open_tfds(spec)
         return [Piece('tfds', spec, 0, len(data), size)]
     if os.path.isfile(spec):
-        return [_whole_file(spec, explicit=True)]
+        return [_whole_file(spec, explicit=True, ids=ids)]
     kind = ''
     if os.path.isdir(spec):
         found, passed_over = _below(spec)
-        for ending in (r'\.parquet', r'\.(jsonl|ndjson|json)\.(gz|zst)|\.(jsonl|ndjson)'):
+        found = token_files.without_indexes(found) if ids else found
+        for ending in (
+            *([TOKEN_FILES] if ids else []),
+            r'\.parquet',
+            r'\.(jsonl|ndjson|json)\.(gz|zst)|\.(jsonl|ndjson)',
+        ):
             paths = [path for path in found if re.search(f'({ending})$', path)]
             if paths:
                 passed_over += sorted(set(found) - set(paths))
@@ -128,6 +138,7 @@ def list_files(spec: str, split: str, note: Callable[[str], None] = lambda text:
     elif glob.has_magic(spec):
         found = glob.glob(spec, recursive=True)
         paths = sorted(path for path in found if os.path.isfile(path))
+        paths = token_files.without_indexes(paths) if ids else paths
         passed_over = [path for path in found if not os.path.isfile(path) and not os.path.isdir(path)]
     else:
         raise DataError(f'--source={spec}: no such file or directory')
@@ -137,7 +148,7 @@ def list_files(spec: str, split: str, note: Callable[[str], None] = lambda text:
         note(f'--source={spec}: {len(passed_over):,} files are passed over: {_some(passed_over)}')
     if not paths:
         raise DataError(f'--source={spec}: no files there; name a file, a directory or a quoted pattern that has some')
-    return [_whole_file(path, explicit=False, kind=kind) for path in paths]
+    return [_whole_file(path, explicit=False, kind=kind, ids=ids) for path in paths]
 
 
 def cut(file: Piece, piece_size: int) -> list[Piece]:
@@ -171,14 +182,19 @@ def read_documents(piece: Piece, text_field: str) -> Iterator[str]:
             raise DataError(item.error)
 
 
-def read_items(piece: Piece, text_field: str) -> Iterator[str | Skipped]:
+def read_items(piece: Piece, text_field: str, form=None) -> Iterator:
     """Texts of the documents of `piece`, and Skipped for those that are bad.
+
+    With a `form` (formats.py) the field holds something else than text: form.convert(value) is what is yielded, or a
+    Skipped whose error lacks its place.
 
     What cannot be read any further is one Skipped ('unreadable'), whose rest is lost. Raises DataError where all
     documents of a file lack the field, and where the system fails to read (EIO, EACCES): that is no bad document.
     """
     readers = {'text': _read_text, 'jsonl': _read_jsonl, 'parquet': _read_parquet, 'tfds': _read_tfds}
-    items = readers[piece.kind](piece, text_field)
+    if form and piece.kind not in form.kinds:
+        raise DataError(f'--source={piece.path} is {piece.kind}; {form.name} are read of {", ".join(form.kinds)}')
+    items = readers.get(piece.kind, _read_ids)(piece, text_field, *([form] if form else []))
     while True:
         try:
             item = next(items)
@@ -191,7 +207,7 @@ def read_items(piece: Piece, text_field: str) -> Iterator[str | Skipped]:
                 raise DataError(f'{piece.path} cannot be read ({error.strerror}); run the same command again') from None
             yield Skipped('unreadable', f'{piece.path} cannot be read ({first_line(error)}); fetch it again')
             return
-        yield item if isinstance(item, Skipped) else replace_surrogates(item).removeprefix(BYTE_ORDER_MARK)
+        yield item if form or isinstance(item, Skipped) else replace_surrogates(item).removeprefix(BYTE_ORDER_MARK)
 
 
 def _below(directory: str) -> tuple[list[str], list[str]]:
@@ -243,7 +259,10 @@ def _some(paths: list[str], count: int = 5) -> str:
     return ', '.join(paths[:count]) + more
 
 
-def _whole_file(path: str, *, explicit: bool, kind: str = '') -> Piece:
+def _whole_file(path: str, *, explicit: bool, kind: str = '', ids: bool = False) -> Piece:
+    if ids and (of_ids := token_files.kind_of(path)):
+        path, stop, size = token_files.measure(of_ids, path)
+        return Piece(of_ids, path, 0, stop, size, explicit)
     size = os.path.getsize(path)
     if path.endswith(UNREAD):
         raise DataError(
@@ -272,7 +291,7 @@ def _read_text(piece: Piece, text_field: str) -> Iterator[str | Skipped]:
         yield Skipped('binary file')
 
 
-def _read_jsonl(piece: Piece, text_field: str) -> Iterator[str | Skipped]:
+def _read_jsonl(piece: Piece, text_field: str, form=None) -> Iterator:
     with _open(piece.path) as file:
         whole = piece.path.endswith(COMPRESSED)
         position = piece.start
@@ -286,11 +305,11 @@ def _read_jsonl(piece: Piece, text_field: str) -> Iterator[str | Skipped]:
                 break
             content = line if position else line.removeprefix(BYTE_ORDER_MARK.encode())
             if content.strip():
-                yield _json_text(content, text_field, f'{piece.path}, line at byte {position}')
+                yield _json_text(content, text_field, f'{piece.path}, line at byte {position}', form)
             position += len(line)
 
 
-def _json_text(line: bytes, text_field: str, place: str) -> str | Skipped:
+def _json_text(line: bytes, text_field: str, place: str, form=None):
     try:
         document = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -302,6 +321,8 @@ def _json_text(line: bytes, text_field: str, place: str) -> str | Skipped:
             'no field', f'{place} has no field {text_field!r} (it has {names}); name the text with --text_field'
         )
     text = document[text_field]
+    if form:
+        return _converted(text, place, form)
     if not isinstance(text, str | None):
         return Skipped(
             'not text',
@@ -310,7 +331,17 @@ def _json_text(line: bytes, text_field: str, place: str) -> str | Skipped:
     return text or ''
 
 
-def _read_parquet(piece: Piece, text_field: str) -> Iterator[str]:
+def _read_ids(piece: Piece, text_field: str, form) -> Iterator:
+    for place, ids in token_files.read(piece.kind, piece.path, piece.start, piece.stop, text_field, form.eos_id):
+        yield _converted(ids, place, form)
+
+
+def _converted(value, place: str, form):
+    item = form.convert(value)
+    return Skipped(item.reason, f'{place}: {item.error}') if isinstance(item, Skipped) and item.error else item
+
+
+def _read_parquet(piece: Piece, text_field: str, form=None) -> Iterator:
     import pyarrow
 
     file = _open_parquet(piece.path)
@@ -321,7 +352,7 @@ def _read_parquet(piece: Piece, text_field: str) -> Iterator[str]:
         )
     column_type = file.schema_arrow.field(text_field).type
     value_type = column_type.value_type if pyarrow.types.is_dictionary(column_type) else column_type
-    if not (
+    if not form and not (
         pyarrow.types.is_string(value_type)
         or pyarrow.types.is_large_string(value_type)
         or pyarrow.types.is_string_view(value_type)
@@ -329,11 +360,13 @@ def _read_parquet(piece: Piece, text_field: str) -> Iterator[str]:
         raise DataError(
             f'{piece.path}: column {text_field!r} is {column_type}, not text; name the text with --text_field'
         )
+    row = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
     for batch in file.iter_batches(
         batch_size=256, row_groups=range(piece.start, piece.stop), columns=[text_field], use_threads=False
     ):
         for text in batch.column(0).to_pylist():
-            yield text or ''
+            yield _converted(text, f'{piece.path}, row {row}', form) if form else text or ''
+            row += 1
 
 
 def _read_tfds(piece: Piece, text_field: str) -> Iterator[str | Skipped]:

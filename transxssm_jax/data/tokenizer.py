@@ -59,6 +59,14 @@ class ByteTokenizer:
         del special_tokens
         return [np.frombuffer(replace_surrogates(text).encode(), np.uint8).astype(np.uint16) for text in texts]
 
+    def encode_with_offsets(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(ids, int64 [ids, 2] of the first character and past the last of each) for each text."""
+        encoded = []
+        for text in map(replace_surrogates, texts):
+            of_byte = np.repeat(np.arange(len(text)), [len(character.encode()) for character in text])
+            encoded.append((self.encode_batch([text])[0], np.stack([of_byte, of_byte + 1], axis=1)))
+        return encoded
+
     def decode(self, ids) -> str:
         """Text of `ids`, without eos; bytes that are not UTF-8 come out as U+FFFD."""
         return bytes(int(i) for i in ids if i < 256).decode('utf-8', 'replace')
@@ -130,6 +138,17 @@ class JsonTokenizer:
             if not special_tokens and self._has_reserved(ids):
                 encoded[i] = self._encode_cut(texts[i])
         return encoded
+
+    def encode_with_offsets(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(ids, int64 [ids, 2] of the first character and past the last of each) for each text.
+
+        Every special token that a text spells becomes its id, eos and the begin token too: for templates.
+        """
+        encodings = self._tokenizer.encode_batch([replace_surrogates(t) for t in texts], add_special_tokens=False)
+        return [
+            (np.array(encoding.ids, self.dtype), np.array(encoding.offsets, np.int64).reshape(-1, 2))
+            for encoding in encodings
+        ]
 
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)

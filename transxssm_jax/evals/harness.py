@@ -51,7 +51,13 @@ COMMAND = cli.Command(
     'transxssm_jax.evals.harness',
     __doc__,
     [
-        Flag('workdir', cli.REQUIRED, 'Directory of the run.', example='runs/a', is_path=True),
+        Flag(
+            'workdir',
+            cli.REQUIRED,
+            'Directory of the run, alone or with @STEP, @best or @latest.',
+            example='runs/a',
+            is_path=True,
+        ),
         Flag(
             'tasks',
             cli.REQUIRED,

@@ -48,7 +48,7 @@ from transxssm_jax.inference.trained_run import open_trained_run
 from transxssm_jax.model import parameters
 from transxssm_jax.model.loss import IGNORED
 from transxssm_jax.parallel import collectives
-from transxssm_jax.training import checkpoint
+from transxssm_jax.training import checkpoint, splits
 
 SCALINGS = ('none', 'linear', 'dynamic', 'length')
 
@@ -56,7 +56,13 @@ COMMAND = cli.Command(
     'transxssm_jax.evals.perplexity',
     __doc__,
     [
-        Flag('workdir', cli.REQUIRED, 'Directory of the run.', example='runs/a', is_path=True),
+        Flag(
+            'workdir',
+            cli.REQUIRED,
+            'Directory of the run, alone or with @STEP, @best or @latest.',
+            example='runs/a',
+            is_path=True,
+        ),
         Flag('step', -1, 'Step of the checkpoint; -1: the newest.', minimum=-1),
         Flag('data', '', 'Prepared directory; empty: data.path of the run.', is_path=True),
         Flag('split', '', 'Split of it; empty: the evaluation split of the run.'),
@@ -319,8 +325,8 @@ def _evaluate(flags) -> None:
     run = open_trained_run(flags.workdir, flags.step, flags.data, flag='--data')
     config = run.config
     output = results_lib.choose_output(flags.output, run, 'perplexity')
-    data = flags.data or config.data.path
-    split = flags.split or next(iter(config.data.eval_split_names), 'validation')
+    data, split = splits.locate(config, flags.split or next(iter(config.data.eval_split_names), 'validation'))
+    data = flags.data or data
     spans = read_spans(
         data, split, lengths[-1], begin=run.tokenizer.begin_id, documents=flags.documents, count=flags.windows
     )

@@ -21,7 +21,7 @@ from transxssm_jax.inference.decode import Decoder
 from transxssm_jax.model import costs, parameters
 from transxssm_jax.parallel import mesh
 from transxssm_jax.planning import fitting, roofline
-from transxssm_jax.training import loop
+from transxssm_jax.training import compilation
 from transxssm_jax.training import step as step_lib
 
 MODES = ('train', 'forward', 'prefill', 'decode')
@@ -108,13 +108,8 @@ def _measure_step(case: Case, calls: int, repeats: int) -> dict:
         started = time.perf_counter()
 
         def compile_step(config):
-            if case.mode == 'train':
-                return loop.compile_train_step(config, device_mesh)
-            params, batch = (
-                step_lib.abstract_state(config, device_mesh)['params'],
-                loop.abstract_batch(config, device_mesh),
-            )
-            return loop.jit_eval_step(config, device_mesh).lower(params, batch).compile()
+            compile_one = compilation.compile_train_step if case.mode == 'train' else compilation.compile_eval_step
+            return compile_one(config, device_mesh)
 
         fitted = fitting.fit(config, device_mesh, compile_step)
         compile_seconds = time.perf_counter() - started

@@ -16,7 +16,7 @@ from transxssm_jax.data.tokenizer import load_tokenizer
 from transxssm_jax.data.vocabulary import check_tokenizer, describe, is_same
 from transxssm_jax.inference.sampling import InputError
 from transxssm_jax.parallel import mesh
-from transxssm_jax.training import checkpoint
+from transxssm_jax.training import checkpoint, run_reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class TrainedRun:
     """A checkpoint of a run, read.
 
     Attributes:
-      workdir: directory of the run, as given.
+      workdir: directory of the run.
       step: of the checkpoint.
       config: that the checkpoint was trained with; with overrides, as changed by them.
       tokenizer: of the training data.
@@ -65,7 +65,7 @@ def open_trained_run(
     """Reads a checkpoint of a run; the tokenizer is read and checked before the parameters.
 
     Args:
-      workdir: directory of the run.
+      workdir: directory of the run; @STEP, @best or @latest may follow.
       step: which checkpoint; -1: the newest that can be read.
       tokenizer: 'byte', a tokenizers json file or a prepared directory; '': that of the run's training data.
       overrides: dotted name -> value or text of settings that the checkpoint is not bound to. mesh.data devices share
@@ -80,6 +80,7 @@ def open_trained_run(
       InputError, ConfigError: an unknown setting, one that the checkpoint is bound to, or a mesh with more devices than
         there are or that does not divide the model.
     """
+    workdir, step = run_reference.resolve(workdir, step)
     config = checkpoint.load_config(workdir, step)
     loaded = _load_tokenizer(workdir, config, tokenizer, flag)
     used = _config_here(config, overrides) if overrides else config
@@ -90,7 +91,7 @@ def open_trained_run(
 
 
 def _load_tokenizer(workdir, config: Config, source: str, flag: str):
-    trained = config.data.path
+    trained = config.data.tokenizer_path
     if not (source or trained):
         raise DataError(
             f'the config of --workdir={workdir} does not name its training data (data.path is empty); give {flag}=PATH'
@@ -101,24 +102,33 @@ def _load_tokenizer(workdir, config: Config, source: str, flag: str):
         raise DataError(
             f'{error} ({flag})'
             if source
-            else f'{error}; that is data.path of the run, whose tokenizer is needed: give it with {flag}=PATH'
+            else f'{error}; that is {_setting(config)} of the run, whose tokenizer is needed: give it with {flag}=PATH'
         ) from error
-    name = f'{flag}={source}' if source else f'data.path={trained}'
+    name = f'{flag}={source}' if source else f'{_setting(config)}={trained}'
     check_tokenizer(tokenizer, config.model.vocab_size, f'the tokenizer of {name}')
     if source:
         _check_same(tokenizer, config, name)
     return tokenizer
 
 
+def _setting(config: Config) -> str:
+    """The setting that leads to the tokenizer of the training data."""
+    return 'data.path' if config.data.path else 'data.sources'
+
+
 def _check_same(tokenizer, config: Config, name: str) -> None:
     """Raises DataError if the tokenizer is not the one whose digest the training data records."""
-    trained = config.data.path
+    trained = config.data.tokenizer_path
     try:
         expected = describe(trained) if trained else None
     except DataError:
         expected = None
     if expected is None:
-        where = f'the training data (data.path={trained}) is not here' if trained else 'data.path of the run is empty'
+        where = (
+            f'the training data ({_setting(config)}={trained}) is not here'
+            if trained
+            else 'data.path of the run is empty'
+        )
         print(
             f'note: {name} has {tokenizer.vocab_size} ids, which fit model.vocab_size={config.model.vocab_size}; its '
             f'digest could not be checked, because {where}',
@@ -126,7 +136,7 @@ def _check_same(tokenizer, config: Config, name: str) -> None:
         )
     elif not is_same(tokenizer.describe(), expected):
         raise DataError(
-            f'{name} has another tokenizer than the training data, data.path={trained}; give the tokenizer of the '
+            f'{name} has another tokenizer than the training data, {_setting(config)}={trained}; give the tokenizer of the '
             'training data'
         )
 

@@ -27,7 +27,7 @@ from transxssm_jax.pytorch.fields import ConvertError, fields_of, pytorch_model
 from transxssm_jax.pytorch.files import PytorchCheckpoint, Writer
 from transxssm_jax.pytorch.mamba_ssm import MambaCheckpoint, open_checkpoint
 from transxssm_jax.pytorch.tensors import Path, Tensor, check_exportable, shapes_of, spell_out, tensors_of
-from transxssm_jax.training import checkpoint, checkpoint_files, lease
+from transxssm_jax.training import checkpoint, checkpoint_files, lease, run_reference
 
 MEMORY = 'published.json'  # in a workdir: what of its import a checkpoint has no place for
 TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json')
@@ -43,9 +43,14 @@ def load_pytorch(directory: pathlib.Path | str) -> tuple[dict, Config]:
     Raises:
       ConvertError: see files.PytorchCheckpoint.
     """
+    params, config = open_weights(directory)
+    return nnx.traversals.unflatten_mapping({path: array.read() for path, array in params.items()}), config
+
+
+def open_weights(directory: pathlib.Path | str) -> tuple[dict[Path, arrays.LazyArray], Config]:
+    """The arrays of a published checkpoint, each read when it is asked for, and its config. Errors as `load_pytorch`."""
     source = open_checkpoint(directory)
-    params = {path: array.read() for path, array in _lazy_params(source).items()}
-    return nnx.traversals.unflatten_mapping(params), source.config
+    return _lazy_params(source), source.config
 
 
 def _lazy_params(source: PytorchCheckpoint | MambaCheckpoint, advance=lambda: None) -> dict[Path, arrays.LazyArray]:
@@ -179,6 +184,7 @@ def export_pytorch(
     """Writes the parameters of a checkpoint in the published format.
 
     Args:
+      workdir: of the run; @STEP, @best or @latest may follow.
       step: which checkpoint; -1: the newest that can be read.
       tokenizer: a tokenizers json file to go with it, or a prepared directory that has one; '': that of the run's
         data.path.
@@ -192,7 +198,7 @@ def export_pytorch(
     Raises:
       ConvertError, ConfigError, DataError, checkpoint.CheckpointError: one line.
     """
-    workdir, out = pathlib.Path(workdir), pathlib.Path(out)
+    (workdir, step), out = run_reference.resolve(workdir, step), pathlib.Path(out)
     if any(out.glob('model*.safetensors*')):
         raise ConvertError(f'--output={out} holds weights already; choose another directory')
     params, config = checkpoint.find_params(workdir, step)
@@ -205,7 +211,7 @@ def export_pytorch(
     loaded = _tokenizer_for_export(tokenizer, config, notes)
     files = {}
     if loaded:
-        name = tokenizer or config.data.path
+        name = tokenizer or config.data.tokenizer_path
         check_tokenizer(loaded, model.vocab_size, f'tokenizer {name}')
         fields |= {'bos_token_id': loaded.begin_id, 'eos_token_id': loaded.eos_id}
         if isinstance(loaded, JsonTokenizer):
@@ -257,10 +263,10 @@ def _tokenizer_for_export(tokenizer: str, config: Config, notes: list[str]) -> B
                 f'--tokenizer={tokenizer} is the byte tokenizer, which has no file to export; leave it out'
             )
         return loaded
-    if not config.data.path:
+    if not config.data.tokenizer_path:
         return None
     try:
-        return load_tokenizer(config.data.path)
+        return load_tokenizer(config.data.tokenizer_path)
     except DataError as error:
         notes.append(f'no tokenizer is exported ({error}); name one with --tokenizer')
         return None

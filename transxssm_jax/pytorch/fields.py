@@ -259,6 +259,9 @@ def fields_of(config: Config, memory: dict, dtype: str) -> dict:
         fields['max_position_embeddings'] = model.rope_original_length
         fields['rope_scaling']['original_max_position_embeddings'] = model.rope_original_length
     settings = json.loads(config_lib.to_json(config))
-    del settings['mesh'], settings['data']['path']  # of a machine
+    del settings['mesh'], settings['train']['init_from']  # of a machine
+    for name in ('path', 'sources', 'weights', 'max_epochs'):
+        del settings['data'][name]
+    del settings['optimizer']['updates_before']  # an export holds no optimizer state
     own = {'model_type': 'TransXSSM', 'architectures': ['TransXSSMForCausalLM'], 'torch_dtype': dtype}
     return fields | own | {SETTINGS: settings}

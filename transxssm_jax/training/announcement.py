@@ -9,7 +9,7 @@ from transxssm_jax.config import Config
 from transxssm_jax.data.loader import Loader
 from transxssm_jax.model import costs, parameters
 from transxssm_jax.parallel import processes
-from transxssm_jax.training import metrics, optimizer
+from transxssm_jax.training import metrics, optimizer, splits
 
 
 def describe(config: Config, device_mesh: jax.sharding.Mesh, loader: Loader, workdir, attended: float) -> list[str]:
@@ -18,14 +18,16 @@ def describe(config: Config, device_mesh: jax.sharding.Mesh, loader: Loader, wor
     lines = ['settings that differ from the defaults:']
     lines += [f'  {name} = {value!r} (default {default!r})' for name, (value, default) in changed.items()]
     devices = jax.devices()
+    data = splits.describe(config, loader)
     axes = ' x '.join(f'{name} {size}' for name, size in device_mesh.shape.items())
     return [
         *lines,
         f'{parameters.count_params(config.model):,} parameters; {config.tokens_per_step:,} tokens per step; '
         f'{len(devices)} x {devices[0].device_kind} as {axes}'
         + (f', {jax.process_count()} processes' if processes.is_multiprocess() else ''),
-        f'{loader.num_documents:,} documents, {loader.num_tokens:,} tokens in {config.data.path} '
-        f'({config.data.train_split}); workdir {workdir}',
+        *data[:-1],
+        f'{data[-1]}; workdir {workdir}' if len(data) == 1 else data[-1],
+        *([f'workdir {workdir}'] if len(data) > 1 else []),
         f'a token attends to {attended:,.0f} tokens on average, which mfu counts; mfu_packed_rows counts '
         f'{costs.row_attended(config.data.seq_len):,.0f}, as if one document filled every row',
         *filter(None, [metrics.missing_mfu(devices[0])]),

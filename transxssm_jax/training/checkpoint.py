@@ -26,7 +26,7 @@ from transxssm_jax.config import Config
 from transxssm_jax.data.manifest import write_file
 from transxssm_jax.parallel import processes
 from transxssm_jax.training import checkpoint_files as files
-from transxssm_jax.training import digest
+from transxssm_jax.training import digest, run_reference
 from transxssm_jax.training import step as step_lib
 from transxssm_jax.training.checkpoint_files import CheckpointError
 
@@ -61,6 +61,14 @@ def open_workdir(workdir: pathlib.Path, config: Config) -> None:
         raise CheckpointError(
             f'--workdir={workdir} cannot be written ({error.strerror or error}); choose another'
         ) from error
+
+
+def saved_config(workdir: pathlib.Path) -> Config | None:
+    """The config of the run in a workdir; None where it has no checkpoint. Errors as those of `load_config`."""
+    if not files.steps_in(workdir / 'checkpoints'):
+        return None
+    path = workdir / 'config.json'
+    return _read_config(path) if path.exists() else load_config(workdir)
 
 
 def _check_shared(workdir: pathlib.Path, patience_seconds: float = 20.0) -> None:
@@ -117,7 +125,7 @@ def load_trained_step(workdir: pathlib.Path | str, step: int = -1) -> tuple[dict
     """The parameters of a run; its optimizer state is not read.
 
     Args:
-      workdir: directory of the run, which may be training.
+      workdir: directory of the run, which may be training; @STEP, @best or @latest may follow (run_reference.py).
       step: which checkpoint; -1: the newest that can be read.
 
     Returns:
@@ -135,12 +143,12 @@ def load_trained_step(workdir: pathlib.Path | str, step: int = -1) -> tuple[dict
         params = files.read_group(path, 'params', {'params': step_lib.abstract_params(config)}, digests)
         return params['params'], config, int(path.name)
 
-    return _read_trained(workdir, step, read)
+    return read_trained(workdir, step, read)
 
 
 def load_config(workdir: pathlib.Path | str, step: int = -1) -> Config:
     """The config that a checkpoint was trained with. Arguments and errors as `load_trained`."""
-    return _read_trained(workdir, step, lambda path: files.read_config(path, files.read_digests(path)))
+    return read_trained(workdir, step, lambda path: files.read_config(path, files.read_digests(path)))
 
 
 def find_params(workdir: pathlib.Path | str, step: int = -1) -> tuple[pathlib.Path, Config]:
@@ -154,25 +162,30 @@ def find_params(workdir: pathlib.Path | str, step: int = -1) -> tuple[pathlib.Pa
         digest.check(path, files.of_group(digests, 'params'))
         return path / 'params', files.read_config(path, digests)
 
-    return _read_trained(workdir, step, find)
+    return read_trained(workdir, step, find)
 
 
-def _read_trained(workdir, step, read):
-    directory = pathlib.Path(workdir).absolute() / 'checkpoints'
+def read_trained(workdir, step, read, flag='--workdir'):
+    """read(directory of a checkpoint); of the newest that can be read where no step is named.
+
+    Arguments and errors as `load_trained_step`; `flag` is what errors call the workdir.
+    """
+    workdir, step = run_reference.resolve(workdir, step, flag)
+    directory = workdir.absolute() / 'checkpoints'
     damaged, vanished = {}, 0  # step -> what is wrong; how many were removed while they were read
     while vanished < _ATTEMPTS:
         steps = files.steps_in(directory)
         candidates = [step] if step != -1 else [other for other in steps if other not in damaged]
         if not steps:
             what = 'holds no checkpoint' if directory.parent.is_dir() else 'does not exist'
-            raise CheckpointError(f'--workdir={workdir} {what}; give the --workdir of a training run that has saved')
+            raise CheckpointError(f'{flag}={workdir} {what}; give the directory of a training run that has saved')
         if step != -1 and step not in steps:
             raise CheckpointError(
-                f'--workdir={workdir} has no checkpoint of step {step}; it has {", ".join(map(str, steps))}'
+                f'{flag}={workdir} has no checkpoint of step {step}; it has {", ".join(map(str, steps))}'
             )
         if not candidates:
             raise CheckpointError(
-                f'no checkpoint of --workdir={workdir} can be read; restore one from a backup (the newest: '
+                f'no checkpoint of {flag}={workdir} can be read; restore one from a backup (the newest: '
                 f'{damaged[max(damaged)]})'
             )
         path = directory / str(candidates[-1])
@@ -191,13 +204,13 @@ def _read_trained(workdir, step, read):
                 ) from error
             if step != -1:
                 raise CheckpointError(
-                    f'the checkpoint of step {step} in --workdir={workdir} cannot be read ({problem}); '
+                    f'the checkpoint of step {step} in {flag}={workdir} cannot be read ({problem}); '
                     'leave --step out for the newest that can'
                 ) from error
             log.warning('skipping unreadable checkpoint %s: %s', path, problem)
             damaged[candidates[-1]] = problem
     raise CheckpointError(
-        f'the run in --workdir={workdir} removes its checkpoints faster than they can be read; try again when it '
+        f'the run in {flag}={workdir} removes its checkpoints faster than they can be read; try again when it '
         'has ended, or let it keep more (train.keep_last)'
     )
 

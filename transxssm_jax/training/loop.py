@@ -14,10 +14,10 @@ import jax
 from transxssm_jax import config as config_lib
 from transxssm_jax.cli import ExitCode
 from transxssm_jax.config import Config, ConfigError
-from transxssm_jax.data.loader import Loader, WorkerLostError, check_batch, check_vocab
+from transxssm_jax.data.loader import Loader, WorkerLostError
 from transxssm_jax.data.tokenizer import load_tokenizer
 from transxssm_jax.parallel import mesh, processes
-from transxssm_jax.training import announcement, checkpoint, lease, metrics, splits
+from transxssm_jax.training import announcement, checkpoint, compilation, initial_state, lease, metrics, splits
 from transxssm_jax.training import step as step_lib
 from transxssm_jax.training.evaluators import Evaluator, HeldOutLoss
 from transxssm_jax.training.profiler import ProfilerWindow
@@ -62,7 +62,14 @@ class Run:
     pending: metrics.PendingMetrics = dataclasses.field(default_factory=metrics.PendingMetrics)
 
 
-def train(config: Config, workdir: pathlib.Path, stop: StopRequest, sample: Callable, fit: Callable) -> int:
+def train(
+    config: Config,
+    workdir: pathlib.Path,
+    stop: StopRequest,
+    sample: Callable,
+    open_weights: initial_state.OpenWeights,
+    fit: Callable,
+) -> int:
     """Trains from the newest checkpoint of the workdir, or from the start, to train.steps or a request to stop.
 
     Args:
@@ -79,9 +86,10 @@ def train(config: Config, workdir: pathlib.Path, stop: StopRequest, sample: Call
       KeyboardInterrupt: a Ctrl-C after the first request to stop.
     """
     check_input(config)
+    config = initial_state.settle(config, workdir, open_weights)
     with contextlib.ExitStack() as stack:
         stack.enter_context(lease.hold(workdir))  # before anything is written there
-        run = open_run(config, workdir, stop)
+        run = open_run(config, workdir, stop, open_weights)
         stack.callback(close, run)
         with jax.set_mesh(run.mesh):
             compile_steps(run, fit)
@@ -93,17 +101,11 @@ def train(config: Config, workdir: pathlib.Path, stop: StopRequest, sample: Call
 
 def check_input(config: Config) -> None:
     """Raises ConfigError or DataError for what can be known before the workdir is touched."""
-    data = config.data
-    if not data.path:
-        raise ConfigError(
-            'data.path is empty; prepare data with python -m transxssm_jax.data.prepare and give --config.data.path=DIR'
-        )
     mesh.build(config)
-    check_vocab(data.path, config.model.vocab_size)
-    check_batch(data.path, data.train_split, data.seq_len, data.global_batch)
+    splits.check_data(config)
 
 
-def open_run(config: Config, workdir: pathlib.Path, stop: StopRequest) -> Run:
+def open_run(config: Config, workdir: pathlib.Path, stop: StopRequest, open_weights: initial_state.OpenWeights) -> Run:
     """Opens the workdir and the data, restores or creates the state, and prints what the run is. Raises as `train`."""
     device_mesh = mesh.build(config)
     checkpoint.open_workdir(workdir, config)
@@ -113,20 +115,18 @@ def open_run(config: Config, workdir: pathlib.Path, stop: StopRequest) -> Run:
     restored = checkpoints.restore(step_lib.abstract_state(config, device_mesh))
     step, state, position = restored or (0, None, None)
     loader = splits.open_train_split(config, device_mesh, step)
-    if position is not None and position != splits.data_position(config, loader, step):
-        raise checkpoint.CheckpointError(
-            f'data.path={config.data.path} is not what the run in {workdir} was trained on; '
-            'point it to the same data or use another --workdir'
-        )
+    if position is not None:
+        splits.check_position(config, loader, step, position, workdir)
     check_same_on_all_processes(config, loader)
     for split in splits.eval_splits(config):
         splits.open_eval_split(config, device_mesh, split).close()  # so that a missing split is reported at the start
+    origin = []
     if state is None:
-        state = step_lib.create_state(config, device_mesh)
+        state, origin = initial_state.create(config, device_mesh, open_weights)
 
     writers = metrics.Writers(workdir, config, step)
-    attended = metrics.mean_attended(loader.manifest, loader.lengths, config.data.seq_len)
-    for line in announcement.describe(config, device_mesh, loader, workdir, attended):
+    attended = splits.mean_over_parts(loader, functools.partial(metrics.mean_attended, seq_len=config.data.seq_len))
+    for line in [*announcement.describe(config, device_mesh, loader, workdir, attended), *origin]:
         writers.print(line)
     if restored is not None:
         for line in announcement.describe_resumption(checkpoints.restored_config, config, step):
@@ -151,50 +151,21 @@ def compile_steps(run: Run, fit: Callable) -> None:
 
     run.config leaves nothing open from here on; what the workdir keeps is the config as it was given.
     """
-    compile_step = functools.partial(compile_train_step, device_mesh=run.mesh)
+    compile_step = functools.partial(compilation.compile_train_step, device_mesh=run.mesh)
     fitted = fit(run.config, run.mesh, compile_step if run.step < run.config.train.steps else None)
     run.config, run.train_step = fitted.config, fitted.step
     for line in fitted.lines:
         run.writers.print(line)
-    run.eval_step = jit_eval_step(run.config, run.mesh)
+    run.eval_step = compilation.jit_eval_step(run.config, run.mesh)
     if processes.is_multiprocess():
-        if splits.eval_splits(run.config):
-            params, batch = (
-                step_lib.abstract_state(run.config, run.mesh)['params'],
-                abstract_batch(run.config, run.mesh),
-            )
-            run.eval_step = run.eval_step.lower(params, batch).compile()
+        if splits.is_evaluated(run.config):
+            run.eval_step = compilation.compile_eval_step(run.config, run.mesh)
         processes.all_gather_json('compiled')  # compile times differ
-
-
-def compile_train_step(config: Config, device_mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
-    """`step.train_step`, compiled for the mesh in use; the state is donated."""
-    shardings = step_lib.state_shardings(config, device_mesh)
-    jitted = jax.jit(
-        step_lib.train_step(config),
-        donate_argnums=0,
-        in_shardings=(shardings, step_lib.batch_sharding(device_mesh)),
-        out_shardings=(shardings, mesh.sharding(device_mesh, ())),  # numbers that every process reads
-    )
-    return jitted.lower(step_lib.abstract_state(config, device_mesh), abstract_batch(config, device_mesh)).compile()
-
-
-def jit_eval_step(config: Config, device_mesh: jax.sharding.Mesh) -> Callable:
-    """The jitted `step.eval_step`."""
-    shardings = step_lib.param_shardings(config, device_mesh), step_lib.batch_sharding(device_mesh)
-    return jax.jit(step_lib.eval_step(config), in_shardings=shardings, out_shardings=mesh.sharding(device_mesh, ()))
-
-
-def abstract_batch(config: Config, device_mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """A global batch's arrays, to compile for."""
-    shape, sharding = (config.data.global_batch, config.data.seq_len), step_lib.batch_sharding(device_mesh)
-    row = jax.ShapeDtypeStruct(shape, 'int32', sharding=sharding)
-    return dict.fromkeys(('tokens', 'targets', 'segment_ids', 'positions'), row)
 
 
 def check_same_on_all_processes(config: Config, loader: Loader) -> None:
     """Raises ConfigError where processes were started with different settings or see different data."""
-    own = {'settings': config_lib.to_json(config), 'data.path': loader.fingerprint}
+    own = {'settings': config_lib.to_json(config), 'data.path or data.sources': loader.fingerprint}
     digests = {name: hashlib.sha256(str(value).encode()).hexdigest() for name, value in own.items()}
     all_digests = processes.all_gather_json(digests)
     for name in own:
@@ -262,6 +233,8 @@ def train_to_the_end(run: Run, sample: Callable) -> int:
         run.step += 1
         pending.push(run.step, step_metrics)
         writers.advance()
+        if run.step in run.loader.events:
+            writers.print(f'step {run.step}: {run.loader.events[run.step]}')
 
         is_first = run.step == run.started_from + 1
         is_last = run.step == train.steps
@@ -349,7 +322,7 @@ def make_evaluators(run: Run) -> list[Evaluator]:
 
 def is_evaluation_due(run: Run) -> bool:
     train = run.config.train
-    return bool(splits.eval_splits(run.config)) and (run.step == train.steps or run.step % train.eval_every_steps == 0)
+    return splits.is_evaluated(run.config) and (run.step == train.steps or run.step % train.eval_every_steps == 0)
 
 
 def evaluate(run: Run, evaluators: list[Evaluator]) -> None:
@@ -419,8 +392,8 @@ def summarise(run: Run, sample: Callable) -> None:
 def print_sample(run: Run, sample: Callable) -> None:
     """Continues the beginning of a split's first document."""
     config = run.config
-    tokenizer = load_tokenizer(config.data.path)
-    split = next(iter(config.data.eval_split_names), config.data.train_split)
+    tokenizer = load_tokenizer(config.data.tokenizer_path)
+    split = next(iter(splits.eval_splits(config)), config.data.train_split)
     with splits.open_split(config, run.mesh, split, seed=0, shuffle=False, repeat=False) as loader:
         row = next(loader)
     prompt = tokenizer.decode(row['tokens'][0][row['segment_ids'][0] == 1][:PROMPT_TOKENS])

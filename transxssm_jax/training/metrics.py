@@ -19,7 +19,7 @@ from transxssm_jax import config as config_lib
 from transxssm_jax.config import Config
 from transxssm_jax.data.manifest import Manifest
 from transxssm_jax.model import costs
-from transxssm_jax.training import health
+from transxssm_jax.training import health, splits
 
 log = logging.getLogger(__name__)
 
@@ -112,8 +112,8 @@ def memory() -> dict[str, float]:
 
 
 def targets_per_byte(loader) -> float:
-    """Predicted tokens per byte of text: every stored token, eos included, is a target."""
-    return loader.num_tokens / loader.num_bytes
+    """Predicted tokens per byte of text: of text every stored token, eos included, of conversations what is learned."""
+    return loader.num_targets / loader.num_bytes
 
 
 def of_loss(loss: float, targets_per_byte: float, prefix: str = '') -> dict[str, float]:
@@ -355,7 +355,7 @@ def _start_tensorboard(directory: pathlib.Path, config: Config, step: int) -> No
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
     from tensorboard.util.tensor_util import make_tensor_proto
 
-    losses = ['train/loss', *(f'eval/{split}/loss' for split in config.data.eval_split_names)]
+    losses = ['train/loss', *(f'eval/{split}/loss' for split in splits.eval_splits(config))]
     text = ''.join(f'    {line}\n' for line in config_lib.to_json(config).splitlines())  # a block of code in Markdown
     config_text = Summary.Value(
         tag='config', metadata=metadata.create_summary_metadata('config', ''), tensor=make_tensor_proto([text.encode()])

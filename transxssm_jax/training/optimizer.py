@@ -41,6 +41,12 @@ def schedule(config: Config) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, o.warmup_steps), after], [o.warmup_steps])
 
 
+def by_updates(config: Config) -> optax.Schedule:
+    """`schedule` by the optimizer's own count, which goes on from the state that a run began with."""
+    by_step, before = schedule(config), config.optimizer.updates_before
+    return (lambda count: by_step(count - before)) if before else by_step
+
+
 def decay_mask(params):
     """Tree of bool like params: whether weight decay applies."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)
@@ -54,7 +60,7 @@ def adamw(config: Config) -> optax.GradientTransformation:
     o = config.optimizer
     return optax.chain(
         optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else optax.identity(),
-        optax.adamw(schedule(config), b1=o.b1, b2=o.b2, eps=o.epsilon, weight_decay=o.weight_decay, mask=decay_mask),
+        optax.adamw(by_updates(config), b1=o.b1, b2=o.b2, eps=o.epsilon, weight_decay=o.weight_decay, mask=decay_mask),
     )
 
 
@@ -78,7 +84,7 @@ def update(tx: optax.GradientTransformation, grads: dict, opt_state: dict, param
     """One update.
 
     Args:
-      step: int32 scalar, the number of updates before this one.
+      step: int32 scalar, the number of updates before this one, optimizer.updates_before included.
 
     Returns:
       (updates, to be added to params; the new plain state).

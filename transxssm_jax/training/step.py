@@ -89,6 +89,7 @@ def train_step(config: Config):
     tx = optimizer.make_optimizer(config)
     learning_rate = optimizer.schedule(config)
     gradient = summed_gradient(config)
+    updates_before = config.optimizer.updates_before
 
     def step(state: State, batch: Batch):
         params = state['params']
@@ -97,7 +98,7 @@ def train_step(config: Config):
         sums, grads = jax.lax.optimization_barrier(gradient(params, batch))
         tokens = jnp.maximum(sums['tokens'], 1.0)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32) / tokens, grads)
-        updates, opt_state = optimizer.update(tx, grads, state['opt_state'], params, state['step'])
+        updates, opt_state = optimizer.update(tx, grads, state['opt_state'], params, state['step'] + updates_before)
         metrics = {
             'loss': sums['nll'] / tokens,
             'tokens': sums['tokens'],

@@ -1,0 +1,41 @@
+"""Compiles the functions of a run for the mesh in use."""
+
+from collections.abc import Callable
+
+import jax
+
+from transxssm_jax.config import Config
+from transxssm_jax.parallel import mesh
+from transxssm_jax.training import step as step_lib
+
+
+def compile_train_step(config: Config, device_mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
+    """`step.train_step`, compiled; the state is donated."""
+    shardings = step_lib.state_shardings(config, device_mesh)
+    jitted = jax.jit(
+        step_lib.train_step(config),
+        donate_argnums=0,
+        in_shardings=(shardings, step_lib.batch_sharding(device_mesh)),
+        out_shardings=(shardings, mesh.sharding(device_mesh, ())),  # numbers that every process reads
+    )
+    return jitted.lower(*abstract_inputs(config, device_mesh)).compile()
+
+
+def jit_eval_step(config: Config, device_mesh: jax.sharding.Mesh) -> Callable:
+    """`step.eval_step`, jitted."""
+    shardings = step_lib.param_shardings(config, device_mesh), step_lib.batch_sharding(device_mesh)
+    return jax.jit(step_lib.eval_step(config), in_shardings=shardings, out_shardings=mesh.sharding(device_mesh, ()))
+
+
+def compile_eval_step(config: Config, device_mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
+    """`step.eval_step`, compiled."""
+    state, batch = abstract_inputs(config, device_mesh)
+    return jit_eval_step(config, device_mesh).lower(state['params'], batch).compile()
+
+
+def abstract_inputs(config: Config, device_mesh: jax.sharding.Mesh) -> tuple[step_lib.State, dict]:
+    """ShapeDtypeStructs with shardings of a state and of a global batch."""
+    shape, sharding = (config.data.global_batch, config.data.seq_len), step_lib.batch_sharding(device_mesh)
+    rows = jax.ShapeDtypeStruct(shape, 'int32', sharding=sharding)
+    batch = dict.fromkeys(('tokens', 'targets', 'segment_ids', 'positions'), rows)
+    return step_lib.abstract_state(config, device_mesh), batch
