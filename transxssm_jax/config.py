@@ -16,6 +16,8 @@ from typing import Any
 from transxssm_jax import cli, settings
 from transxssm_jax.settings import LARGEST_SEED, ConfigError, Section, setting
 
+GRADIENT_DTYPES = ('auto', 'bfloat16', 'float32')
+
 
 @dataclasses.dataclass
 class Model(Section):
@@ -156,6 +158,27 @@ class Train(Section):
     accumulation_steps: int = setting(1, 'Microbatches per step, one after another.', minimum=1, maximum=1 << 16)
     loss_chunk_tokens: int = setting(2048, 'Tokens per device whose logits exist at a time.', minimum=1)
     seed: int = setting(0, 'Seed of the initial parameters.', minimum=0, maximum=LARGEST_SEED, of_checkpoint=True)
+    gradient_dtype_data: str = setting(
+        'auto',
+        "Dtype in which gradients are summed over mesh.data; 'auto': model.dtype for up to 16 devices and without "
+        'microbatches, else float32.',
+        choices=GRADIENT_DTYPES,
+    )
+    gradient_dtype_fsdp: str = setting(
+        'auto',
+        "Dtype in which gradients are summed over mesh.fsdp; 'auto': model.dtype for up to 16 devices, else float32.",
+        choices=GRADIENT_DTYPES,
+    )
+    gradient_dtype_context: str = setting(
+        'auto',
+        "Dtype in which gradients are summed over mesh.context; 'auto': as for mesh.data, with which it counts together.",
+        choices=GRADIENT_DTYPES,
+    )
+    gradient_dtype_tensor: str = setting(
+        'auto',
+        "Dtype in which activations' gradients are summed over mesh.tensor; 'auto': as for mesh.fsdp.",
+        choices=GRADIENT_DTYPES,
+    )
     log_every_steps: int = setting(10, 'Steps between metrics records.', minimum=1)
     eval_every_steps: int = setting(1000, 'Steps between evaluations; one more comes at the end. 0: none.', minimum=0)
     eval_batches: int = setting(
