@@ -358,6 +358,39 @@ def test_skip_bad(bad_documents, tmp_path, capsys, monkeypatch, num_workers):
     assert manifest.lengths().tolist() == [len(ids(text)) for text in good]
 
 
+def write_parquet(path, documents):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({'text': documents}), path, row_group_size=10)
+    return path
+
+
+@pytest.mark.parametrize('damage', ['footer', 'empty', 'row group'])
+@pytest.mark.parametrize('num_workers', [1, 2])
+def test_skip_bad_of_parquet(tmp_path, capsys, damage, num_workers):
+    directory, good = tmp_path / 'source', texts(60)
+    directory.mkdir()
+    write_parquet(directory / 'a.parquet', good[:30])
+    write_parquet(directory / 'c.parquet', good[30:])
+    bad = write_parquet(directory / 'b.parquet', texts(30, seed=1, longest=4000))
+    content = bad.read_bytes()
+    bad.write_bytes(
+        {'footer': content[:-20], 'empty': b'', 'row group': bytes(len(content) // 9) + content[len(content) // 9 :]}[
+            damage
+        ]
+    )
+    flags = {'num_workers': num_workers}
+    error = refused(capsys, tmp_path / 'out', directory, **flags)
+    assert 'b.parquet' in error and ('fetch it again' in error)
+    assert run_prepare(tmp_path / 'out', directory, skip_bad=0.1, **flags) == 0
+    manifest = read_manifest(tmp_path / 'out', 'train')
+    assert manifest.sources[0].skipped == {'unreadable': 1}
+    lengths = [len(ids(text)) for text in good]
+    found = manifest.lengths().tolist()
+    assert found[:30] == lengths[:30] and found[-30:] == lengths[30:]
+
+
 def test_file_systems_without_locks(corpus, prepared, tmp_path, monkeypatch, capsys):
     def flock(*_):
         raise OSError(errno.ENOSYS, 'Function not implemented')

@@ -186,7 +186,11 @@ class Train(Section):
     )
     checkpoint_every_steps: int = setting(1000, 'Steps between checkpoints; one more comes at the end.', minimum=1)
     keep_last: int = setting(2, 'Newest checkpoints to keep.', minimum=1)
-    keep_best: int = setting(1, 'Checkpoints with the lowest evaluation loss to keep.', minimum=0)
+    keep_best: int = setting(
+        1,
+        'Checkpoints with the lowest evaluation loss to keep; an evaluation that is among the lowest is saved at once.',
+        minimum=0,
+    )
     tensorboard: bool = setting(True, 'Whether to write TensorBoard files to the workdir.')
     progress: bool = setting(True, 'Whether to show a progress bar.')
     profile_start_step: int = setting(0, 'First step of the profiler window.', minimum=0)

@@ -11,10 +11,10 @@ of its own. A weight is the decimal number behind the last @: a source whose
 name itself ends in @NUMBER needs a weight too (wiki@2023@1).
 
 A bad document (a line that is not JSON or lacks the field, what cannot be
-decompressed) ends the run. With --skip_bad=SHARE, such documents are left out
-as long as they are at most that share of all; the manifest counts them by
-reason. What cannot be decompressed counts once, however much of its file is
-lost.
+decompressed, a parquet file without its footer) ends the run. With
+--skip_bad=SHARE, such documents are left out as long as they are at most that
+share of all; the manifest counts them by reason. What cannot be decompressed or
+read any further counts once, however much of its file is lost.
 
 The work is cut into shards that depend on the sources alone. A finished shard
 stays in DIR/.incomplete.SPLIT, so the same command continues an interrupted
@@ -162,7 +162,7 @@ def prepare(arguments: types.SimpleNamespace) -> Manifest:
         total = sum(whole_number_weights(weights))
         _note(f'--source={spec} has weight {weight}: {share / total:.4g} of the rows')
 
-    tasks = plan(sources, split)
+    tasks = plan(sources, split, skip_bad=arguments.skip_bad > 0)
     incomplete = output / f'.incomplete.{split}'
     # Every command, and every version of its source files, keeps its finished shards in a directory of its own: a
     # mistyped flag neither costs them nor stands in the way of the corrected command.
@@ -192,14 +192,14 @@ def _times(tasks: list[ShardTask]) -> list[int]:
     return [os.stat(path).st_mtime_ns if os.path.isfile(path) else 0 for path in paths]
 
 
-def plan(sources: list[tuple[str, str]], split: str) -> list[ShardTask]:
+def plan(sources: list[tuple[str, str]], split: str, *, skip_bad: bool = False) -> list[ShardTask]:
     """Cuts the sources into tasks; each becomes a shard. Depends on the files alone."""
     files = [list_files(spec, split, _note) for spec, _ in sources]
     size = max(MIN_SHARD_BYTES, sum(file.size for listed in files for file in listed) // MAX_SHARDS)
     tasks = []
     for source, listed in enumerate(files):
         pieces, pieces_size = [], 0
-        for piece in (piece for file in listed for piece in cut(file, size)):
+        for piece in (piece for file in listed for piece in cut(file, size, skip_bad=skip_bad)):
             if pieces and pieces_size + piece.size > size:
                 tasks.append(ShardTask(len(tasks), source, tuple(pieces)))
                 pieces, pieces_size = [], 0

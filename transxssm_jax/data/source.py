@@ -79,6 +79,10 @@ class Skipped:
     error: str = ''  # where and what; '' for what is no error: a binary file among others
 
 
+class DamagedFileError(DataError):
+    """None of a file can be read, whatever is tried."""
+
+
 def parse_source(argument: str) -> tuple[str, str]:
     """'SPEC' or 'SPEC@WEIGHT' -> (spec, weight as written, '' for none).
 
@@ -140,10 +144,18 @@ def list_files(spec: str, split: str, note: Callable[[str], None] = lambda text:
     return [_whole_file(path, explicit=False, kind=kind) for path in paths]
 
 
-def cut(file: Piece, piece_size: int) -> list[Piece]:
-    """Pieces of about `piece_size` bytes of text that hold the documents of `file` in order."""
+def cut(file: Piece, piece_size: int, *, skip_bad: bool = False) -> list[Piece]:
+    """Pieces of about `piece_size` bytes of text that hold the documents of `file` in order.
+
+    A parquet file without a readable footer raises DataError, or with skip_bad is one piece, which reads as Skipped.
+    """
     if file.kind == 'parquet':
-        metadata = _open_parquet(file.path).metadata
+        try:
+            metadata = _open_parquet(file.path).metadata
+        except DamagedFileError:
+            if not skip_bad:
+                raise
+            return [file]
         pieces, start, size = [], 0, 0
         for group in range(metadata.num_row_groups):
             size += metadata.row_group(group).total_byte_size
@@ -183,6 +195,9 @@ def read_items(piece: Piece, text_field: str) -> Iterator[str | Skipped]:
         try:
             item = next(items)
         except StopIteration:
+            return
+        except DamagedFileError as error:
+            yield Skipped('unreadable', str(error))
             return
         except (DataError, MemoryError):
             raise
@@ -377,7 +392,11 @@ def _open_parquet(path: str):
     try:
         return pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f'{path} is no parquet file or is damaged ({first_line(error)}); fetch it again') from None
+        if getattr(error, 'errno', None):
+            raise DataError(f'{path} cannot be read ({error.strerror}); run the same command again') from None
+        raise DamagedFileError(
+            f'{path} is no parquet file or is damaged ({first_line(error)}); fetch it again'
+        ) from None
 
 
 def _open_tfds(spec: str):

@@ -14,6 +14,7 @@ What is read is checked against its digest. A damaged checkpoint gives way to an
 
 import json
 import logging
+import math
 import pathlib
 import secrets
 import shutil
@@ -318,6 +319,19 @@ class Checkpoints:
     def _warn_of_failure(self, problem: str) -> None:
         log.warning('%s; it is tried once more', files.not_written(self.directory, problem))
 
+    def is_among_best(self, eval_loss: float) -> bool:
+        """Whether a checkpoint with this evaluation loss would be one of the train.keep_best; alike in all processes.
+
+        One that is not finite never is.
+        """
+        keep = self.config.train.keep_best
+        losses = self._eval_losses()
+        if self._save and not self._save.problem and self._save.eval_loss is not None:
+            losses[self._save.step] = self._save.eval_loss  # being written
+        best = sorted(losses.values())[:keep]
+        is_best = keep > 0 and math.isfinite(eval_loss) and (len(best) < keep or eval_loss < best[-1])
+        return processes.broadcast_from_0(is_best)
+
     def evaluated(self, step: int, eval_loss: float) -> None:
         """Adds the evaluation loss to a checkpoint that was saved without it, so that it counts among the best."""
         path = self.directory / str(step)
@@ -401,8 +415,7 @@ class Checkpoints:
 
     def _remove_old(self) -> None:
         """Deletes all but the newest train.keep_last and the train.keep_best of those with an evaluation loss."""
-        steps, train = files.steps_in(self.directory), self.config.train
-        losses = {step: loss for step in steps if (loss := self._eval_loss(step)) is not None}
+        steps, train, losses = files.steps_in(self.directory), self.config.train, self._eval_losses()
         kept = {*steps[-train.keep_last :], *sorted(losses, key=losses.get)[: train.keep_best]}
         for step in set(steps) - kept:
             path = self.directory / str(step)
@@ -412,6 +425,11 @@ class Checkpoints:
                 shutil.rmtree(aside)
             except OSError as error:
                 log.warning('checkpoint %s could not be removed: %s', path, error)
+
+    def _eval_losses(self) -> dict[int, float]:
+        """The finite evaluation losses of the complete checkpoints, by step."""
+        losses = {step: self._eval_loss(step) for step in files.steps_in(self.directory)}
+        return {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
 
     def _eval_loss(self, step: int) -> float | None:
         path = self.directory / str(step) / 'metrics.json'

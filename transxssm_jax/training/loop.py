@@ -21,6 +21,7 @@ from transxssm_jax.training import announcement, checkpoint, lease, metrics, spl
 from transxssm_jax.training import step as step_lib
 from transxssm_jax.training.evaluators import Evaluator, HeldOutLoss
 from transxssm_jax.training.profiler import ProfilerWindow
+from transxssm_jax.training.rescue import saved_if_data_fails
 from transxssm_jax.training.stopping import Stop, StopRequest
 
 PROMPT_TOKENS = 128  # of the document that the sample at the end continues
@@ -243,7 +244,8 @@ def train_to_the_end(run: Run, sample: Callable) -> int:
             pending.flush()
             writers.print(profiler.stop())
 
-        batch = next_batch(run)
+        with saved_if_data_fails(run, save):
+            batch = next_batch(run)
         run.state, step_metrics = run.train_step(run.state, batch)
         run.step += 1
         pending.push(run.step, step_metrics)
@@ -273,7 +275,7 @@ def train_to_the_end(run: Run, sample: Callable) -> int:
             with clock.paused():
                 if evaluate_now:
                     evaluate(run, evaluators)
-                if save_now:
+                if save_now or is_among_best(run):
                     save(run)
 
     if profiler.is_tracing:
@@ -340,13 +342,20 @@ def is_evaluation_due(run: Run) -> bool:
 
 def evaluate(run: Run, evaluators: list[Evaluator]) -> None:
     """Runs the evaluators and writes one record of their metrics; nothing where the run is told to stop meanwhile."""
-    values = {name: value for evaluator in evaluators for name, value in evaluator.run(run.state['params'])}
+    with saved_if_data_fails(run, save):
+        values = {name: value for evaluator in evaluators for name, value in evaluator.run(run.state['params'])}
     if run.stop.exit_code:
         return
     run.evaluated_at, run.evaluation = run.step, values
     run.writers.write(run.step, values)
     if run.step < run.config.train.steps and 'eval_loss' in values:
         run.writers.print(f'step {run.step}: evaluation loss {values["eval_loss"]:.4f}')
+
+
+def is_among_best(run: Run) -> bool:
+    """Whether this step was evaluated, with a loss that is among the train.keep_best lowest of the run's checkpoints."""
+    loss = run.evaluation.get('eval_loss') if run.evaluated_at == run.step else None
+    return loss is not None and run.checkpoints.is_among_best(loss)
 
 
 def make_up_evaluation(run: Run, evaluators: list[Evaluator]) -> None:
