@@ -185,6 +185,23 @@ def test_killed_commit_continues(corpus, prepared, tmp_path, monkeypatch, capsys
     assert digests(output) == digests(prepared)
 
 
+@pytest.mark.parametrize('damage', ['{"documents"', '[]', ''])
+@pytest.mark.parametrize('ending', ['.json', '.lengths.npy'])
+def test_a_shard_with_damaged_counts_is_made_anew(corpus, prepared, tmp_path, monkeypatch, damage, ending):
+    def die(*_):
+        raise RuntimeError
+
+    monkeypatch.setattr(prepare, 'MIN_SHARD_BYTES', 3000)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, 'commit', die)
+        with pytest.raises(RuntimeError):
+            run_prepare(tmp_path / 'out', corpus[0])
+    (state,) = [path for path in (tmp_path / 'out/.incomplete.train').iterdir() if path.is_dir()]
+    (state / f'00001{ending}').write_text(damage)
+    assert run_prepare(tmp_path / 'out', corpus[0]) == 0
+    assert digests(tmp_path / 'out') == digests(prepared)
+
+
 def test_second_run(corpus, prepared, capsys, tmp_path):
     before = digests(prepared)
     assert run_prepare(prepared, corpus[0], num_workers=2) == 0

@@ -127,7 +127,7 @@ def _read_prompts(flags) -> list[dict]:
                 records.append(json.loads(line) if flags.prompts.endswith('.jsonl') else {'prompt': line})
                 if not isinstance(records[-1]['prompt'], str):
                     raise TypeError
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise InputError(f'{name}, line {i}: it must be an object with a text "prompt"') from None
         if not records:
             raise InputError(f'{name} has no line; write one prompt per line')

@@ -60,7 +60,7 @@ from transxssm_jax.data import manifest as manifest_lib
 from transxssm_jax.data.commit import commit, finished, reasons
 from transxssm_jax.data.manifest import DataError, Manifest
 from transxssm_jax.data.mixture import whole_number_weights
-from transxssm_jax.data.shard_writer import ShardTask, result_path, write_shard
+from transxssm_jax.data.shard_writer import ShardTask, read_result, write_shard
 from transxssm_jax.data.source import cut, list_files, parse_source
 from transxssm_jax.data.tokenizer import load_tokenizer
 from transxssm_jax.data.vocabulary import check_size
@@ -137,6 +137,9 @@ def prepare(arguments: types.SimpleNamespace) -> Manifest:
     sources = [parse_source(argument) for argument in arguments.source]
     if len({bool(weight) for _, weight in sources}) > 1:
         raise DataError('some sources have a weight and some have none; give every --source @WEIGHT, or none')
+    for spec in sorted({spec for spec, _ in sources}):
+        if (times := [other for other, _ in sources].count(spec)) > 1:
+            _note(f'--source={spec} is given {times} times; its documents are stored as often')
     same = {
         'sources': [list(source) for source in sources],
         'text_field': arguments.text_field,
@@ -212,7 +215,7 @@ def plan(sources: list[tuple[str, str]], split: str, *, skip_bad: bool = False) 
 
 def tokenize(tasks: list[ShardTask], state: Path, arguments: types.SimpleNamespace, tokenizer) -> int:
     """Writes the shards that `state` lacks; returns the tokens in them."""
-    pending = [task for task in tasks if not result_path(state, task).exists()]
+    pending = [task for task in tasks if read_result(state, task) is None]
     documents = tokens = 0
     with tqdm(
         total=len(tasks),

@@ -9,8 +9,10 @@
 
 Text and jsonl may be compressed by gzip (.gz) or Zstandard (.zst). Where every
 parquet or jsonl file of DIR names its split (data/train-00000-of-00010.parquet,
-valid.jsonl, train/0000.parquet), those of --split are taken. Which files are
-passed over is reported. A weight is a decimal number; a SPEC that itself ends
+valid.jsonl, train/0000.parquet), those of --split are taken. Directories that
+prepare wrote are passed over, and so is a file that a pattern comes to a second
+time; which files are passed over is reported. Endings are read in upper case
+too. A weight is a decimal number; a SPEC that itself ends
 in @NUMBER needs one behind it (wiki@2023@1), unless a file or directory has the
 whole name.
 
@@ -22,6 +24,7 @@ Every reader gives text under the same rules: UTF-8 with U+FFFD for what is
 not, without a byte order mark at its begin.
 """
 
+import codecs
 import dataclasses
 import glob
 import gzip
@@ -90,6 +93,8 @@ def parse_source(argument: str) -> tuple[str, str]:
     """
     spec, at, weight = argument.rpartition('@')
     if not at or not re.fullmatch(r'[0-9]+(\.[0-9]*)?|\.[0-9]+', weight):
+        if spec and os.path.exists(spec) and not os.path.exists(argument):
+            raise DataError(f'--source={argument}: the weight behind @ must be a decimal number such as 0.3')
         return argument, ''
     explain = f'a name that ends in @NUMBER needs a weight behind it: --source={argument}@1'
     if os.path.exists(argument):
@@ -122,7 +127,7 @@ def list_files(spec: str, split: str, note: Callable[[str], None] = lambda text:
     if os.path.isdir(spec):
         found, passed_over = _below(spec)
         for ending in (r'\.parquet', r'\.(jsonl|ndjson|json)\.(gz|zst)|\.(jsonl|ndjson)'):
-            paths = [path for path in found if re.search(f'({ending})$', path)]
+            paths = [path for path in found if re.search(f'({ending})$', path, re.IGNORECASE)]
             if paths:
                 passed_over += sorted(set(found) - set(paths))
                 paths = _of_split(paths, spec, split, note)
@@ -130,13 +135,18 @@ def list_files(spec: str, split: str, note: Callable[[str], None] = lambda text:
         else:
             paths, kind = found, 'text'  # package.json and the like are text here
     elif glob.has_magic(spec):
-        found = glob.glob(spec, recursive=True)
-        paths = sorted(path for path in found if os.path.isfile(path))
+        found = sorted(glob.glob(spec, recursive=True))
         passed_over = [path for path in found if not os.path.isfile(path) and not os.path.isdir(path)]
+        files = [path for path in found if os.path.isfile(path) and not _is_prepared(os.path.dirname(path))]
+        # A pattern with ** follows links, and may come to one file by several ways.
+        paths = sorted({os.path.realpath(path): path for path in reversed(files)}.values())
+        passed_over += sorted({path for path in found if os.path.isfile(path)} - set(paths))
+    elif os.path.lexists(spec):
+        raise DataError(f'--source={spec} is neither a file nor a directory; write what it gives to a file')
     else:
         raise DataError(f'--source={spec}: no such file or directory')
-    passed_over += [path for path in paths if path.endswith(UNREAD)]
-    paths = [path for path in paths if not path.endswith(UNREAD)]
+    passed_over += [path for path in paths if path.lower().endswith(UNREAD)]
+    paths = [path for path in paths if not path.lower().endswith(UNREAD)]
     if passed_over:
         note(f'--source={spec}: {len(passed_over):,} files are passed over: {_some(passed_over)}')
     if not paths:
@@ -163,7 +173,7 @@ def cut(file: Piece, piece_size: int, *, skip_bad: bool = False) -> list[Piece]:
                 pieces.append(dataclasses.replace(file, start=start, stop=group + 1, size=size))
                 start, size = group + 1, 0
         return pieces
-    if file.kind == 'text' or file.path.endswith(COMPRESSED) or file.size <= piece_size:
+    if file.kind == 'text' or file.path.lower().endswith(COMPRESSED) or file.size <= piece_size:
         return [file]
     count = -(-file.size // piece_size)
     bounds = [file.stop * i // count for i in range(count + 1)]
@@ -210,17 +220,30 @@ def read_items(piece: Piece, text_field: str) -> Iterator[str | Skipped]:
 
 
 def _below(directory: str) -> tuple[list[str], list[str]]:
-    """(files, what is neither file nor directory) below a directory, without hidden names and Python's caches."""
+    """(files, what is passed over) below a directory, without hidden names and Python's caches.
+
+    Passed over is what is neither file nor directory, and directories that prepare (or TFDS) wrote: an --output below its
+    --source would be read as text when the next split is prepared.
+    """
 
     def refuse(error: OSError):
         raise DataError(f'--source={directory}: {error.filename} cannot be listed ({error.strerror})')
 
-    paths = []
+    paths, prepared = [], []
+    if _is_prepared(directory):
+        raise DataError(f'--source={directory} holds prepared data, not text; name what it was prepared from')
     for root, directories, files in os.walk(directory, onerror=refuse):
+        prepared += [path for name in directories if _is_prepared(path := os.path.join(root, name))]
+        directories[:] = [name for name in directories if os.path.join(root, name) not in prepared]
         directories[:] = [name for name in directories if not name.startswith('.') and name != '__pycache__']
         paths += [os.path.join(root, name) for name in files if not name.startswith('.')]
     paths.sort()
-    return [path for path in paths if os.path.isfile(path)], [path for path in paths if not os.path.isfile(path)]
+    others = [path for path in paths if not os.path.isfile(path)]
+    return [path for path in paths if os.path.isfile(path)], others + sorted(prepared)
+
+
+def _is_prepared(directory: str) -> bool:
+    return all(os.path.isfile(os.path.join(directory, name)) for name in ('dataset_info.json', 'features.json'))
 
 
 def _of_split(paths: list[str], directory: str, split: str, note: Callable[[str], None]) -> list[str]:
@@ -259,15 +282,15 @@ def _some(paths: list[str], count: int = 5) -> str:
 
 
 def _whole_file(path: str, *, explicit: bool, kind: str = '') -> Piece:
-    size = os.path.getsize(path)
-    if path.endswith(UNREAD):
+    size, name = os.path.getsize(path), path.lower()
+    if name.endswith(UNREAD):
         raise DataError(
             f'--source={path}: this format is not read; unpack it, or compress single files by gzip or zstd'
         )
-    if path.endswith('.parquet') and not kind:
+    if name.endswith('.parquet') and not kind:
         return Piece('parquet', path, 0, 0, size * COMPRESSION, explicit)
-    stem = path.removesuffix('.gz').removesuffix('.zst')
-    text_size = size * COMPRESSION if stem != path else size
+    stem = name.removesuffix('.gz').removesuffix('.zst')
+    text_size = size * COMPRESSION if stem != name else size
     table = stem.endswith(('.jsonl', '.ndjson', '.json'))
     return Piece(kind or ('jsonl' if table else 'text'), path, 0, size, text_size, explicit)
 
@@ -278,6 +301,8 @@ def _read_text(piece: Piece, text_field: str) -> Iterator[str | Skipped]:
         content = file.read()
     if b'\0' not in content[:8192]:
         yield content.decode('utf-8', 'replace')
+    elif piece.explicit and content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f'--source={piece.path} is UTF-16; convert it, e.g. with iconv -f UTF-16 -t UTF-8')
     elif piece.explicit:
         raise DataError(
             f'--source={piece.path} is a binary file (it has zero bytes); '
@@ -289,7 +314,7 @@ def _read_text(piece: Piece, text_field: str) -> Iterator[str | Skipped]:
 
 def _read_jsonl(piece: Piece, text_field: str) -> Iterator[str | Skipped]:
     with _open(piece.path) as file:
-        whole = piece.path.endswith(COMPRESSED)
+        whole = piece.path.lower().endswith(COMPRESSED)
         position = piece.start
         if position:
             # A line belongs to the piece that its first byte is in.
@@ -376,9 +401,9 @@ def _read_tfds(piece: Piece, text_field: str) -> Iterator[str | Skipped]:
 
 
 def _open(path: str):
-    if path.endswith('.gz'):
+    if path.lower().endswith('.gz'):
         return gzip.open(path)
-    if path.endswith('.zst'):
+    if path.lower().endswith('.zst'):
         import pyarrow
 
         return io.BufferedReader(pyarrow.input_stream(path, compression='zstd'), 1 << 20)

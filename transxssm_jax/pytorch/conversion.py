@@ -239,8 +239,9 @@ def _read_memory(workdir: pathlib.Path) -> dict:
         return {'config': {}, 'A': {}}
     try:
         memory = json.loads(path.read_text())
-        return {'config': dict(memory['config']), 'A': dict(memory['A'])}
-    except (ValueError, KeyError, TypeError) as error:
+        rates = {name: np.array(a_H, np.float64) for name, a_H in dict(memory['A']).items()}
+        return {'config': dict(memory['config']), 'A': rates}
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ConvertError(
             f'{path} is damaged ({checkpoint_files.first_line(error)}); delete it to export without what it keeps of the '
             'import'
@@ -280,14 +281,14 @@ def _read_array(state: pathlib.Path, path: Path) -> np.ndarray:
     return nnx.traversals.flatten_mapping(restored)[('params', *path)]
 
 
-def _with_memory(tensor: Tensor, array: np.ndarray, rates: dict[str, list[float]]) -> np.ndarray:
+def _with_memory(tensor: Tensor, array: np.ndarray, rates: dict[str, np.ndarray]) -> np.ndarray:
     """The published value; A of a head that is as its import left it is the A that was imported.
 
     Not every float32 A is -exp(a_log) of some float32 a_log, so that A cannot be had back from a_log alone.
     """
     value = tensor.from_ours(array[tensor.index])
-    if tensor.name not in rates:
+    imported_H = rates.get(tensor.name)
+    if imported_H is None or imported_H.shape != value.shape:
         return value
-    imported_H = np.array(rates[tensor.name], np.float64)
     unchanged_H = np.log(-imported_H).astype(np.float32) == array[tensor.index]
     return np.where(unchanged_H, imported_H, value)
