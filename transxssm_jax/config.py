@@ -279,6 +279,11 @@ def _read_file(path: str) -> Config:
     file = pathlib.Path(path).expanduser()
     try:
         found = file.is_file()
+        if file.is_dir():
+            inside = ', '.join(sorted(str(p) for p in file.glob('*.py'))[:5])
+            raise ConfigError(
+                f'--config={path} is a directory; name a config file{f", such as {inside}" * bool(inside)}'
+            )
     except OSError as error:
         raise ConfigError(f'--config={cli.shorten(path)}: {error.strerror}') from None
     if not found:
