@@ -381,7 +381,9 @@ def test_only_a_line_feed_ends_a_prompt(workdir, monkeypatch, tmp_path, capsys):
         (['--prompt=a', '--step=5'], 'no checkpoint of step 5'),
         (['--prompt=a', '--tokenizer=/nowhere.json'], 'tokenizer /nowhere.json'),
         (['--prompt=a', '--temperature=-1'], 'temperature=-1.0 must be'),
-        (['--prompt=a', '--max_tokens=0'], 'max_tokens=0'),
+        (['--prompt=a', '--max_tokens=0'], '--max_tokens=0 must be at least 1'),
+        (['--prompt=a', '--stop='], '--stop is empty'),
+        (['--prompt=a', '--config.data.path=/nowhere'], '(--config.data.path)'),
         (['--prompt=a', '--max_token=5'], 'unknown flag --max_token; did you mean --max_tokens?'),
         (['--prompt=a', '--top_k=many'], 'many'),
         (['--prompt=a', '--interactive'], 'give one of'),
@@ -410,6 +412,7 @@ def test_wrong_input_gets_one_line_and_exit_code_2(workdir, capsys, arguments, m
         ('{"prompt": "a"}\n{"text": "b"}\n', 'line 2'),
         ('not json\n', 'line 1'),
         ('{"prompt": 3}\n', 'line 1'),
+        ('[' * 100_000, 'line 1'),
         (b'{"prompt": "\xff"}\n', 'is not UTF-8 (byte 12)'),
     ],
 )

@@ -51,7 +51,7 @@ COMMAND = cli.Command(
         Flag(
             'output', '', 'JSONL file to write completions to, an object per line; empty: the terminal.', is_path=True
         ),
-        Flag('max_tokens', 256, 'Most tokens of a completion.'),
+        Flag('max_tokens', 256, 'Most tokens of a completion.', minimum=1),
         Flag('max_length', 0, 'Most tokens of prompt and completion; 0: data.seq_len of the run.', minimum=0),
         *SAMPLING,
         Flag('stop', (), 'Text that ends a completion; the flag may be given several times.', repeated=True),
@@ -82,6 +82,8 @@ def _generate(flags) -> None:
         raise InputError('give one of --prompt=TEXT, --prompts=FILE and --interactive')
     if flags.interactive and flags.output:
         raise InputError('--output is for --prompt and --prompts, not for --interactive')
+    if '' in flags.stop:
+        raise InputError('--stop is empty; give a text, or leave it out')
     output = pathlib.Path(flags.output)
     if flags.output and (output.exists() or not output.absolute().parent.is_dir()):
         raise InputError(f'--output={output} {"exists" if output.exists() else "is in no directory"}; name a new file')
