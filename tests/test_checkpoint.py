@@ -587,6 +587,18 @@ def test_a_workdir_with_checkpoints_refuses_another_config(opened, tmp_path):
     assert (tmp_path / 'config.json').read_text() == before
 
 
+@pytest.mark.parametrize(
+    'content', [b'{"model_type": "TransXSSM", "vocab_size": 3}', b'[]', b'{"model', b'\xff', b'{}']
+)
+def test_a_config_of_another_program_is_not_overwritten(tmp_path, content):
+    (tmp_path / 'config.json').write_bytes(content)
+    with pytest.raises(CheckpointError, match='holds a config.json that is not of a run, and would be overwritten'):
+        checkpoint.open_workdir(tmp_path, small_config())
+    assert (tmp_path / 'config.json').read_bytes() == content
+    checkpoint.open_workdir(tmp_path / 'new', small_config())
+    checkpoint.open_workdir(tmp_path / 'new', small_config(model_d_mlp=64))
+
+
 def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / 'file').write_text('')
     for path in (tmp_path / 'file', tmp_path / 'file' / 'below', pathlib.Path('/proc/nowhere')):

@@ -657,6 +657,21 @@ def test_export_then_import_gives_the_same_config_parameters_and_logits(tmp_path
         assert (tmp_path / 'out' / 'config.json').read_text() == (tmp_path / 'out again' / 'config.json').read_text()
 
 
+def test_no_file_of_a_run_or_of_a_source_is_overwritten(tmp_path, capsys):
+    write(tmp_path / 'published')
+    before = (tmp_path / 'published' / 'config.json').read_bytes()
+    assert run('import', f'--source={tmp_path / "published"}', f'--workdir={tmp_path / "published"}') == 2
+    assert 'holds a config.json that is not of a run' in capsys.readouterr().err
+    assert (tmp_path / 'published' / 'config.json').read_bytes() == before
+    assert run('import', f'--source={tmp_path / "published"}', f'--workdir={tmp_path / "run"}') == 0
+    before = (tmp_path / 'run' / 'config.json').read_bytes()
+    capsys.readouterr()
+    assert run('export', f'--workdir={tmp_path / "run"}', f'--output={tmp_path / "run"}') == 2
+    assert 'holds a config.json already, which would be overwritten' in capsys.readouterr().err
+    assert (tmp_path / 'run' / 'config.json').read_bytes() == before
+    assert not list((tmp_path / 'run').glob('*.safetensors'))
+
+
 def test_both_biases_of_dt_come_back_as_their_sum(tmp_path):
     config = small_config(model_use_bias=True)
     params = random_params(config)

@@ -194,6 +194,10 @@ def export_pytorch(
     workdir, out = pathlib.Path(workdir), pathlib.Path(out)
     if any(out.glob('model*.safetensors*')):
         raise ConvertError(f'--output={out} holds weights already; choose another directory')
+    if taken := [name for name in ('config.json', *TOKENIZER_FILES) if (out / name).exists()]:
+        raise ConvertError(
+            f'--output={out} holds a {taken[0]} already, which would be overwritten; choose another directory'
+        )
     params, config = checkpoint.find_params(workdir, step)
     config = config_lib.replace(config, overrides or {})
     check_exportable(config.model)

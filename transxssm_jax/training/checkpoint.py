@@ -46,14 +46,16 @@ def open_workdir(workdir: pathlib.Path, config: Config) -> None:
 
     Raises:
       CheckpointError: the workdir holds a run whose checkpoints this config
-        does not fit, or it cannot be written, or the processes of this run do not
-        all see the same directory.
+        does not fit, or a config.json of another program, or it cannot be written,
+        or the processes of this run do not all see the same directory.
     """
     path = workdir / 'config.json'
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         # A run without a checkpoint does not fix the config of its workdir.
-        if path.exists() and files.steps_in(workdir / 'checkpoints'):
+        if not files.steps_in(workdir / 'checkpoints'):
+            files.refuse_foreign(path)
+        elif path.exists():
             _check_fits(f'--workdir={workdir}', _read_config(path), config)
         if processes.is_coordinator():
             write_file(path, config_lib.to_json(config).encode())

@@ -80,6 +80,21 @@ def read_config(path: pathlib.Path, digests: dict) -> Config:
         raise CheckpointError(f'{path}: {error}') from error
 
 
+def refuse_foreign(path: pathlib.Path) -> None:
+    """Raises CheckpointError where a config.json is not of a run: of a published model, say, which would be overwritten."""
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict) or not {'model', 'data', 'train'} <= content.keys():
+        raise CheckpointError(
+            f'--workdir={path.parent} holds a config.json that is not of a run, and would be overwritten; use another '
+            '--workdir, or delete that file if nothing needs it'
+        )
+
+
 def of_group(digests: dict, group: str) -> dict:
     return {name: value for name, value in digests.items() if name.startswith(f'{group}/')}
 
