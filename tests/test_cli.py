@@ -132,6 +132,15 @@ def test_a_wrong_config_is_one_line_and_exit_code_2(name, tmp_path, capsys):
         signal.signal(number, handler)
 
 
+@pytest.mark.parametrize('name', COMMANDS)
+def test_a_list_without_a_value_is_refused(name):
+    _, command, _ = load(name)
+    for flag in command.flags:
+        if isinstance(flag.default, tuple) and flag.default:
+            with pytest.raises(UsageError, match=f'--{flag.name} is empty; give at least one value'):
+                command.parse([*required(command), f'--{flag.name}='])
+
+
 def test_convert_needs_a_first_word(capsys):
     from transxssm_jax import convert
 
@@ -365,7 +374,6 @@ FLAGS = Command(
         (['--noprogress'], 'progress', False),
         (['--progress=no'], 'progress', False),
         (['--lengths=1e3,4'], 'lengths', (1000, 4)),
-        (['--lengths='], 'lengths', ()),
         ([], 'stop', ()),
         (['--stop=a,b', '--stop', 'c'], 'stop', ('a,b', 'c')),
         (['--stop='], 'stop', ('',)),
@@ -395,6 +403,7 @@ def test_flags_are_parsed(argv, name, value):
         (['--nosteps'], 'unknown flag --nosteps'),
         (['--lengths=1,x'], "--lengths='x' must be int"),
         (['--lengths=1,,2'], "--lengths='' must be int"),
+        (['--lengths='], '--lengths is empty; give at least one value, e.g. --lengths=1,2'),
         (['--lengths=0'], '--lengths=0 must be at least 1'),
         (['--mode=on'], '--mode=on is not one of the choices; did you mean one?'),
         (['--step=1'], 'unknown flag --step; did you mean --steps?'),

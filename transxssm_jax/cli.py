@@ -178,6 +178,10 @@ class Flag:
         """The value of what was typed, checked."""
         if not self.is_list or self.repeated:
             return self._parse_one(text)
+        if not text.strip() and isinstance(self.default, tuple) and self.default:
+            raise UsageError(
+                f'--{self.name} is empty; give at least one value, e.g. --{self.name}={show(self.default)}'
+            )
         return tuple(self._parse_one(part.strip()) for part in text.split(',')) if text.strip() else ()
 
     def _parse_one(self, text: str):
