@@ -179,9 +179,7 @@ class Flag:
         if not self.is_list or self.repeated:
             return self._parse_one(text)
         if not text.strip() and isinstance(self.default, tuple) and self.default:
-            raise UsageError(
-                f'--{self.name} is empty; give at least one value, e.g. --{self.name}={show(self.default)}'
-            )
+            raise UsageError(f'--{self.name} is empty; give a value, e.g. --{self.name}={show(self.default)}')
         return tuple(self._parse_one(part.strip()) for part in text.split(',')) if text.strip() else ()
 
     def _parse_one(self, text: str):
@@ -418,6 +416,14 @@ def _stdout_is_gone(error: BaseException) -> bool:
     return True
 
 
+def _make_streams_usable() -> None:
+    """A stream that was closed (`>&-`) drops what is printed; what the terminal's encoding lacks is printed as '?'."""
+    for name, mode in (('stdin', 'r'), ('stdout', 'w'), ('stderr', 'w')):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  with its number, which a file would get otherwise
+    sys.stdout.reconfigure(errors='replace')
+
+
 def start(module: str) -> None:
     """Imports a command's module by its real name, runs its main() and ends the process with its exit code.
 
@@ -425,6 +431,7 @@ def start(module: str) -> None:
     schedulers' signals end the process at once and quietly: nothing has begun. Under its real name, classes of the module can be
     pickled for worker processes.
     """
+    _make_streams_usable()
     # Raised in the middle of an extension module's import, KeyboardInterrupt could come out as another error.
     stops = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # what schedulers send
     ends = {signal.SIGINT: ExitCode.INTERRUPTED, **dict.fromkeys(stops, ExitCode.TERMINATED)}
