@@ -495,6 +495,21 @@ def h200_plan(capsys, *settings):
     return code, lines, json.loads(capsys.readouterr().out)
 
 
+def test_the_price_of_a_gradients_dtype_is_printed(capsys):
+    arguments = [f'--config={ROOT}/configs/1p3b.py', '--topology=h200:8', '--slices=8', '--config.mesh.data=1']
+    arguments += ['--config.mesh.fsdp=64']
+    assert plan.main([*arguments, '--json']) == ExitCode.FINISHED
+    result = json.loads(capsys.readouterr().out)
+    assert result['gradient_dtypes']['fsdp'] == 'float32', '64 members'
+    total = {dtype: sum(sizes.values()) for dtype, sizes in result['gradient_bytes_in'].items()}
+    assert sum(result['gradient_bytes'].values()) == total['float32'] == result['min_comm_bytes']['gradients']
+    assert total['bfloat16'] == pytest.approx(total['float32'] / 2, rel=1e-3)
+    assert plan.main([*arguments, '--config.train.gradient_dtype_fsdp=bfloat16']) == ExitCode.FINISHED
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith('  gradients'))
+    assert f'{total["bfloat16"] / 1e6:,.0f} MB of it, summed over fsdp in bfloat16; over all axes in' in line
+    assert f'float32 {total["float32"] / 1e6:,.0f}' in line
+
+
 def test_what_cannot_fit_ends_with_3_and_with_the_nearest_that_fits(capsys):
     code, lines, result = h200_plan(capsys, '--config.train.accumulation_steps=1', '--config.model.remat=none')
     assert code == ExitCode.DOES_NOT_FIT and lines[-1] == 'it does not fit' and lines[-2].startswith('nearest fit ')
