@@ -141,6 +141,15 @@ def test_a_list_without_a_value_is_refused(name):
                 command.parse([*required(command), f'--{flag.name}='])
 
 
+@pytest.mark.parametrize('name', COMMANDS)
+def test_a_url_is_no_path(name):
+    _, command, _ = load(name)
+    for flag in command.flags:
+        if flag.is_path:
+            with pytest.raises(UsageError, match=f'--{flag.name}=gs://a/b must be a path; mount the bucket'):
+                command.parse([f'--{flag.name}=gs://a/b'])
+
+
 def test_convert_needs_a_first_word(capsys):
     from transxssm_jax import convert
 

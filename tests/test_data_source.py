@@ -146,6 +146,9 @@ def test_jsonl_oddities(tmp_path):
     with pytest.raises(DataError, match="no field 'text' .it has content.; name the text with --text_field"):
         read(path)
     assert read(path, text_field='content') == ['a']
+    path.write_text('[{"text": "a"}, {"text": "b"}]')
+    with pytest.raises(DataError, match=r"line at byte 0 is list, not an object; .*jq -c '\.\[\]'"):
+        read(path)
     path.write_text(json.dumps({'text': 3}) + '\n')
     with pytest.raises(DataError, match='is int, not text'):
         read(path)

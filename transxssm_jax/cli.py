@@ -111,6 +111,13 @@ def shorten(text: str, most: int = 200) -> str:
     return text if len(text) <= most else text[:most] + '...'
 
 
+def expand_path(name: str, path: str, error: type[UserError] = UsageError) -> str:
+    """The path with ~ expanded. Raises `error` for a URL, which would be a directory of that name."""
+    if re.match(r'\w+://', path):
+        raise error(f'{name}={shorten(path)} must be a path; mount the bucket on every host, or fetch the file')
+    return os.path.expanduser(path)
+
+
 def nearest(name: str, known) -> str:
     """'; did you mean X?', or what is known where that is little, or ''."""
     near = difflib.get_close_matches(shorten(name), known := sorted(known), n=1, cutoff=0.6)
@@ -190,9 +197,7 @@ class Flag:
             raise UsageError(f'{name}={shorten(text)} is not one of the choices{near}')
         if self.kind in (int, float):
             check_range(name, value, self.minimum, self.maximum)
-        if self.is_path:
-            value = os.path.expanduser(value)
-        return value
+        return expand_path(name, value) if self.is_path else value
 
 
 def show(default) -> str:
@@ -276,13 +281,9 @@ class Command:
         for flag in self.flags:
             if values.get(flag.name, flag.default) in (REQUIRED, '', ()) and flag.default is REQUIRED:
                 raise UsageError(f'--{flag.name} is missing, e.g. --{flag.name}={flag.example}')
-        defaults = {flag.name: flag.default for flag in self.flags}
+        given, values = frozenset(values), {flag.name: flag.default for flag in self.flags} | values
         return types.SimpleNamespace(
-            **{**defaults, **values},
-            argv=tuple(argv),
-            given=frozenset(values),
-            config_file=config_file,
-            overrides=overrides,
+            **values, argv=tuple(argv), given=given, config_file=config_file, overrides=overrides
         )
 
     def _unexpected(self, word: str) -> UsageError:

@@ -6,7 +6,6 @@
 import dataclasses
 import functools
 import json
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -98,7 +97,7 @@ def checked(name: str, field: dataclasses.Field, value):
         cli.check_range(name, value, field.metadata.get('minimum'), field.metadata.get('maximum'), ConfigError)
     if isinstance(value, str) and '\0' in value:
         raise ConfigError(f'{name}={cli.shorten(_shown(value))} must not hold a null character')
-    return os.path.expanduser(value) if field.metadata.get('is_path') else value
+    return cli.expand_path(name, value, ConfigError) if field.metadata.get('is_path') else value
 
 
 def _shown(value) -> str:

@@ -336,11 +336,12 @@ def _json_text(line: bytes, text_field: str, place: str) -> str | Skipped:
     except (ValueError, RecursionError) as error:
         reason = 'it is nested too deeply' if isinstance(error, RecursionError) else first_line(error)
         return Skipped('not JSON', f'{place}: not JSON ({reason}); every line must be one JSON object')
-    if not isinstance(document, dict) or text_field not in document:
-        names = _some(list(document), 20) if isinstance(document, dict) else type(document).__name__
-        return Skipped(
-            'no field', f'{place} has no field {text_field!r} (it has {names}); name the text with --text_field'
-        )
+    if not isinstance(document, dict):
+        wrong = f"is {type(document).__name__}, not an object; every line must be one, as jq -c '.[]' makes of a list"
+        return Skipped('no field', f'{place} {wrong}')
+    if text_field not in document:
+        wrong = f'has no field {text_field!r} (it has {_some(list(document), 20)}); name the text with --text_field'
+        return Skipped('no field', f'{place} {wrong}')
     text = document[text_field]
     if not isinstance(text, str | None):
         return Skipped(
