@@ -17,3 +17,7 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + (
     ' --xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0'
 )
+
+
+def pytest_addoption(parser):
+    parser.addoption('--fuzz_examples', type=int, default=10_000, help='examples of each reader with -m fuzz')

@@ -6,7 +6,7 @@ import jax
 from small import small_config
 
 from transxssm_jax.model import parameters
-from transxssm_jax.training import checkpoint
+from transxssm_jax.training import checkpoint, run_directory
 
 SMALLER = dict(model_num_layers=2, model_attention_period=2, model_attention_offset=1)
 
@@ -20,7 +20,7 @@ def save_run(workdir: pathlib.Path, **overrides) -> pathlib.Path:
     """A workdir with one checkpoint, of step 3; 264 tokens and rows of 320 if overrides do not say otherwise."""
     config = small_config(**{**SMALLER, **dict(model_vocab_size=264, data_seq_len=320), **overrides})
     params = random_params(config)
-    checkpoint.open_workdir(workdir, config)
+    run_directory.open_workdir(workdir, config)
     checkpoints = checkpoint.Checkpoints(workdir, config)
     checkpoints.save(3, {'step': 3, 'params': params, 'opt_state': {'mu': params, 'nu': params}}, {})
     checkpoints.wait()

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from small import small_config
 
-from transxssm_jax.training import checkpoint, checkpoint_files
+from transxssm_jax.training import checkpoint, checkpoint_files, run_directory
 from transxssm_jax.training import step as step_lib
 
 KEPT = pathlib.Path(__file__).parent / 'data' / f'checkpoint_format_{checkpoint_files.FORMAT}'
@@ -47,7 +47,7 @@ def tiny_state() -> dict:
 
 if __name__ == '__main__':
     with tempfile.TemporaryDirectory() as directory:
-        checkpoint.open_workdir(pathlib.Path(directory), tiny_config())
+        run_directory.open_workdir(pathlib.Path(directory), tiny_config())
         checkpoints = checkpoint.Checkpoints(pathlib.Path(directory), tiny_config())
         checkpoints.save(STEP, jax.device_put(tiny_state()), POSITION, eval_loss=1.5)
         checkpoints.wait()

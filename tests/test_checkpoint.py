@@ -16,7 +16,7 @@ from small import small_config
 
 from transxssm_jax import config as config_lib
 from transxssm_jax.model import parameters
-from transxssm_jax.training import checkpoint, checkpoint_files, digest
+from transxssm_jax.training import checkpoint, checkpoint_files, digest, run_directory
 from transxssm_jax.training.checkpoint import CheckpointError, Checkpoints
 
 
@@ -372,7 +372,7 @@ def test_damaged_metrics_are_passed_over(opened, tmp_path, caplog, content):
 def real(tmp_path_factory):
     """A workdir with two checkpoints of a small model, and the states of both."""
     workdir, config, states = tmp_path_factory.mktemp('real'), small_config(model_num_layers=4), {}
-    checkpoint.open_workdir(workdir, config)
+    run_directory.open_workdir(workdir, config)
     checkpoints = Checkpoints(workdir, config)
     for step in (3, 6):
         params = jax.jit(lambda step=step: parameters.init_params(config.model, step))()
@@ -569,38 +569,50 @@ def test_a_long_reason_keeps_its_end():
 
 def test_a_workdir_keeps_the_config(tmp_path):
     config = small_config()
-    checkpoint.open_workdir(tmp_path / 'a' / 'b', config)
+    run_directory.open_workdir(tmp_path / 'a' / 'b', config)
     assert config_lib.from_json((tmp_path / 'a' / 'b' / 'config.json').read_text()) == config
     longer = small_config(train_steps=30)
-    checkpoint.open_workdir(tmp_path / 'a' / 'b', longer)
+    run_directory.open_workdir(tmp_path / 'a' / 'b', longer)
     assert config_lib.from_json((tmp_path / 'a' / 'b' / 'config.json').read_text()) == longer
 
 
 def test_a_workdir_with_checkpoints_refuses_another_config(opened, tmp_path):
-    checkpoint.open_workdir(tmp_path, small_config())
-    checkpoint.open_workdir(tmp_path, small_config(model_d_mlp=64))  # nothing was trained yet
-    checkpoint.open_workdir(tmp_path, small_config())
+    run_directory.open_workdir(tmp_path, small_config())
+    run_directory.open_workdir(tmp_path, small_config(model_d_mlp=64))  # nothing was trained yet
+    run_directory.open_workdir(tmp_path, small_config())
     save(opened(), 3)
     before = (tmp_path / 'config.json').read_text()
     with pytest.raises(CheckpointError, match='model.d_mlp is 96 in the checkpoint and 64 in this config'):
-        checkpoint.open_workdir(tmp_path, small_config(model_d_mlp=64))
+        run_directory.open_workdir(tmp_path, small_config(model_d_mlp=64))
     assert (tmp_path / 'config.json').read_text() == before
+
+
+@pytest.mark.parametrize(
+    'content', [b'{"model_type": "TransXSSM", "vocab_size": 3}', b'[]', b'{"model', b'\xff', b'{}']
+)
+def test_a_config_of_another_program_is_not_overwritten(tmp_path, content):
+    (tmp_path / 'config.json').write_bytes(content)
+    with pytest.raises(CheckpointError, match='holds a config.json that is not of a run, and would be overwritten'):
+        run_directory.open_workdir(tmp_path, small_config())
+    assert (tmp_path / 'config.json').read_bytes() == content
+    run_directory.open_workdir(tmp_path / 'new', small_config())
+    run_directory.open_workdir(tmp_path / 'new', small_config(model_d_mlp=64))
 
 
 def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / 'file').write_text('')
     for path in (tmp_path / 'file', tmp_path / 'file' / 'below', pathlib.Path('/proc/nowhere')):
         with pytest.raises(CheckpointError, match=f'--workdir={path} cannot be written'):
-            checkpoint.open_workdir(path, small_config())
+            run_directory.open_workdir(path, small_config())
 
 
 @pytest.mark.parametrize('content', [b'\xff\xfe', b'5', b'null', b'{"model": 3}', b'{"model": ', b'[' * 100_000, b''])
 def test_a_saved_config_that_is_none_is_named_in_one_line(opened, tmp_path, content):
-    checkpoint.open_workdir(tmp_path, small_config())
+    run_directory.open_workdir(tmp_path, small_config())
     save(opened(), 3)
     (tmp_path / 'config.json').write_bytes(content)
     with pytest.raises(CheckpointError, match='config.json: .*delete it') as error:
-        checkpoint.open_workdir(tmp_path, small_config())
+        run_directory.open_workdir(tmp_path, small_config())
     assert '\n' not in str(error.value)
 
 

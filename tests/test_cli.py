@@ -137,6 +137,24 @@ def test_a_wrong_config_is_one_line_and_exit_code_2(name, tmp_path, capsys):
         signal.signal(number, handler)
 
 
+@pytest.mark.parametrize('name', COMMANDS)
+def test_a_list_without_a_value_is_refused(name):
+    _, command, _ = load(name)
+    for flag in command.flags:
+        if isinstance(flag.default, tuple) and flag.default:
+            with pytest.raises(UsageError, match=f'--{flag.name} is empty; give a value'):
+                command.parse([*required(command), f'--{flag.name}='])
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_a_url_is_no_path(name):
+    _, command, _ = load(name)
+    for flag in command.flags:
+        if flag.is_path:
+            with pytest.raises(UsageError, match=f'--{flag.name}=gs://a/b must be a path; mount the bucket'):
+                command.parse([f'--{flag.name}=gs://a/b'])
+
+
 def test_convert_needs_a_first_word(capsys):
     from transxssm_jax import convert
 
@@ -292,6 +310,30 @@ def test_start_runs_main_and_ends_with_its_exit_code(tmp_path):
     assert process(tmp_path, MAIN) == (3, 'ran\n', '')
 
 
+def test_a_closed_stream_and_a_terminal_of_few_characters_are_no_fault(tmp_path):
+    body = 'import sys\ndef main(argv):\n    print("ab\u00e9")\n    sys.stdout.flush()\n    return 3\n'
+    assert process(tmp_path, body, before='sys.stdout.reconfigure(encoding="ascii", errors="strict")') == (
+        3,
+        'ab?\n',
+        '',
+    )
+    (tmp_path / 'run.py').write_text(
+        f'import sys; sys.path.insert(0, {str(tmp_path)!r})\nfrom transxssm_jax import cli; cli.start("closed")\n'
+    )
+    (tmp_path / 'closed.py').write_text(
+        'import os\nfrom transxssm_jax import cli\n'
+        'def main(argv):\n'
+        '    open("report", "w").write(str(sorted(int(n) for n in os.listdir("/proc/self/fd"))[:3]))\n'
+        '    return cli.run(cli.Command("c", "A command.", []), lambda flags: print("x"), [])\n'
+    )
+    for closed in ('>&-', '2>&-', '<&-', '>&- 2>&- <&-'):
+        run = subprocess.run(
+            f'{sys.executable} run.py {closed}', shell=True, cwd=tmp_path, env=os.environ | {'PYTHONPATH': str(ROOT)}
+        )
+        assert run.returncode == 0, closed
+        assert (tmp_path / 'report').read_text() == '[0, 1, 2]', closed
+
+
 @pytest.mark.parametrize('name, code', [('SIGINT', 130), ('SIGTERM', 75)])
 def test_a_signal_during_imports_ends_quietly(tmp_path, name, code):
     # Even where an import makes another error of KeyboardInterrupt, or goes on after it.
@@ -370,7 +412,6 @@ FLAGS = Command(
         (['--noprogress'], 'progress', False),
         (['--progress=no'], 'progress', False),
         (['--lengths=1e3,4'], 'lengths', (1000, 4)),
-        (['--lengths='], 'lengths', ()),
         ([], 'stop', ()),
         (['--stop=a,b', '--stop', 'c'], 'stop', ('a,b', 'c')),
         (['--stop='], 'stop', ('',)),
@@ -400,6 +441,7 @@ def test_flags_are_parsed(argv, name, value):
         (['--nosteps'], 'unknown flag --nosteps'),
         (['--lengths=1,x'], "--lengths='x' must be int"),
         (['--lengths=1,,2'], "--lengths='' must be int"),
+        (['--lengths='], '--lengths is empty; give a value, e.g. --lengths=1,2'),
         (['--lengths=0'], '--lengths=0 must be at least 1'),
         (['--mode=on'], '--mode=on is not one of the choices; did you mean one?'),
         (['--step=1'], 'unknown flag --step; did you mean --steps?'),

@@ -27,19 +27,25 @@ NAMES = {
 }
 
 
-def collectives(jaxpr, times=1):
+def collectives(jaxpr):
     """Yields (kind, mesh axes, bytes of the operand on a device, times it runs a step)."""
+    for kind, axes, dtype, elements, times in collectives_of(jaxpr):
+        yield kind, axes, elements * np.dtype(dtype).itemsize, times
+
+
+def collectives_of(jaxpr, times=1):
+    """Yields (kind, mesh axes, dtype, elements of the operand on a device, times it runs a step)."""
     for equation in jaxpr.eqns:
         if equation.primitive.name in NAMES:
             axes = equation.params.get('axes', equation.params.get('axis_name'))
             axes = axes if isinstance(axes, tuple) else (axes,)
-            size = sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in equation.invars)
-            yield NAMES[equation.primitive.name], axes, size, times
+            for v in equation.invars:
+                yield NAMES[equation.primitive.name], axes, v.aval.dtype.name, math.prod(v.aval.shape), times
         inner = times * equation.params.get('length', 1)
         for value in jax.tree.leaves(equation.params, is_leaf=lambda v: hasattr(v, 'jaxpr') or hasattr(v, 'eqns')):
             value = getattr(value, 'jaxpr', value)
             if hasattr(value, 'eqns'):
-                yield from collectives(value, inner)
+                yield from collectives_of(value, inner)
 
 
 def of_step(config):

@@ -224,6 +224,14 @@ def test_a_missing_file_is_refused_with_the_nearest(path):
     assert says('1ts.py: no such file; did you mean', '1st.py')(error.value)
 
 
+def test_a_directory_is_no_config_file(path, tmp_path):
+    with pytest.raises(ConfigError, match=f'--config={path.parent} is a directory; name a config file, such as {path}'):
+        config_lib.load(path.parent)
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(ConfigError, match='empty is a directory; name a config file$'):
+        config_lib.load(tmp_path / 'empty')
+
+
 def test_one_file_says_nothing_about_the_next(path, write):
     assert config_lib.load(path).model.d_model == 128
     with pytest.raises(ConfigError, match='must have a function get_config'):

@@ -29,7 +29,7 @@ from transxssm_jax.parallel import mesh
 from transxssm_jax.pytorch import arrays, conversion, files
 from transxssm_jax.pytorch import fields as fields_lib
 from transxssm_jax.pytorch import tensors as tensors_lib
-from transxssm_jax.training import checkpoint, lease, optimizer
+from transxssm_jax.training import checkpoint, lease, optimizer, run_directory
 from transxssm_jax.training.step import abstract_state
 
 FIELDS = {
@@ -189,7 +189,7 @@ def random_params(config):
 
 def save_run(workdir, config, params):
     """A workdir with a checkpoint of params[step] for each step."""
-    checkpoint.open_workdir(workdir, config)
+    run_directory.open_workdir(workdir, config)
     checkpoints = checkpoint.Checkpoints(workdir, config)
     for step, values in params.items():
         checkpoints.save(step, {'step': np.int32(step), 'params': values, 'opt_state': {'m': np.zeros(1)}}, {})
@@ -656,6 +656,21 @@ def test_export_then_import_gives_the_same_config_parameters_and_logits(tmp_path
         conversion.export_pytorch(tmp_path / 'again', tmp_path / 'out again')
         same_bytes(*(load_file(tmp_path / out / 'model.safetensors') for out in ('out', 'out again')))
         assert (tmp_path / 'out' / 'config.json').read_text() == (tmp_path / 'out again' / 'config.json').read_text()
+
+
+def test_no_file_of_a_run_or_of_a_source_is_overwritten(tmp_path, capsys):
+    write(tmp_path / 'published')
+    before = (tmp_path / 'published' / 'config.json').read_bytes()
+    assert run('import', f'--source={tmp_path / "published"}', f'--workdir={tmp_path / "published"}') == 2
+    assert 'holds a config.json that is not of a run' in capsys.readouterr().err
+    assert (tmp_path / 'published' / 'config.json').read_bytes() == before
+    assert run('import', f'--source={tmp_path / "published"}', f'--workdir={tmp_path / "run"}') == 0
+    before = (tmp_path / 'run' / 'config.json').read_bytes()
+    capsys.readouterr()
+    assert run('export', f'--workdir={tmp_path / "run"}', f'--output={tmp_path / "run"}') == 2
+    assert 'holds a config.json already, which would be overwritten' in capsys.readouterr().err
+    assert (tmp_path / 'run' / 'config.json').read_bytes() == before
+    assert not list((tmp_path / 'run').glob('*.safetensors'))
 
 
 def test_both_biases_of_dt_come_back_as_their_sum(tmp_path):

@@ -185,6 +185,23 @@ def test_killed_commit_continues(corpus, prepared, tmp_path, monkeypatch, capsys
     assert digests(output) == digests(prepared)
 
 
+@pytest.mark.parametrize('damage', ['{"documents"', '[]', ''])
+@pytest.mark.parametrize('ending', ['.json', '.lengths.npy'])
+def test_a_shard_with_damaged_counts_is_made_anew(corpus, prepared, tmp_path, monkeypatch, damage, ending):
+    def die(*_):
+        raise RuntimeError
+
+    monkeypatch.setattr(prepare, 'MIN_SHARD_BYTES', 3000)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, 'commit', die)
+        with pytest.raises(RuntimeError):
+            run_prepare(tmp_path / 'out', corpus[0])
+    (state,) = [path for path in (tmp_path / 'out/.incomplete.train').iterdir() if path.is_dir()]
+    (state / f'00001{ending}').write_text(damage)
+    assert run_prepare(tmp_path / 'out', corpus[0]) == 0
+    assert digests(tmp_path / 'out') == digests(prepared)
+
+
 def test_second_run(corpus, prepared, capsys, tmp_path):
     before = digests(prepared)
     assert run_prepare(prepared, corpus[0], num_workers=2) == 0
@@ -356,6 +373,39 @@ def test_skip_bad(bad_documents, tmp_path, capsys, monkeypatch, num_workers):
     manifest = read_manifest(tmp_path / 'out', 'train')
     assert manifest.sources[0].skipped == {'empty': 1, 'no field': 3, 'not JSON': 3, 'not text': 2, 'unreadable': 1}
     assert manifest.lengths().tolist() == [len(ids(text)) for text in good]
+
+
+def write_parquet(path, documents):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({'text': documents}), path, row_group_size=10)
+    return path
+
+
+@pytest.mark.parametrize('damage', ['footer', 'empty', 'row group'])
+@pytest.mark.parametrize('num_workers', [1, 2])
+def test_skip_bad_of_parquet(tmp_path, capsys, damage, num_workers):
+    directory, good = tmp_path / 'source', texts(60)
+    directory.mkdir()
+    write_parquet(directory / 'a.parquet', good[:30])
+    write_parquet(directory / 'c.parquet', good[30:])
+    bad = write_parquet(directory / 'b.parquet', texts(30, seed=1, longest=4000))
+    content = bad.read_bytes()
+    bad.write_bytes(
+        {'footer': content[:-20], 'empty': b'', 'row group': bytes(len(content) // 9) + content[len(content) // 9 :]}[
+            damage
+        ]
+    )
+    flags = {'num_workers': num_workers}
+    error = refused(capsys, tmp_path / 'out', directory, **flags)
+    assert 'b.parquet' in error and ('fetch it again' in error)
+    assert run_prepare(tmp_path / 'out', directory, skip_bad=0.1, **flags) == 0
+    manifest = read_manifest(tmp_path / 'out', 'train')
+    assert manifest.sources[0].skipped == {'unreadable': 1}
+    lengths = [len(ids(text)) for text in good]
+    found = manifest.lengths().tolist()
+    assert found[:30] == lengths[:30] and found[-30:] == lengths[30:]
 
 
 def test_file_systems_without_locks(corpus, prepared, tmp_path, monkeypatch, capsys):

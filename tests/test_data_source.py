@@ -1,13 +1,14 @@
 import gzip
 import json
+import os
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from data_fixtures import texts, write_jsonl
+from data_fixtures import run_prepare, texts, write_jsonl
 
-from transxssm_jax.data.manifest import DataError
+from transxssm_jax.data.manifest import DataError, read_manifest
 from transxssm_jax.data.source import Skipped, cut, list_files, parse_source, read_documents, read_items
 
 
@@ -145,6 +146,9 @@ def test_jsonl_oddities(tmp_path):
     with pytest.raises(DataError, match="no field 'text' .it has content.; name the text with --text_field"):
         read(path)
     assert read(path, text_field='content') == ['a']
+    path.write_text('[{"text": "a"}, {"text": "b"}]')
+    with pytest.raises(DataError, match=r"line at byte 0 is list, not an object; .*jq -c '\.\[\]'"):
+        read(path)
     path.write_text(json.dumps({'text': 3}) + '\n')
     with pytest.raises(DataError, match='is int, not text'):
         read(path)
@@ -256,6 +260,56 @@ def test_files_that_are_passed_over_are_reported(tmp_path):
         assert f'1 files are passed over: {text}/b.txt.xz' in listed(spec)[1][0]
     with pytest.raises(DataError, match='b.txt.xz: this format is not read'):
         read(text / 'b.txt.xz')
+
+
+def test_prepared_data_below_a_source_is_no_text(tmp_path):
+    (tmp_path / 'a.txt').write_text('text')
+    output = tmp_path / 'out'
+    for split in ('train', 'validation'):
+        assert run_prepare(output, tmp_path, split=split) == 0
+        assert read_manifest(output, split).num_documents == 1, split
+    notes = []
+    assert [piece.path for piece in list_files(str(tmp_path), 'test', notes.append)] == [str(tmp_path / 'a.txt')]
+    assert notes == [f'--source={tmp_path}: 1 files are passed over: {output}']
+    assert len(list_files(f'{tmp_path}/**', 'test', notes.append)) == 1
+    with pytest.raises(DataError, match=f'--source={output} holds prepared data, not text'):
+        list_files(str(output), 'test')
+
+
+def test_a_pattern_that_comes_to_a_file_twice_takes_it_once(tmp_path):
+    (tmp_path / 'a.txt').write_text('text')
+    (tmp_path / 'loop').symlink_to(tmp_path)
+    notes = []
+    assert len(list_files(f'{tmp_path}/**/*.txt', 'train', notes.append)) == 1
+    assert 'are passed over' in notes[0] and 'loop/a.txt' in notes[0]
+
+
+def test_endings_in_upper_case(tmp_path):
+    (tmp_path / 'A.JSONL').write_text('{"text": "one"}\n')
+    (tmp_path / 'B.Jsonl.GZ').write_bytes(gzip.compress(b'{"text": "two"}\n'))
+    pyarrow.parquet.write_table(pyarrow.table({'text': ['three']}), tmp_path / 'C.PARQUET')
+    found = [
+        text
+        for name in ('A.JSONL', 'B.Jsonl.GZ', 'C.PARQUET')
+        for file in list_files(str(tmp_path / name), 'train')
+        for piece in cut(file, 1000)
+        for text in read_documents(piece, 'text')
+    ]
+    assert found == ['one', 'two', 'three']
+    assert [piece.kind for piece in list_files(str(tmp_path), 'train')] == ['parquet']
+
+
+def test_what_is_no_source_is_named(tmp_path):
+    os.mkfifo(tmp_path / 'pipe')
+    with pytest.raises(DataError, match='is neither a file nor a directory'):
+        list_files(str(tmp_path / 'pipe'), 'train')
+    (tmp_path / 'a.txt').write_bytes('text'.encode('utf-16'))
+    for weight in ('1e3', '-1', 'x', '1,5'):
+        with pytest.raises(DataError, match='the weight behind @ must be a decimal number'):
+            parse_source(f'{tmp_path / "a.txt"}@{weight}')
+    (file,) = list_files(str(tmp_path / 'a.txt'), 'train')
+    with pytest.raises(DataError, match='is UTF-16; convert it'):
+        list(read_documents(file, 'text'))
 
 
 def test_a_directory_that_cannot_be_listed(tmp_path, monkeypatch):

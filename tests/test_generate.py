@@ -23,7 +23,7 @@ from transxssm_jax.inference.prompt import encode_prompts, with_begin
 from transxssm_jax.inference.sampling import InputError, Sampling, fold_seed
 from transxssm_jax.model import parameters
 from transxssm_jax.parallel import mesh
-from transxssm_jax.training import checkpoint
+from transxssm_jax.training import checkpoint, run_directory
 
 MAX_LENGTH = 32  # one size of cache and of prompts, so that little is compiled
 RANDOM = Sampling(temperature=1.0)
@@ -227,7 +227,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(params):
 @pytest.fixture(scope='module')
 def workdir(config, params, tmp_path_factory):
     path = tmp_path_factory.mktemp('run')
-    checkpoint.open_workdir(path, config)
+    run_directory.open_workdir(path, config)
     checkpoints = checkpoint.Checkpoints(path, config)
     for number in (3, 7):
         scaled = jax.tree.map(lambda leaf: leaf * (number / 7), params)  # noqa: B023
@@ -381,7 +381,9 @@ def test_only_a_line_feed_ends_a_prompt(workdir, monkeypatch, tmp_path, capsys):
         (['--prompt=a', '--step=5'], 'no checkpoint of step 5'),
         (['--prompt=a', '--tokenizer=/nowhere.json'], 'tokenizer /nowhere.json'),
         (['--prompt=a', '--temperature=-1'], 'temperature=-1.0 must be'),
-        (['--prompt=a', '--max_tokens=0'], 'max_tokens=0'),
+        (['--prompt=a', '--max_tokens=0'], '--max_tokens=0 must be at least 1'),
+        (['--prompt=a', '--stop='], '--stop is empty'),
+        (['--prompt=a', '--config.data.path=/nowhere'], '(--config.data.path)'),
         (['--prompt=a', '--max_token=5'], 'unknown flag --max_token; did you mean --max_tokens?'),
         (['--prompt=a', '--top_k=many'], 'many'),
         (['--prompt=a', '--interactive'], 'give one of'),
@@ -410,6 +412,7 @@ def test_wrong_input_gets_one_line_and_exit_code_2(workdir, capsys, arguments, m
         ('{"prompt": "a"}\n{"text": "b"}\n', 'line 2'),
         ('not json\n', 'line 1'),
         ('{"prompt": 3}\n', 'line 1'),
+        ('[' * 100_000, 'line 1'),
         (b'{"prompt": "\xff"}\n', 'is not UTF-8 (byte 12)'),
     ],
 )

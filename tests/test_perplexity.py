@@ -19,7 +19,7 @@ from transxssm_jax.evals import perplexity
 from transxssm_jax.model.loss import IGNORED, next_token_loss
 from transxssm_jax.model.parameters import init_params, split_model
 from transxssm_jax.parallel import mesh
-from transxssm_jax.training import checkpoint
+from transxssm_jax.training import checkpoint, run_directory
 
 TRAINED = 32  # tokens of a row in training
 
@@ -188,7 +188,7 @@ def test_spans(data):
 def workdir(tmp_path_factory, config, params, data):
     directory = tmp_path_factory.mktemp('run')
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(data[0])))
-    checkpoint.open_workdir(directory, config)
+    run_directory.open_workdir(directory, config)
     checkpoints = checkpoint.Checkpoints(directory, config)
     zeros = jax.tree.map(np.zeros_like, params)
     checkpoints.save(1, {'step': np.int32(1), 'params': params, 'opt_state': {'mu': zeros, 'nu': zeros}}, {})

@@ -224,21 +224,21 @@ ENTRY %main (x: f32[16,128]) -> f32[16,128] {
 
 
 def test_min_bytes_of_fsdp_are_three_times_the_parameters():
-    config = small_config()
+    config = small_config(model_dtype='bfloat16')
     sizes = dict(data=1, fsdp=4, context=1, tensor=1)
     least = roofline.min_comm_bytes(config, sizes)
     split = sum(size for size, axes in roofline._leaves(config, sizes) if 'fsdp' in axes)
     whole = parameters.count_params(config.model) - split
     assert split > 0.9 * parameters.count_params(config.model)
     assert least['parameters'] == 2 * 2 * split * 3 / 4
-    assert least['gradients'] == 2 * split * 3 / 4 + 2 * 2 * whole * 3 / 4
+    assert least['gradients'] == 2 * split * 3 / 4 + 2 * 4 * whole * 3 / 4, 'norms and the like in float32'
     assert least['activations'] == least['states'] == least['keys_values'] == 0
-    twice = roofline.min_comm_bytes(small_config(train_accumulation_steps=2), sizes)
+    twice = roofline.min_comm_bytes(small_config(model_dtype='bfloat16', train_accumulation_steps=2), sizes)
     assert twice == least | {'parameters': 2 * least['parameters']}, 'gradients travel once a step'
 
 
 def test_min_bytes_of_tensor_and_context():
-    config = small_config()
+    config = small_config(model_dtype='bfloat16')
     model, tokens = config.model, config.tokens_per_step
     tensor = roofline.min_comm_bytes(config, dict(data=1, fsdp=1, context=1, tensor=2))
     # A sum of S bytes over n devices sends 2 S (n - 1) / n: mixer and MLP, forward and backward, embedding and head.
@@ -492,8 +492,9 @@ def test_hosts_are_slices(capsys):
     assert plan.main([*arguments, '--slices=2', '--config.mesh.data=2', '--json']) == ExitCode.FINISHED
     result = json.loads(capsys.readouterr().out)
     assert result['devices'] == 16 and result['slices'] == 2
-    # An eighth of the gradients, there and back, half of which crosses.
-    assert result['seconds']['DCN'] == pytest.approx(2 * 2 * result['parameters'] / 8 / 2 / 50e9, rel=0.01)
+    # An eighth of the gradients, there and back, half of which crosses, in float32 because of the microbatches.
+    assert result['gradient_dtypes']['data'] == 'float32'
+    assert result['seconds']['DCN'] == pytest.approx(2 * 4 * result['parameters'] / 8 / 2 / 50e9, rel=0.01)
 
 
 def h200_plan(capsys, *settings):
@@ -503,6 +504,21 @@ def h200_plan(capsys, *settings):
     lines = capsys.readouterr().out.splitlines()
     assert plan.main([*arguments, '--json']) == code
     return code, lines, json.loads(capsys.readouterr().out)
+
+
+def test_the_price_of_a_gradients_dtype_is_printed(capsys):
+    arguments = [f'--config={ROOT}/configs/1p3b.py', '--topology=h200:8', '--slices=8', '--config.mesh.data=1']
+    arguments += ['--config.mesh.fsdp=64']
+    assert plan.main([*arguments, '--json']) == ExitCode.FINISHED
+    result = json.loads(capsys.readouterr().out)
+    assert result['gradient_dtypes']['fsdp'] == 'float32', '64 members'
+    total = {dtype: sum(sizes.values()) for dtype, sizes in result['gradient_bytes_in'].items()}
+    assert sum(result['gradient_bytes'].values()) == total['float32'] == result['min_comm_bytes']['gradients']
+    assert total['bfloat16'] == pytest.approx(total['float32'] / 2, rel=1e-3)
+    assert plan.main([*arguments, '--config.train.gradient_dtype_fsdp=bfloat16']) == ExitCode.FINISHED
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith('  gradients'))
+    assert f'{total["bfloat16"] / 1e6:,.0f} MB of it, summed over fsdp in bfloat16; over all axes in' in line
+    assert f'float32 {total["float32"] / 1e6:,.0f}' in line
 
 
 def test_what_cannot_fit_ends_with_3_and_with_the_nearest_that_fits(capsys):

@@ -14,7 +14,7 @@ from process_fixtures import TESTS, Process, Processes, free_port, start, start_
 from train_fixtures import arguments, call, checkpoint_steps, prepare_bytes, records, train, write_config
 
 from transxssm_jax.parallel import cluster, preemption, processes
-from transxssm_jax.training import checkpoint
+from transxssm_jax.training import checkpoint, lease
 
 
 def doing(what):
@@ -384,6 +384,35 @@ def test_different_commands_and_workdirs_are_refused(config, tmp_path):
     ends = start([trainer(config, tmp_path / f'own{process}') for process in range(2)]).finish()
     assert [end.code for end in ends] == [2, 2], ends
     assert any('is not the directory of process 0' in end.error() for end in ends)
+
+
+def test_a_workdir_that_is_in_use_refuses_all_processes_of_a_second_run(config, tmp_path):
+    with lease.hold(tmp_path / 'workdir'):
+        ends = start([trainer(config, tmp_path / 'workdir', train__steps=3)] * 2).finish()
+        assert (tmp_path / 'workdir' / lease.NAME).exists(), 'the holder keeps it'
+    assert [end.code for end in ends] == [2, 2], ends
+    for process, end in enumerate(ends):
+        assert end.error().startswith(f'error (process {process} of 2): '), end
+        assert f'is in use by another run (process {os.getpid()} on host' in end.error(), end
+        assert 'Traceback' not in end.err
+    assert not (tmp_path / 'workdir' / 'checkpoints').exists()
+
+
+def test_data_that_cannot_be_read_ends_all_and_names_the_newest_checkpoint(config, tmp_path):
+    data, workdir = shutil.copytree(config.parent / 'prepared', tmp_path / 'data'), tmp_path / 'workdir'
+    settings = dict(data__path=data, mesh__data=2, train__steps=ENDLESS, train__eval_every_steps=0)
+    command = ['-m', 'transxssm_jax.train', *arguments(config, workdir, **settings)[1:]]
+    with start_all(command, 2) as running:
+        running.until(lambda: (workdir / 'checkpoints' / '4').exists())
+        (shard,) = data.glob('documents-train.array_record-*')
+        content = shard.read_bytes()
+        shard.write_bytes(content[:128] + bytes(len(content) - 256) + content[-128:])
+        ends = running.finish()
+    assert [end.code for end in ends] == [2, 2], ends
+    newest = checkpoint_steps(workdir)[-1]
+    for end in ends:
+        assert f'{shard} is missing or corrupt' in end.error() and 'Traceback' not in end.err, end
+        assert f'the newest checkpoint is of step {newest}' in end.error(), end
 
 
 @pytest.mark.slow

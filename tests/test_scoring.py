@@ -11,6 +11,7 @@ from eval_fixtures import SMALLER, random_params
 from flax import nnx
 from small import small_config
 
+from transxssm_jax.data import packing
 from transxssm_jax.evals import scoring
 from transxssm_jax.model import parameters
 from transxssm_jax.parallel import mesh
@@ -123,6 +124,25 @@ def test_long_texts_are_scored_by_windows_as_the_harness_cuts_them(model, scorer
         assert ours == theirs
     ((total, _),) = scorer.score([([7], tokens)])
     assert total == pytest.approx(sum(total for total, _ in by_forward(model, theirs)), abs=1e-3)
+
+
+@pytest.mark.parametrize('length', [5, 40, 41, 90])
+def test_windows_are_the_rows_of_training(length):
+    """A window that does not begin the text has the token before it as first input, and no begin token, as a row."""
+    tokens = np.random.default_rng(1).integers(0, 90, length)
+    rows = [
+        (row['tokens'][row['targets'] >= 0].tolist(), row['targets'][row['targets'] >= 0].tolist())
+        for start in range(0, length, 40)
+        for row in [
+            packing.pack_row(
+                np.concatenate([[NINETY.begin_id], tokens])[start : start + 41], [len(tokens[start : start + 40])], 40
+            )
+        ]
+    ]
+    found = [
+        (shown[-len(targets) :], targets) for shown, targets in scoring.windows([NINETY.begin_id], tokens.tolist(), 40)
+    ]
+    assert found == rows
 
 
 def test_an_empty_context_stands_for_the_begin_token(scorer):

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 import shutil
 import signal
 
@@ -109,7 +110,7 @@ def test_killed_twice_equals_never_killed(config, tmp_path):
     result = finish(start_process(config, killed, whole))
     assert result.out.count('exit code 0\n') == 2, result
     # The checkpoint of step 8 may or may not have been whole when the signal struck.
-    assert 'resuming from step 8' in result.out or 'resuming from step 5' in result.out
+    assert re.search('resuming from step [568]\n', result.out), 'steps 5 and 8 are saved, and 6 for its evaluation'
     assert numbers(tmp_path / 'killed') == numbers(tmp_path / 'whole')
     for path, (left, right) in _leaves(saved_state(tmp_path / 'killed', 12), saved_state(tmp_path / 'whole', 12)):
         np.testing.assert_array_equal(left, right, err_msg=path)
@@ -187,6 +188,104 @@ def test_a_killed_loader_process_stops_the_run_and_saves(config, tmp_path, caplo
     assert 'a loader process (data.num_workers=2) was lost' in message and 'exit code 75' in message
     result = train(config, tmp_path / 'workdir', train__steps=step + 1, train__eval_every_steps=0)
     assert result.code == 0 and f'resuming from step {step}' in result.out
+
+
+def test_every_evaluation_may_be_the_best(config, tmp_path, monkeypatch):
+    """Evaluations and checkpoints never fall on the same step but the last; NaN is never the best."""
+    losses_by_step = {3: 2.0, 6: math.nan, 9: 1.5, 12: 1.6, 15: 1.4, 18: math.inf, 20: 3.0}
+
+    class Stub:
+        def run(self, params):
+            yield 'eval_loss', losses_by_step[step]
+            yield 'eval_bits_per_byte', 0.0
+
+    step, saved = 0, []
+
+    def see(run):
+        nonlocal step
+        step = run.step
+
+    monkeypatch.setattr(loop, 'make_evaluators', lambda run: [Stub()])
+    monkeypatch.setattr(loop, 'after_step_callbacks', [see])
+    save = loop.checkpoint.Checkpoints.save
+    monkeypatch.setattr(
+        loop.checkpoint.Checkpoints, 'save', lambda self, at, *rest: saved.append(at) or save(self, at, *rest)
+    )
+    settings = dict(train__steps=20, train__eval_every_steps=3, train__checkpoint_every_steps=7, train__keep_last=1)
+    assert train(config, tmp_path / 'workdir', train__keep_best=2, **settings).code == 0
+    assert saved == [3, 7, 9, 12, 14, 15, 20], 'of 6 and 18 none, because they are not finite'
+    assert checkpoint_steps(tmp_path / 'workdir') == [9, 15, 20]
+    saved.clear()
+    assert train(config, tmp_path / 'none', train__keep_best=0, **settings).code == 0
+    assert saved == [7, 14, 20]
+
+
+def damage_records(path):
+    content = path.read_bytes()
+    path.write_bytes(content[:128] + bytes(len(content) - 256) + content[-128:])
+
+
+@pytest.mark.parametrize('num_workers', [0, 1])
+def test_data_that_cannot_be_read_in_the_midst_costs_no_step(config, tmp_path, num_workers):
+    data = shutil.copytree(config.parent / 'prepared', tmp_path / 'data')
+    (shard,) = data.glob('documents-train.array_record-*')
+    whole, workdir = shard.read_bytes(), tmp_path / 'workdir'
+    settings = dict(data__path=data, data__num_workers=num_workers, train__eval_every_steps=0)
+    with before_saving(5, lambda run: damage_records(shard)):
+        result = train(config, workdir, train__steps=10**6, train__checkpoint_every_steps=10**6, **settings)
+    assert result.code == 2 and result.err.count('error: ') == 1, result
+    (step,) = checkpoint_steps(workdir)
+    assert step >= 5 and f'step {step} is saved, and the same command goes on from there' in result.err
+    assert str(shard) in result.err and 'Traceback' not in result.err
+    result = train(config, workdir, train__steps=step + 1, **settings)
+    assert result.code == 2 and f'the newest checkpoint is of step {step}' in result.err, result
+    shard.write_bytes(whole)
+    result = train(config, workdir, train__steps=step + 1, **settings)
+    assert result.code == 0 and f'resuming from step {step}' in result.out
+
+
+def test_held_out_data_that_cannot_be_read_costs_no_step(config, tmp_path):
+    data = shutil.copytree(config.parent / 'prepared', tmp_path / 'data')
+    (shard,) = data.glob('documents-validation.array_record-*')
+    with before_saving(6, lambda run: damage_records(shard)):
+        result = train(config, tmp_path / 'workdir', data__path=data)
+    assert result.code == 2 and str(shard) in result.err and 'step 6 is saved' in result.err, result
+    assert checkpoint_steps(tmp_path / 'workdir') == [4, 6]
+
+
+def test_where_a_state_cannot_be_saved_the_error_says_why(config, tmp_path):
+    data, workdir = shutil.copytree(config.parent / 'prepared', tmp_path / 'data'), tmp_path / 'workdir'
+    (shard,) = data.glob('documents-validation.array_record-*')
+
+    def spoil(run):
+        damage_records(shard)
+        run.checkpoints.wait()
+        (workdir / 'checkpoints').rename(workdir / 'moved')
+        (workdir / 'checkpoints').write_text('in the way')
+
+    with before_saving(6, spoil):
+        result = train(config, workdir, data__path=data)
+    assert result.code == 2 and result.err.count('error: ') == 1, result
+    assert 'step 6 is not saved (a checkpoint could not be written to' in result.err and str(shard) in result.err
+
+
+def test_a_workdir_that_becomes_unwritable_ends_the_run_in_one_line(config, tmp_path):
+    workdir = tmp_path / 'workdir'
+
+    def take_away(run):
+        run.checkpoints.wait()
+        (workdir / 'checkpoints').rename(workdir / 'moved')
+        (workdir / 'checkpoints').write_text('in the way')
+
+    with before_saving(5, take_away):
+        result = train(config, workdir)
+    assert result.code == 2 and result.err.count('error: ') == 1, result
+    assert f'could not be written to {workdir / "checkpoints"}' in result.err and 'Traceback' not in result.err
+    assert not (workdir / 'lease.json').exists()
+    (workdir / 'checkpoints').unlink()
+    (workdir / 'moved').rename(workdir / 'checkpoints')
+    result = train(config, workdir)
+    assert result.code == 0 and 'resuming from step 4' in result.out, result
 
 
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(config, finished, copy, caplog):

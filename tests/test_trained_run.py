@@ -1,6 +1,7 @@
 """The one way to open a run: what is read, and which tokenizers are refused."""
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
@@ -67,6 +68,15 @@ def test_parameters_are_read_in_shards_of_the_mesh(workdir):
 def test_another_tokenizer_is_refused(workdir, folder, tokenizer, message):
     with pytest.raises(DataError, match=message.format(folder=folder)):
         open_trained_run(workdir, tokenizer=tokenizer.format(folder=folder))
+
+
+def test_data_that_lies_elsewhere_now_is_named_by_its_setting(workdir, folder, tmp_path, capsys):
+    moved = shutil.copytree(checkpoint.load_config(workdir).data.path, tmp_path / 'moved')
+    run = open_trained_run(workdir, overrides={'data.path': str(moved)})
+    assert run.tokenizer.describe() == open_trained_run(workdir).tokenizer.describe()
+    assert capsys.readouterr().err == ''
+    with pytest.raises(DataError, match=r'\(--config\.data\.path\)'):
+        open_trained_run(workdir, overrides={'data.path': '/nowhere'})
 
 
 def test_without_the_training_data_the_size_is_checked_and_the_rest_reported(workdir, folder, tmp_path, capsys):

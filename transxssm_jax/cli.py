@@ -28,12 +28,13 @@ import importlib
 import math
 import os
 import re
-import select
 import signal
 import sys
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from transxssm_jax import streams
 
 
 class ExitCode(enum.IntEnum):
@@ -111,6 +112,13 @@ def shorten(text: str, most: int = 200) -> str:
     return text if len(text) <= most else text[:most] + '...'
 
 
+def expand_path(name: str, path: str, error: type[UserError] = UsageError) -> str:
+    """The path with ~ expanded. Raises `error` for a URL, which would be a directory of that name."""
+    if re.match(r'\w+://', path):
+        raise error(f'{name}={shorten(path)} must be a path; mount the bucket on every host, or fetch the file')
+    return os.path.expanduser(path)
+
+
 def nearest(name: str, known) -> str:
     """'; did you mean X?', or what is known where that is little, or ''."""
     near = difflib.get_close_matches(shorten(name), known := sorted(known), n=1, cutoff=0.6)
@@ -178,6 +186,8 @@ class Flag:
         """The value of what was typed, checked."""
         if not self.is_list or self.repeated:
             return self._parse_one(text)
+        if not text.strip() and isinstance(self.default, tuple) and self.default:
+            raise UsageError(f'--{self.name} is empty; give a value, e.g. --{self.name}={show(self.default)}')
         return tuple(self._parse_one(part.strip()) for part in text.split(',')) if text.strip() else ()
 
     def _parse_one(self, text: str):
@@ -188,9 +198,7 @@ class Flag:
             raise UsageError(f'{name}={shorten(text)} is not one of the choices{near}')
         if self.kind in (int, float):
             check_range(name, value, self.minimum, self.maximum)
-        if self.is_path:
-            value = os.path.expanduser(value)
-        return value
+        return expand_path(name, value) if self.is_path else value
 
 
 def show(default) -> str:
@@ -278,12 +286,12 @@ class Command:
         for flag in self.flags:
             if values.get(flag.name, flag.default) in (REQUIRED, '', ()) and flag.default is REQUIRED:
                 raise UsageError(f'--{flag.name} is missing, e.g. --{flag.name}={flag.example}')
-        defaults = {flag.name: flag.default for flag in self.flags}
+        given, values = frozenset(values), {flag.name: flag.default for flag in self.flags} | values
         return types.SimpleNamespace(
-            **{**defaults, **values},
+            **values,
             argv=tuple(argv),
             arguments=tuple(map(os.path.expanduser, arguments)),
-            given=frozenset(values),
+            given=given,
             config_file=config_file,
             overrides=overrides,
         )
@@ -329,7 +337,7 @@ def run(
             print_error(command.if_interrupted, prefix='interrupted; ')
         return ExitCode.INTERRUPTED
     except Exception as error:
-        if _stdout_is_gone(error):
+        if streams.stdout_is_gone(error):
             return ExitCode.WRONG_INPUT
         explained = explain(error)
         if explained is None:
@@ -403,22 +411,6 @@ def print_error(message, prefix: str = 'error: ') -> None:
         print(ascii(f'{prefix}{one_line(message)}')[1:-1], file=sys.stderr, flush=True)
 
 
-def _stdout_is_gone(error: BaseException) -> bool:
-    """Whether the error is that nobody reads stdout any more (as in `| head`), after which nothing can be printed there."""
-    if not isinstance(error, BrokenPipeError):
-        return False
-    try:
-        stdout, poll = sys.stdout.fileno(), select.poll()
-    except (AttributeError, OSError, ValueError):  # no stdout, or one that is no file
-        return False
-    poll.register(stdout, 0)  # errors are reported even so
-    if not poll.poll(0):
-        return False  # another pipe broke, e.g. that of a worker
-    # What is still in the buffer must not raise again when Python ends.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
-    return True
-
-
 def start(module: str) -> None:
     """Imports a command's module by its real name, runs its main() and ends the process with its exit code.
 
@@ -428,6 +420,7 @@ def start(module: str) -> None:
     """
     # JAX takes three quarters of a GPU's memory unless it is told otherwise; a training step wants the rest too.
     os.environ.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.92')
+    streams.make_usable()
     # Raised in the middle of an extension module's import, KeyboardInterrupt could come out as another error.
     stops = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # what schedulers send
     ends = {signal.SIGINT: ExitCode.INTERRUPTED, **dict.fromkeys(stops, ExitCode.TERMINATED)}

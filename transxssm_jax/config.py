@@ -8,14 +8,14 @@ a device, and locks the tree. This module imports no jax.
 
 import dataclasses
 import pathlib
-import runpy
-import traceback
 import types
 from typing import Any
 
-from transxssm_jax import cli, settings
+from transxssm_jax import config_rules, settings
 from transxssm_jax.layer_pattern import parse_pattern
 from transxssm_jax.settings import LARGEST_SEED, ConfigError, Section, setting
+
+GRADIENT_DTYPES = ('auto', 'bfloat16', 'float32')
 
 
 @dataclasses.dataclass
@@ -245,6 +245,27 @@ class Train(Section):
         'What is taken of train.init_from: the parameters, or the state of the optimizer too. The step starts at 0.',
         choices=('params', 'params+optimizer'),
     )
+    gradient_dtype_data: str = setting(
+        'auto',
+        "Dtype in which gradients are summed over mesh.data; 'auto': model.dtype for up to 16 devices and without "
+        'microbatches, else float32.',
+        choices=GRADIENT_DTYPES,
+    )
+    gradient_dtype_fsdp: str = setting(
+        'auto',
+        "Dtype in which gradients are summed over mesh.fsdp; 'auto': model.dtype for up to 16 devices, else float32.",
+        choices=GRADIENT_DTYPES,
+    )
+    gradient_dtype_context: str = setting(
+        'auto',
+        "Dtype in which gradients are summed over mesh.context; 'auto': as for mesh.data, with which it counts together.",
+        choices=GRADIENT_DTYPES,
+    )
+    gradient_dtype_tensor: str = setting(
+        'auto',
+        "Dtype in which activations' gradients are summed over mesh.tensor; 'auto': as for mesh.fsdp.",
+        choices=GRADIENT_DTYPES,
+    )
     log_every_steps: int = setting(10, 'Steps between metrics records.', minimum=1)
     eval_every_steps: int = setting(1000, 'Steps between evaluations; one more comes at the end. 0: none.', minimum=0)
     eval_batches: int = setting(
@@ -252,7 +273,11 @@ class Train(Section):
     )
     checkpoint_every_steps: int = setting(1000, 'Steps between checkpoints; one more comes at the end.', minimum=1)
     keep_last: int = setting(2, 'Newest checkpoints to keep.', minimum=1)
-    keep_best: int = setting(1, 'Checkpoints with the lowest evaluation loss to keep.', minimum=0)
+    keep_best: int = setting(
+        1,
+        'Checkpoints with the lowest evaluation loss to keep; an evaluation that is among the lowest is saved at once.',
+        minimum=0,
+    )
     tensorboard: bool = setting(True, 'Whether to write TensorBoard files to the workdir.')
     progress: bool = setting(True, 'Whether to show a progress bar.')
     profile_start_step: int = setting(0, 'First step of the profiler window.', minimum=0)
@@ -313,7 +338,7 @@ def load(path, overrides: dict[str, Any] | None = None) -> Config:
       ConfigError: no such file, unknown name, wrong type, or a combination
         that cannot work. The message is one line and names the remedy.
     """
-    return replace(_read_file(str(path)), overrides or {})
+    return replace(settings.read_file(Config, str(path)), overrides or {})
 
 
 def from_flags(flags: types.SimpleNamespace) -> Config:
@@ -348,30 +373,6 @@ def replace(config: Config, changes: dict[str, Any]) -> Config:
     return resolve(changed)
 
 
-def _read_file(path: str) -> Config:
-    file = pathlib.Path(path).expanduser()
-    try:
-        found = file.is_file()
-    except OSError as error:
-        raise ConfigError(f'--config={cli.shorten(path)}: {error.strerror}') from None
-    if not found:
-        near = [str(p) for folder in {file.parent, pathlib.Path('configs')} for p in folder.glob('*.py')]
-        raise ConfigError(f'--config={path}: no such file{cli.nearest(path, near) if near else ""}')
-    path = str(file)
-    try:
-        config = runpy.run_path(path).get('get_config', lambda: None)()
-        if hasattr(config, 'to_dict'):
-            config = settings.from_tree(Config, config.to_dict())
-    except (Exception, SystemExit) as error:  # whatever a file with a mistake raises
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        kind = '' if isinstance(error, ConfigError | SyntaxError) else f'{type(error).__name__}: '
-        where = f'{path}, line {lines[-1]}' if lines else path
-        raise ConfigError(f'{where}: {kind}{cli.one_line(error)}') from error
-    if not isinstance(config, Config):
-        raise ConfigError(f'{path}: must have a function get_config() that returns a transxssm_jax.config.Config')
-    return config
-
-
 def start_from(asking_file: str, path: str) -> Config:
     """The config of another file, to change: `config = start_from(__file__, '../1p3b.py')` in a file of configs/pods/.
 
@@ -379,7 +380,7 @@ def start_from(asking_file: str, path: str) -> Config:
       asking_file: where path is relative to.
       path: a config file.
     """
-    return settings.copy(_read_file(str(pathlib.Path(asking_file).parent / path)))
+    return settings.copy(settings.read_file(Config, str(pathlib.Path(asking_file).parent / path)))
 
 
 def describe() -> str:
@@ -393,69 +394,9 @@ def resolve(config: Config) -> Config:
     Raises:
       ConfigError: naming the setting, its value, the rule and a remedy.
     """
-    model, data, optimizer, train = config.model, config.data, config.optimizer, config.train
-    # A head's width is a multiple of 16, so what is proposed is too.
-    _divides('model.d_model', model.d_model, 'model.num_heads', model.num_heads, step=16 * model.num_heads)
-    _divides('model.num_heads', model.num_heads, 'model.num_kv_heads', model.num_kv_heads)
-    _divides('model.num_heads', model.num_heads, 'model.num_ssd_groups', model.num_ssd_groups)
-    _divides('model.num_layers', model.num_layers, 'layers per period', len(model.layer_pattern))
-    if model.head_dim % 16:
-        raise ConfigError(
-            f'model.d_model={model.d_model} / model.num_heads={model.num_heads} = {model.head_dim} '
-            'must be a multiple of 16; change either'
-        )
-    if model.d_state % 16:
-        raise ConfigError(
-            f'model.d_state={model.d_state} must be a multiple of 16; try {model.d_state // 16 * 16 + 16}'
-        )
-    if not model.pattern and 0 < model.attention_period <= model.attention_offset:
-        raise ConfigError(
-            f'model.attention_offset={model.attention_offset} must be below model.attention_period='
-            f'{model.attention_period}; try {model.attention_period - 1}'
-        )
-    if not 0 < model.dt_min <= model.dt_max:
-        raise ConfigError(f'model.dt_min={model.dt_min} must be positive and at most model.dt_max={model.dt_max}')
-    if not 0 < model.a_min <= model.a_max:
-        raise ConfigError(f'model.a_min={model.a_min} must be positive and at most model.a_max={model.a_max}')
-    if model.ssd_chunk_size % 16:
-        raise ConfigError(
-            f'model.ssd_chunk_size={model.ssd_chunk_size} must be a multiple of 16; try '
-            f'{model.ssd_chunk_size // 16 * 16 + 16}, or 0 to leave it to the device'
-        )
-    for name in ('b1', 'b2'):
-        if getattr(optimizer, name) >= 1:
-            raise ConfigError(
-                f'optimizer.{name}={getattr(optimizer, name)} must be below 1; try 0.9 for b1, 0.999 for b2'
-            )
-    if data.path and data.directories:
-        raise ConfigError(
-            f'data.path={data.path} and data.sources={data.sources} both name the data; leave one of them empty'
-        )
-    for name in ('weights', 'max_epochs'):
-        if getattr(data, name) and not data.directories:
-            raise ConfigError(f'data.{name}={getattr(data, name)!r} belongs to data.sources, which is empty; set both')
-    _divides('data.global_batch', data.global_batch, 'train.accumulation_steps', train.num_microbatches)
-    decay_steps = optimizer.decay_steps if optimizer.schedule == 'wsd' else 0
-    if optimizer.warmup_steps + decay_steps > train.steps:
-        parts = 'optimizer.warmup_steps' + (' + optimizer.decay_steps' if decay_steps else '')
-        raise ConfigError(
-            f'{parts} = {optimizer.warmup_steps + decay_steps} must be at most '
-            f'train.steps={train.steps}; lower {parts.split()[0]}'
-        )
-    mesh = dataclasses.asdict(config.mesh)
-    if list(mesh.values()).count(-1) > 1 or 0 in mesh.values():
-        raise ConfigError(f'mesh={mesh}: at most one axis may be -1 and none 0')
+    config_rules.check(config)
     settings.lock(config)
     return config
-
-
-def _divides(name, value, by_name, by, step=0):
-    """Raises unless by divides value; proposes the nearest multiples of step (default: of by)."""
-    if value % by:
-        step = step or by
-        lower, upper = value // step * step, (value // step + 1) * step
-        tries = ' or '.join(str(n) for n in (lower, upper) if n > 0)
-        raise ConfigError(f'{name}={value} must be divisible by {by_name}={by}; try {tries}')
 
 
 # ---- writing and comparing -------------------------------------------------

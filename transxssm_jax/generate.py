@@ -64,7 +64,7 @@ COMMAND = cli.Command(
         Flag(
             'output', '', 'JSONL file to write completions to, an object per line; empty: the terminal.', is_path=True
         ),
-        Flag('max_tokens', 256, 'Most tokens of a completion.'),
+        Flag('max_tokens', 256, 'Most tokens of a completion.', minimum=1),
         Flag('max_length', 0, 'Most tokens of prompt and completion; 0: data.seq_len of the run.', minimum=0),
         *SAMPLING,
         Flag('stop', (), 'Text that ends a completion; the flag may be given several times.', repeated=True),
@@ -95,6 +95,8 @@ def _generate(flags) -> None:
         raise InputError('give one of --prompt=TEXT, --prompts=FILE and --interactive')
     if flags.interactive and flags.output:
         raise InputError('--output is for --prompt and --prompts, not for --interactive')
+    if '' in flags.stop:
+        raise InputError('--stop is empty; give a text, or leave it out')
     output = pathlib.Path(flags.output)
     if flags.output and (output.exists() or not output.absolute().parent.is_dir()):
         raise InputError(f'--output={output} {"exists" if output.exists() else "is in no directory"}; name a new file')
@@ -149,7 +151,7 @@ def _read_prompts(flags) -> list[dict]:
                 is_conversation = flags.chat and isinstance(records[-1], dict) and 'messages' in records[-1]
                 if not is_conversation and not isinstance(records[-1]['prompt'], str):
                     raise TypeError
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 what = 'a text "prompt" or "messages"' if flags.chat else 'a text "prompt"'
                 raise InputError(f'{name}, line {i}: it must be an object with {what}') from None
         if not records:

@@ -7,6 +7,9 @@ import dataclasses
 import functools
 import json
 import os
+import pathlib
+import runpy
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -98,7 +101,7 @@ def checked(name: str, field: dataclasses.Field, value):
         cli.check_range(name, value, field.metadata.get('minimum'), field.metadata.get('maximum'), ConfigError)
     if isinstance(value, str) and '\0' in value:
         raise ConfigError(f'{name}={cli.shorten(_shown(value))} must not hold a null character')
-    return os.path.expanduser(value) if field.metadata.get('is_path') else value
+    return cli.expand_path(name, value, ConfigError) if field.metadata.get('is_path') else value
 
 
 def named_paths(name: str, text: str) -> dict[str, str]:
@@ -235,3 +238,39 @@ def describe(root: type[Section]) -> str:
     return '\n'.join(
         f'--config.{name}={cli.show(field.default)}  {field.metadata["meaning"]}' for name, field in walk(root)
     )
+
+
+def read_file(section: type[Section], path: str):
+    """The settings that a Python file's get_config() returns: a `section`, or an ml_collections.ConfigDict of its settings.
+
+    Raises:
+      ConfigError: no such file, or whatever the file raises, with the line.
+    """
+    file = pathlib.Path(path).expanduser()
+    try:
+        found = file.is_file()
+        if file.is_dir():
+            inside = ', '.join(sorted(str(p) for p in file.glob('*.py'))[:5])
+            raise ConfigError(
+                f'--config={path} is a directory; name a config file{f", such as {inside}" * bool(inside)}'
+            )
+    except OSError as error:
+        raise ConfigError(f'--config={cli.shorten(path)}: {error.strerror}') from None
+    if not found:
+        near = [str(p) for folder in {file.parent, pathlib.Path('configs')} for p in folder.glob('*.py')]
+        raise ConfigError(f'--config={path}: no such file{cli.nearest(path, near) if near else ""}')
+    path = str(file)
+    try:
+        config = runpy.run_path(path).get('get_config', lambda: None)()
+        if hasattr(config, 'to_dict'):
+            config = from_tree(section, config.to_dict())
+    except (Exception, SystemExit) as error:  # whatever a file with a mistake raises
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        kind = '' if isinstance(error, ConfigError | SyntaxError) else f'{type(error).__name__}: '
+        where = f'{path}, line {lines[-1]}' if lines else path
+        raise ConfigError(f'{where}: {kind}{cli.one_line(error)}') from error
+    if not isinstance(config, section):
+        raise ConfigError(
+            f'{path}: must have a function get_config() that returns a {section.__module__}.{section.__name__}'
+        )
+    return config

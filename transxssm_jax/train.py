@@ -29,7 +29,6 @@ import jax
 
 from transxssm_jax import config as config_lib
 from transxssm_jax.cli import ExitCode, Flag
-from transxssm_jax.config import ConfigError
 from transxssm_jax.inference.generator import sample
 from transxssm_jax.parallel import processes
 from transxssm_jax.planning.fitting import fit
@@ -87,7 +86,7 @@ def _train(flags) -> int:
     try:
         flags.overrides |= {f'train.{name}': getattr(flags, name) for name in INIT_FLAGS if name in flags.given}
         config = config_lib.from_flags(flags)
-        workdir = _workdir(flags.workdir)
+        workdir = pathlib.Path(flags.workdir)
         processes.join(**{name: getattr(flags, name) for name in HOST_FLAGS})
         if not processes.is_coordinator():
             logging.getLogger().setLevel(logging.ERROR)  # process 0 warns of what concerns all
@@ -96,14 +95,6 @@ def _train(flags) -> int:
         exit_code = _end_all(error)
     processes.shutdown(exit_code)
     return exit_code
-
-
-def _workdir(given: str) -> pathlib.Path:
-    if '://' in given:
-        raise ConfigError(
-            f'--workdir={given} must be a directory; mount the bucket on every host (gcsfuse, say), give its path'
-        )
-    return pathlib.Path(given)
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:

@@ -1,7 +1,6 @@
 """Finished shards to a finished split: counts, manifest, and the metadata that TFDS reads, which comes last."""
 
 import collections
-import json
 import os
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 from transxssm_jax.data import manifest as manifest_lib
 from transxssm_jax.data import shard_writer
 from transxssm_jax.data.manifest import DATASET_NAME, DataError, Manifest, Shard, Source
-from transxssm_jax.data.shard_writer import ShardTask, lengths_path, result_path, shard_path
+from transxssm_jax.data.shard_writer import ShardTask, lengths_path, read_result, result_path, shard_path
 
 NO_ERROR = ('empty', 'binary file')  # reasons for which a document is skipped that is not bad
 
@@ -30,7 +29,9 @@ def commit(
 
     chat describes the template of conversations, or is None. May be repeated: a run that died in here is continued by the next.
     """
-    counts = [json.loads(result_path(state, task).read_text()) for task in tasks]
+    counts = [read_result(state, task) for task in tasks]
+    if damaged := [result_path(state, task) for task, count in zip(tasks, counts, strict=True) if count is None]:
+        raise DataError(f'{damaged[0]} is damaged; run the same command again, which makes its shard anew')
     kept = [task for task in tasks if counts[task.number]['records']]
     totals = []
     for number, (spec, weight) in enumerate(sources):

@@ -49,7 +49,7 @@ COMMAND = cli.Command(
         Flag('global_batch', 64, 'Rows per step.', minimum=1, maximum=1 << 24),
         Flag('num_workers', 0, 'Loader processes; 0: threads in this process.', minimum=0, maximum=1 << 10),
         Flag('num_threads', 4, 'Threads that read ahead.', minimum=0, maximum=1 << 10),
-        Flag('prefetch', 4, 'Batches read ahead.', minimum=0, maximum=1 << 16),
+        Flag('prefetch', 4, 'Batches read ahead.', minimum=1, maximum=1 << 16),
         Flag('seed', 0, 'Seed of the order of documents and of rows.', minimum=0, maximum=(1 << 32) - 1),
         Flag('seconds', 5.0, 'How long to measure.', minimum=0.0),
     ],

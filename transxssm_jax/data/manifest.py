@@ -24,6 +24,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -179,9 +180,11 @@ def finished_splits(directory) -> list[str]:
         raise DataError(f'{directory} is a file; give the directory that transxssm_jax.data.prepare wrote')
     path = directory / 'dataset_info.json'
     try:
-        splits = [str(split['name']) for split in json.loads(path.read_bytes())['splits']]
+        splits = [split['name'] for split in json.loads(path.read_bytes())['splits']]
         if not splits:
             raise ValueError('it lists no split')
+        if bad := [name for name in splits if not isinstance(name, str) or not re.fullmatch(r'[A-Za-z]\w*', name)]:
+            raise ValueError(f'{cli.shorten(repr(bad[0]), 40)} is no name of a split')
     except FileNotFoundError:
         unfinished = sorted(directory.glob('.incomplete.*'))
         what = 'is not finished' if unfinished else 'holds no prepared data'
@@ -204,7 +207,7 @@ def read_manifest(directory, split: str) -> Manifest:
             f'python -m transxssm_jax.data.prepare --output={directory} --split={split} ...'
         )
     path = directory / f'{split}.manifest.json'
-    if not path.exists() and (directory / f'{split}.index.json').exists():
+    if not os.path.exists(path) and os.path.exists(directory / f'{split}.index.json'):
         raise DataError(
             f'{directory} was prepared by a version without digests, whose data is no longer read; '
             'prepare it again in another directory'

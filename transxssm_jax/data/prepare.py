@@ -16,10 +16,10 @@ are learned; chat.py describes both. With --format=ids documents are tokens of -
 which files are read.
 
 A bad document (a line that is not JSON or lacks the field, what cannot be
-decompressed) ends the run. With --skip_bad=SHARE, such documents are left out
-as long as they are at most that share of all; the manifest counts them by
-reason. What cannot be decompressed counts once, however much of its file is
-lost.
+decompressed, a parquet file without its footer) ends the run. With
+--skip_bad=SHARE, such documents are left out as long as they are at most that
+share of all; the manifest counts them by reason. What cannot be decompressed or
+read any further counts once, however much of its file is lost.
 
 The work is cut into shards that depend on the sources alone. A finished shard
 stays in DIR/.incomplete.SPLIT, so the same command continues an interrupted
@@ -67,7 +67,7 @@ from transxssm_jax.data.commit import commit, finished, reasons
 from transxssm_jax.data.formats import FIELDS, FORMATS, ChatFormat, IdsFormat
 from transxssm_jax.data.manifest import DataError, Manifest
 from transxssm_jax.data.mixture import whole_number_weights
-from transxssm_jax.data.shard_writer import ShardTask, result_path, write_shard
+from transxssm_jax.data.shard_writer import ShardTask, read_result, write_shard
 from transxssm_jax.data.source import cut, list_files, parse_source
 from transxssm_jax.data.tokenizer import load_tokenizer
 from transxssm_jax.data.vocabulary import check_size
@@ -161,6 +161,9 @@ def prepare(arguments: types.SimpleNamespace) -> Manifest:
     sources = [parse_source(argument) for argument in arguments.source]
     if len({bool(weight) for _, weight in sources}) > 1:
         raise DataError('some sources have a weight and some have none; give every --source @WEIGHT, or none')
+    for spec in sorted({spec for spec, _ in sources}):
+        if (times := [other for other, _ in sources].count(spec)) > 1:
+            _note(f'--source={spec} is given {times} times; its documents are stored as often')
     same = {
         'sources': [list(source) for source in sources],
         'text_field': arguments.text_field,
@@ -194,7 +197,7 @@ def prepare(arguments: types.SimpleNamespace) -> Manifest:
         total = sum(whole_number_weights(weights))
         _note(f'--source={spec} has weight {weight}: {share / total:.4g} of the rows')
 
-    tasks = plan(sources, split, ids=arguments.format == 'ids')
+    tasks = plan(sources, split, ids=arguments.format == 'ids', skip_bad=arguments.skip_bad > 0)
     incomplete = output / f'.incomplete.{split}'
     # Every command, and every version of its source files, keeps its finished shards in a directory of its own: a
     # mistyped flag neither costs them nor stands in the way of the corrected command.
@@ -234,14 +237,14 @@ def _times(tasks: list[ShardTask]) -> list[int]:
     return [os.stat(path).st_mtime_ns if os.path.isfile(path) else 0 for path in paths]
 
 
-def plan(sources: list[tuple[str, str]], split: str, *, ids: bool = False) -> list[ShardTask]:
+def plan(sources: list[tuple[str, str]], split: str, *, ids: bool = False, skip_bad: bool = False) -> list[ShardTask]:
     """Cuts the sources into tasks; each becomes a shard. Depends on the files alone."""
     files = [list_files(spec, split, _note, ids=ids) for spec, _ in sources]
     size = max(MIN_SHARD_BYTES, sum(file.size for listed in files for file in listed) // MAX_SHARDS)
     tasks = []
     for source, listed in enumerate(files):
         pieces, pieces_size = [], 0
-        for piece in (piece for file in listed for piece in cut(file, size)):
+        for piece in (piece for file in listed for piece in cut(file, size, skip_bad=skip_bad)):
             if pieces and pieces_size + piece.size > size:
                 tasks.append(ShardTask(len(tasks), source, tuple(pieces)))
                 pieces, pieces_size = [], 0
@@ -254,7 +257,7 @@ def plan(sources: list[tuple[str, str]], split: str, *, ids: bool = False) -> li
 
 def tokenize(tasks: list[ShardTask], state: Path, arguments: types.SimpleNamespace, tokenizer, form=None) -> int:
     """Writes the shards that `state` lacks; returns the tokens in them."""
-    pending = [task for task in tasks if not result_path(state, task).exists()]
+    pending = [task for task in tasks if read_result(state, task) is None]
     documents = tokens = 0
     with tqdm(
         total=len(tasks),

@@ -106,6 +106,18 @@ def write_shard(
     manifest_lib.sync_directory(state)
 
 
+def read_result(state: Path, task: ShardTask) -> dict | None:
+    """The counts of a finished shard; None where it is not finished, or what tells so is damaged."""
+    try:
+        counts = json.loads(result_path(state, task).read_bytes())
+        lengths = np.load(lengths_path(state, task))
+        if (len(lengths), int(lengths.sum(dtype=np.int64))) != (counts['documents'], counts['tokens']):
+            return None
+    except (FileNotFoundError, ValueError, KeyError, TypeError, EOFError, RecursionError):
+        return None
+    return counts
+
+
 class _Writer:
     """An ArrayRecord file. What fails in here is the output's fault, never that of the text."""
 

@@ -9,8 +9,10 @@
 
 Text and jsonl may be compressed by gzip (.gz) or Zstandard (.zst). Where every
 parquet or jsonl file of DIR names its split (data/train-00000-of-00010.parquet,
-valid.jsonl, train/0000.parquet), those of --split are taken. Which files are
-passed over is reported. A weight is a decimal number; a SPEC that itself ends
+valid.jsonl, train/0000.parquet), those of --split are taken. Directories that
+prepare wrote are passed over, and so is a file that a pattern comes to a second
+time; which files are passed over is reported. Endings are read in upper case
+too. A weight is a decimal number; a SPEC that itself ends
 in @NUMBER needs one behind it (wiki@2023@1), unless a file or directory has the
 whole name.
 
@@ -22,6 +24,7 @@ Every reader gives text under the same rules: UTF-8 with U+FFFD for what is
 not, without a byte order mark at its begin.
 """
 
+import codecs
 import dataclasses
 import glob
 import gzip
@@ -34,22 +37,10 @@ from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
-from transxssm_jax.data import token_files
+from transxssm_jax.data import source_files, token_files
 from transxssm_jax.data.manifest import DataError, first_line
 from transxssm_jax.data.tokenizer import replace_surrogates
 
-SPLIT_WORDS = {  # as the Hugging Face hub reads file names
-    'train': 'train',
-    'training': 'train',
-    'validation': 'validation',
-    'valid': 'validation',
-    'val': 'validation',
-    'dev': 'validation',
-    'test': 'test',
-    'testing': 'test',
-    'eval': 'test',
-    'evaluation': 'test',
-}
 COMPRESSED = ('.gz', '.zst')
 TOKEN_FILES = '|'.join(map(re.escape, token_files.ENDINGS))
 UNREAD = ('.xz', '.bz2', '.lz4', '.br', '.zip', '.7z', '.rar', '.tar', '.tgz', '.tar.gz', '.tar.zst')
@@ -81,6 +72,10 @@ class Skipped:
     error: str = ''  # where and what; '' for what is no error: a binary file among others
 
 
+class DamagedFileError(DataError):
+    """None of a file can be read, whatever is tried."""
+
+
 def parse_source(argument: str) -> tuple[str, str]:
     """'SPEC' or 'SPEC@WEIGHT' -> (spec, weight as written, '' for none).
 
@@ -88,6 +83,8 @@ def parse_source(argument: str) -> tuple[str, str]:
     """
     spec, at, weight = argument.rpartition('@')
     if not at or not re.fullmatch(r'[0-9]+(\.[0-9]*)?|\.[0-9]+', weight):
+        if spec and os.path.exists(spec) and not os.path.exists(argument):
+            raise DataError(f'--source={argument}: the weight behind @ must be a decimal number such as 0.3')
         return argument, ''
     explain = f'a name that ends in @NUMBER needs a weight behind it: --source={argument}@1'
     if os.path.exists(argument):
@@ -121,40 +118,53 @@ def list_files(
         return [_whole_file(spec, explicit=True, ids=ids)]
     kind = ''
     if os.path.isdir(spec):
-        found, passed_over = _below(spec)
+        found, passed_over = source_files.below(spec)
         found = token_files.without_indexes(found) if ids else found
         for ending in (
             *([TOKEN_FILES] if ids else []),
             r'\.parquet',
             r'\.(jsonl|ndjson|json)\.(gz|zst)|\.(jsonl|ndjson)',
         ):
-            paths = [path for path in found if re.search(f'({ending})$', path)]
+            paths = [path for path in found if re.search(f'({ending})$', path, re.IGNORECASE)]
             if paths:
                 passed_over += sorted(set(found) - set(paths))
-                paths = _of_split(paths, spec, split, note)
+                paths = source_files.of_split(paths, spec, split, note)
                 break
         else:
             paths, kind = found, 'text'  # package.json and the like are text here
     elif glob.has_magic(spec):
-        found = glob.glob(spec, recursive=True)
-        paths = sorted(path for path in found if os.path.isfile(path))
-        paths = token_files.without_indexes(paths) if ids else paths
+        found = sorted(glob.glob(spec, recursive=True))
+        found = token_files.without_indexes(found) if ids else found
         passed_over = [path for path in found if not os.path.isfile(path) and not os.path.isdir(path)]
+        files = [path for path in found if os.path.isfile(path) and not source_files.is_prepared(os.path.dirname(path))]
+        # A pattern with ** follows links, and may come to one file by several ways.
+        paths = sorted({os.path.realpath(path): path for path in reversed(files)}.values())
+        passed_over += sorted({path for path in found if os.path.isfile(path)} - set(paths))
+    elif os.path.lexists(spec):
+        raise DataError(f'--source={spec} is neither a file nor a directory; write what it gives to a file')
     else:
         raise DataError(f'--source={spec}: no such file or directory')
-    passed_over += [path for path in paths if path.endswith(UNREAD)]
-    paths = [path for path in paths if not path.endswith(UNREAD)]
+    passed_over += [path for path in paths if path.lower().endswith(UNREAD)]
+    paths = [path for path in paths if not path.lower().endswith(UNREAD)]
     if passed_over:
-        note(f'--source={spec}: {len(passed_over):,} files are passed over: {_some(passed_over)}')
+        note(f'--source={spec}: {len(passed_over):,} files are passed over: {source_files.some(passed_over)}')
     if not paths:
         raise DataError(f'--source={spec}: no files there; name a file, a directory or a quoted pattern that has some')
     return [_whole_file(path, explicit=False, kind=kind, ids=ids) for path in paths]
 
 
-def cut(file: Piece, piece_size: int) -> list[Piece]:
-    """Pieces of about `piece_size` bytes of text that hold the documents of `file` in order."""
+def cut(file: Piece, piece_size: int, *, skip_bad: bool = False) -> list[Piece]:
+    """Pieces of about `piece_size` bytes of text that hold the documents of `file` in order.
+
+    A parquet file without a readable footer raises DataError, or with skip_bad is one piece, which reads as Skipped.
+    """
     if file.kind == 'parquet':
-        metadata = _open_parquet(file.path).metadata
+        try:
+            metadata = _open_parquet(file.path).metadata
+        except DamagedFileError:
+            if not skip_bad:
+                raise
+            return [file]
         pieces, start, size = [], 0, 0
         for group in range(metadata.num_row_groups):
             size += metadata.row_group(group).total_byte_size
@@ -162,7 +172,7 @@ def cut(file: Piece, piece_size: int) -> list[Piece]:
                 pieces.append(dataclasses.replace(file, start=start, stop=group + 1, size=size))
                 start, size = group + 1, 0
         return pieces
-    if file.kind == 'text' or file.path.endswith(COMPRESSED) or file.size <= piece_size:
+    if file.kind == 'text' or file.path.lower().endswith(COMPRESSED) or file.size <= piece_size:
         return [file]
     count = -(-file.size // piece_size)
     bounds = [file.stop * i // count for i in range(count + 1)]
@@ -200,6 +210,9 @@ def read_items(piece: Piece, text_field: str, form=None) -> Iterator:
             item = next(items)
         except StopIteration:
             return
+        except DamagedFileError as error:
+            yield Skipped('unreadable', str(error))
+            return
         except (DataError, MemoryError):
             raise
         except Exception as error:  # of gzip, zlib, zstd, Arrow and TFDS alike
@@ -210,68 +223,19 @@ def read_items(piece: Piece, text_field: str, form=None) -> Iterator:
         yield item if form or isinstance(item, Skipped) else replace_surrogates(item).removeprefix(BYTE_ORDER_MARK)
 
 
-def _below(directory: str) -> tuple[list[str], list[str]]:
-    """(files, what is neither file nor directory) below a directory, without hidden names and Python's caches."""
-
-    def refuse(error: OSError):
-        raise DataError(f'--source={directory}: {error.filename} cannot be listed ({error.strerror})')
-
-    paths = []
-    for root, directories, files in os.walk(directory, onerror=refuse):
-        directories[:] = [name for name in directories if not name.startswith('.') and name != '__pycache__']
-        paths += [os.path.join(root, name) for name in files if not name.startswith('.')]
-    paths.sort()
-    return [path for path in paths if os.path.isfile(path)], [path for path in paths if not os.path.isfile(path)]
-
-
-def _of_split(paths: list[str], directory: str, split: str, note: Callable[[str], None]) -> list[str]:
-    """The paths of one split where every path names one, otherwise all."""
-    splits = {}
-    for path in paths:
-        words = re.split(r'[^a-z]+', os.path.relpath(path, directory).lower())
-        # The last word that names a split counts: test/train-0.parquet is of train.
-        found = [SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS]
-        splits.setdefault(found[-1] if found else '', []).append(path)
-    wanted = SPLIT_WORDS.get(split, split)
-    named = sorted(filter(None, splits))
-    if set(splits) <= {'', wanted}:
-        return paths
-    if '' in splits:  # train on a held-out file, or lose files for a word in their names: neither without a word
-        other = next(name for name in named if name != wanted)
-        raise DataError(
-            f'--source={directory}: {_some(splits[other], 1)} seems to be of split {other!r} but '
-            f'{_some(splits[""], 1)} names no split; name the files that are meant with a quoted pattern, '
-            f"for example --source='{directory}/*'"
-        )
-    if wanted not in splits:
-        raise DataError(
-            f'--source={directory} has files of {", ".join(named)} but none of --split={split}; '
-            f'name the files, for example --source={directory}/{named[0]}*'
-        )
-    others = sorted(set(paths) - set(splits[wanted]))
-    if others:
-        note(f'--source={directory}: {len(others):,} files of other splits are passed over: {_some(others)}')
-    return splits[wanted]
-
-
-def _some(paths: list[str], count: int = 5) -> str:
-    more = f' and {len(paths) - count:,} more' if len(paths) > count and count > 1 else ''
-    return ', '.join(paths[:count]) + more
-
-
 def _whole_file(path: str, *, explicit: bool, kind: str = '', ids: bool = False) -> Piece:
     if ids and (of_ids := token_files.kind_of(path)):
         path, stop, size = token_files.measure(of_ids, path)
         return Piece(of_ids, path, 0, stop, size, explicit)
-    size = os.path.getsize(path)
-    if path.endswith(UNREAD):
+    size, name = os.path.getsize(path), path.lower()
+    if name.endswith(UNREAD):
         raise DataError(
             f'--source={path}: this format is not read; unpack it, or compress single files by gzip or zstd'
         )
-    if path.endswith('.parquet') and not kind:
+    if name.endswith('.parquet') and not kind:
         return Piece('parquet', path, 0, 0, size * COMPRESSION, explicit)
-    stem = path.removesuffix('.gz').removesuffix('.zst')
-    text_size = size * COMPRESSION if stem != path else size
+    stem = name.removesuffix('.gz').removesuffix('.zst')
+    text_size = size * COMPRESSION if stem != name else size
     table = stem.endswith(('.jsonl', '.ndjson', '.json'))
     return Piece(kind or ('jsonl' if table else 'text'), path, 0, size, text_size, explicit)
 
@@ -282,6 +246,8 @@ def _read_text(piece: Piece, text_field: str) -> Iterator[str | Skipped]:
         content = file.read()
     if b'\0' not in content[:8192]:
         yield content.decode('utf-8', 'replace')
+    elif piece.explicit and content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f'--source={piece.path} is UTF-16; convert it, e.g. with iconv -f UTF-16 -t UTF-8')
     elif piece.explicit:
         raise DataError(
             f'--source={piece.path} is a binary file (it has zero bytes); '
@@ -293,7 +259,7 @@ def _read_text(piece: Piece, text_field: str) -> Iterator[str | Skipped]:
 
 def _read_jsonl(piece: Piece, text_field: str, form=None) -> Iterator:
     with _open(piece.path) as file:
-        whole = piece.path.endswith(COMPRESSED)
+        whole = piece.path.lower().endswith(COMPRESSED)
         position = piece.start
         if position:
             # A line belongs to the piece that its first byte is in.
@@ -315,11 +281,12 @@ def _json_text(line: bytes, text_field: str, place: str, form=None):
     except (ValueError, RecursionError) as error:
         reason = 'it is nested too deeply' if isinstance(error, RecursionError) else first_line(error)
         return Skipped('not JSON', f'{place}: not JSON ({reason}); every line must be one JSON object')
-    if not isinstance(document, dict) or text_field not in document:
-        names = _some(list(document), 20) if isinstance(document, dict) else type(document).__name__
-        return Skipped(
-            'no field', f'{place} has no field {text_field!r} (it has {names}); name the text with --text_field'
-        )
+    if not isinstance(document, dict):
+        wrong = f"is {type(document).__name__}, not an object; every line must be one, as jq -c '.[]' makes of a list"
+        return Skipped('no field', f'{place} {wrong}')
+    if text_field not in document:
+        wrong = f'has no field {text_field!r} (it has {source_files.some(list(document), 20)}); name the text with --text_field'
+        return Skipped('no field', f'{place} {wrong}')
     text = document[text_field]
     if form:
         return _converted(text, place, form)
@@ -394,9 +361,9 @@ def _read_tfds(piece: Piece, text_field: str) -> Iterator[str | Skipped]:
 
 
 def _open(path: str):
-    if path.endswith('.gz'):
+    if path.lower().endswith('.gz'):
         return gzip.open(path)
-    if path.endswith('.zst'):
+    if path.lower().endswith('.zst'):
         import pyarrow
 
         return io.BufferedReader(pyarrow.input_stream(path, compression='zstd'), 1 << 20)
@@ -410,7 +377,11 @@ def _open_parquet(path: str):
     try:
         return pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f'{path} is no parquet file or is damaged ({first_line(error)}); fetch it again') from None
+        if getattr(error, 'errno', None):
+            raise DataError(f'{path} cannot be read ({error.strerror}); run the same command again') from None
+        raise DamagedFileError(
+            f'{path} is no parquet file or is damaged ({first_line(error)}); fetch it again'
+        ) from None
 
 
 def _open_tfds(spec: str):

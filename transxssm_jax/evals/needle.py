@@ -104,6 +104,7 @@ COMMAND = cli.Command(
             10,
             'Numbers that the answer is ranked among; those of the other needles are among them.',
             minimum=2,
+            maximum=9 * 10 ** (DIGITS - 1),  # numbers of so many digits
         ),
         Flag('step', -1, 'Step of the checkpoint; -1: the newest.', minimum=-1),
         Flag('tokenizer', '', 'byte, a JSON file or a prepared directory; empty: that of the run.', is_path=True),
@@ -374,8 +375,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def _evaluate(flags) -> None:
     lengths, depths = sorted(set(flags.lengths)), sorted(set(flags.depths))
-    if not (lengths and depths):
-        raise InputError(f'--{"depths" if lengths else "lengths"} is empty; give at least one number')
     opened = open_trained_run(flags.workdir, flags.step, flags.tokenizer)
     folder = results_lib.choose_output(flags.output, opened, 'needle', suffix='')
     haystack = Haystack(flags.haystack, opened.tokenizer, 4 * max(lengths))

@@ -72,7 +72,9 @@ class Scorer:
         """Log-likelihood of each continuation after its context.
 
         A context too long for max_length loses its beginning; so does what stands
-        before each part of a continuation that is too long itself. Continuations that are
+        before each part of a continuation that is too long itself. What is left begins in the midst of a text, and has no
+        begin token, as a row of training that begins in the midst of a document: the token before the first target is
+        its first input. The begin token stands for the start of a document alone. Continuations that are
         read from the same row of tokens, as single-token answers to one question, share it.
 
         Args:

@@ -68,7 +68,8 @@ def open_trained_run(
       workdir: directory of the run; @STEP, @best or @latest may follow.
       step: which checkpoint; -1: the newest that can be read.
       tokenizer: 'byte', a tokenizers json file or a prepared directory; '': that of the run's training data.
-      overrides: dotted name -> value or text of settings that the checkpoint is not bound to. mesh.data devices share
+      overrides: dotted name -> value or text of settings that the checkpoint is not bound to. data.path is where the
+        training data, and so the tokenizer, is now. mesh.data devices share
         the rows, mesh.tensor devices the heads and the vocabulary; without overrides one device does the work, whatever
         the mesh of training was.
       flag: that errors name as the remedy for a missing or wrong tokenizer.
@@ -82,8 +83,10 @@ def open_trained_run(
     """
     workdir, step = run_reference.resolve(workdir, step)
     config = checkpoint.load_config(workdir, step)
-    loaded = _load_tokenizer(workdir, config, tokenizer, flag)
     used = _config_here(config, overrides) if overrides else config
+    if not tokenizer and used.data.path != config.data.path:
+        tokenizer, flag = used.data.path, '--config.data.path'  # the data lies elsewhere now
+    loaded = _load_tokenizer(workdir, config, tokenizer, flag)
     device_mesh = _mesh_of(used) if overrides else None
     with contextlib.nullcontext() if device_mesh is None else jax.set_mesh(device_mesh):
         params, _, step = checkpoint.load_trained_step(workdir, step)

@@ -93,7 +93,7 @@ def _in_chunks(hidden, head, targets, z_loss, chunk_tokens, with_gradient):
         d_logits_TV = (d_logits_TV * counted_T[:, None]).astype(dtype)
         d_head_VD += jnp.einsum('TV,TD->VD', d_logits_TV, x_TD, preferred_element_type=jnp.float32)
         d_x_TD = jnp.einsum('TV,VD->TD', d_logits_TV, weights_VD, preferred_element_type=jnp.float32).astype(dtype)
-        return (objective, nll, tokens, d_head_VD), collectives.all_reduce(d_x_TD, 'vocab')
+        return (objective, nll, tokens, d_head_VD), collectives.all_reduce_gradient(d_x_TD, 'vocab')
 
     zero = jnp.zeros((), jnp.float32)
     d_head_VD = jnp.zeros(weights_VD.shape if with_gradient else (), jnp.float32)

@@ -10,6 +10,7 @@ import contextlib
 import contextvars
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,9 @@ from transxssm_jax.parallel.mesh import AXES, BATCH, RULES, spec
 
 # Whether the shard_map being traced takes whole rows, although the mesh has a context axis.
 _whole_rows = contextvars.ContextVar('whole_rows', default=False)
+
+# Mesh axis -> dtype in which gradients are summed over it; an axis that is not here: in the gradient's own dtype.
+_gradient_dtypes = contextvars.ContextVar('gradient_dtypes', default={})  # noqa: B039  never changed
 
 
 def num_shards(logical_axis: str) -> int:
@@ -73,6 +77,15 @@ def shard_map(function, in_axes, out_axes):
         return jax.shard_map(of_block, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*args)
 
     return call
+
+
+def gradient_dtypes(dtypes: dict[str, str]):
+    """A context in which gradients are communicated and summed in these dtypes, by mesh axis.
+
+    It holds for what is traced within: the gradients of all `all_gather_params`, `copy_to_tensor_parallel` and
+    `all_reduce_gradient`, whose results come back in the dtype that they would have without it (float32 for parameters).
+    """
+    return _setting(_gradient_dtypes, dtypes)
 
 
 def is_axes(node) -> bool:
@@ -136,7 +149,13 @@ def previous_tokens(x: jax.Array, count: int) -> jax.Array:
 def copy_to_tensor_parallel(x: jax.Array, *logical_axes: str) -> jax.Array:
     """Identity whose gradient is all-reduced over the mesh axes that shard logical_axes (Megatron-LM's f)."""
     names = sharded_over(*logical_axes)
-    return _copy(x, names) if names else x
+    return _copy(x, names, _dtype_over(names, x.dtype)) if names else x
+
+
+def all_reduce_gradient(x: jax.Array, *logical_axes: str) -> jax.Array:
+    """Sum of a gradient over the mesh axes that shard logical_axes, where it is taken by hand. Not differentiable."""
+    names = sharded_over(*logical_axes)
+    return _sum_in(x, names, _dtype_over(names, x.dtype)) if names else x
 
 
 def all_reduce(x: jax.Array, *logical_axes: str) -> jax.Array:
@@ -145,9 +164,9 @@ def all_reduce(x: jax.Array, *logical_axes: str) -> jax.Array:
     return _sum(x, names) if names else x
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _copy(x, names):
-    del names
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _copy(x, names, dtype):
+    del names, dtype
     return x
 
 
@@ -156,8 +175,18 @@ def _sum(x, names):
     return jax.lax.psum(x, names)
 
 
+def _sum_in(x, names, dtype):
+    return jax.lax.psum(x.astype(dtype), names).astype(x.dtype)
+
+
+def _dtype_over(names, own) -> str:
+    """The dtype in which a gradient of dtype `own` is summed over mesh axes."""
+    dtypes = {_gradient_dtypes.get().get(name, str(own)) for name in names}
+    return 'float32' if 'float32' in dtypes else dtypes.pop()
+
+
 # Each is the transpose of the other.
-_copy.defvjp(lambda x, names: (x, None), lambda names, _, cotangent: (jax.lax.psum(cotangent, names),))
+_copy.defvjp(lambda x, names, dtype: (x, None), lambda names, dtype, _, cotangent: (_sum_in(cotangent, names, dtype),))
 _sum.defvjp(lambda x, names: (jax.lax.psum(x, names), None), lambda names, _, cotangent: (cotangent,))
 
 
@@ -167,28 +196,40 @@ _sum.defvjp(lambda x, names: (jax.lax.psum(x, names), None), lambda names, _, co
 def all_gather_params(param: jax.Array, logical_axes: tuple, dtype) -> jax.Array:
     """A parameter in dtype, all-gathered over D where fsdp shards it.
 
-    It is cast before it is gathered, and its gradient is reduce-scattered in dtype. A layer whose backward pass
-    gathers again sends 3 times its size in dtype.
+    It is cast before it is gathered, and its gradient is reduce-scattered in dtype, or in that of `gradient_dtypes`. A
+    layer whose backward pass gathers again sends 3 times its size in dtype, with a gradient in float32 4 times.
     """
-    param, names = param.astype(dtype), sharded_over('embed')
+    names = sharded_over('embed')
     if 'embed' not in logical_axes or not names:
-        return param
+        return param.astype(dtype)
     (name,) = names
     size = jax.sharding.get_abstract_mesh().shape[name]
-    return _gather(param, name, size, logical_axes.index('embed'))
+    gathering = _Gathering(name, size, logical_axes.index('embed'), str(jnp.dtype(dtype)), str(param.dtype))
+    return _gather(param, gathering, _dtype_over(names, gathering.dtype))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gather(shard, name, size, axis):
-    del size
-    return jax.lax.all_gather(shard, name, axis=axis, tiled=True)
+class _Gathering(NamedTuple):
+    """A parameter's mesh axis, its size, the array axis that it shards, and the dtypes in use and of the parameter."""
+
+    name: str
+    size: int
+    axis: int
+    dtype: str
+    param_dtype: str
 
 
-def _gather_forward(shard, name, size, axis):
-    return _gather(shard, name, size, axis), None
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(shard, gathering, gradient_dtype):
+    del gradient_dtype
+    return jax.lax.all_gather(shard.astype(gathering.dtype), gathering.name, axis=gathering.axis, tiled=True)
 
 
-def _gather_backward(name, size, axis, _, cotangent):
+def _gather_forward(shard, gathering, gradient_dtype):
+    return _gather(shard, gathering, gradient_dtype), None
+
+
+def _gather_backward(gathering, gradient_dtype, _, cotangent):
+    name, size, axis = gathering[:3]
     # The shards are put first, of three axes in all: otherwise the TPU compiler makes a padded scatter with permutes of
     # the remainder, or a whole all-reduce that is then cut, 1.25 and 2 times the bytes.
     shape, length = cotangent.shape, cotangent.shape[axis] // size
@@ -196,8 +237,9 @@ def _gather_backward(name, size, axis, _, cotangent):
         shards = cotangent.reshape(size, length, -1)
     else:  # the last
         shards = cotangent.reshape(-1, size, length).swapaxes(0, 1)
-    shard = jax.lax.psum_scatter(shards, name, scatter_dimension=0, tiled=False)
-    return (shard.reshape(*shape[:axis], length, *shape[axis + 1 :]),)
+    shard = jax.lax.psum_scatter(shards.astype(gradient_dtype), name, scatter_dimension=0, tiled=False)
+    # The sum is not rounded again on its way to the parameter.
+    return (shard.reshape(*shape[:axis], length, *shape[axis + 1 :]).astype(gathering.param_dtype),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
@@ -206,14 +248,20 @@ _gather.defvjp(_gather_forward, _gather_backward)
 # ---- sums over tokens --------------------------------------------------------
 
 
-def all_reduce_over_tokens(tree, dtype='float32', *, scattered_over: tuple[str, ...] = ()):
-    """All-reduces every leaf over the axes that shard tokens (data, fsdp, context), communicating in `dtype`.
+def all_reduce_over_tokens(tree, *, dtypes: dict[str, str] | None = None, scattered_over: tuple[str, ...] = ()):
+    """All-reduces every leaf over the axes that shard tokens (data, fsdp, context).
 
     Args:
       tree: arrays; each keeps its dtype.
+      dtypes: mesh axis -> dtype to communicate and sum in, float32 for an axis that is not in it; axes of one dtype share
+        an all-reduce, that in float32 comes first.
       scattered_over: mesh axes over which the leaves are reduce-scattered already.
     """
-    names = tuple(name for name in sharded_over(*BATCH) if name not in scattered_over)
-    if not names:
-        return tree
-    return jax.tree.map(lambda leaf: jax.lax.psum(leaf.astype(dtype), names).astype(leaf.dtype), tree)
+    groups = {}
+    for name in sharded_over(*BATCH):
+        if name not in scattered_over:
+            groups.setdefault((dtypes or {}).get(name, 'float32'), []).append(name)
+    for dtype in sorted(groups, key='float32'.__ne__):
+        names = tuple(groups[dtype])
+        tree = jax.tree.map(lambda leaf: _sum_in(leaf, names, dtype), tree)  # noqa: B023  mapped at once
+    return tree

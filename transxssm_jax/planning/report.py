@@ -10,6 +10,7 @@ from transxssm_jax.model import costs, parameters
 from transxssm_jax.parallel import mesh
 from transxssm_jax.planning import estimate, plan_search, roofline
 from transxssm_jax.planning.topology import GIB, Compiled, DoesNotFitError, Topology
+from transxssm_jax.training.gradient import reduction_dtypes
 
 
 def report(config: Config, topology: Topology) -> dict:
@@ -17,7 +18,7 @@ def report(config: Config, topology: Topology) -> dict:
     chip, sizes = topology.chip, mesh.axis_sizes(config, topology.num_devices)
     tokens = config.tokens_per_step / topology.num_devices
     attended = costs.row_attended(config.data.seq_len)
-    comm = roofline.min_comm_bytes(config, sizes)
+    comm, dtypes = roofline.min_comm_bytes(config, sizes), reduction_dtypes(config, sizes)
     memory = {name: int(size) for name, size in roofline.min_memory_bytes(config, sizes).items()}
     result = dict(
         topology=topology.name,
@@ -36,6 +37,12 @@ def report(config: Config, topology: Topology) -> dict:
         min_memory_bytes=memory,
         expected_memory_bytes=estimate.expected_memory_bytes(config, sizes, chip),
         min_comm_bytes=comm,
+        gradient_dtypes=dtypes,
+        gradient_bytes=roofline.gradient_bytes(config, sizes),
+        gradient_bytes_in={
+            dtype: roofline.gradient_bytes(config, sizes, dict.fromkeys(dtypes, dtype))
+            for dtype in ('bfloat16', 'float32')
+        },
         fits=sum(memory.values()) <= chip.usable,
     )
     network = {'links': sum(comm.values()) / roofline.all_links(chip)}
@@ -156,6 +163,8 @@ def show(result: dict) -> str:
         + f'{sum(least.values()) / 1e6:,.0f} MB sent per device: '
         + ', '.join(f'{name} {size / 1e6:,.0f}' for name, size in least.items() if size)
     )
+    if result['gradient_bytes']:
+        lines.append(_show_gradients(result))
     if result['compiled']:
         ratio = result['comm_bytes'] / sum(least.values()) if any(least.values()) else 1.0
         lines.append(f'  compiled      {result["comm_bytes"] / 1e6:,.0f} MB, {ratio:.2f} of the least')
@@ -188,6 +197,17 @@ def show(result: dict) -> str:
         lines.append(_show_nearest(result['nearest']))
     lines.append(_verdict(result))
     return '\n'.join(lines)
+
+
+def _show_gradients(result: dict) -> str:
+    """The gradients' share of the communication, and what it would be in each dtype: the price of train.gradient_dtype_*."""
+    axes = [axis for axis, size in result['mesh'].items() if size > 1]
+    used = ', '.join(f'{axis} in {result["gradient_dtypes"][axis]}' for axis in axes)
+    total = {dtype: sum(sizes.values()) / 1e6 for dtype, sizes in result['gradient_bytes_in'].items()}
+    return (
+        f'  gradients     {sum(result["gradient_bytes"].values()) / 1e6:,.0f} MB of it, summed over {used}; over all axes in '
+        + ', '.join(f'{dtype} {size:,.0f}' for dtype, size in total.items())
+    )
 
 
 def _verdict(result: dict) -> str:

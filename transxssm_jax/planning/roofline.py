@@ -16,6 +16,7 @@ from transxssm_jax.model import costs, parameters
 from transxssm_jax.model.costs import row_attended
 from transxssm_jax.model.layer_costs import BFLOAT16, FLOAT32
 from transxssm_jax.parallel import mesh
+from transxssm_jax.training.gradient import reduction_dtypes
 
 
 def _leaves(config: Config, sizes: dict[str, int]):
@@ -53,25 +54,20 @@ def min_comm_bytes(config: Config, sizes: dict[str, int]) -> dict[str, float]:
     """Least bytes that a device sends in a step, by what they are for, given how the mesh shards the model.
 
     parameters: matrices sharded over fsdp are all-gathered for the forward and for the backward pass, in bfloat16, in
-    each microbatch. gradients: reduce-scattered over fsdp, and all-reduced over the other axes that shard the batch,
-    once a step; with one microbatch and fsdp alone these two are 3 x parameters. activations: the all-reduces of
-    tensor, two forward and two backward per layer, one each for embedding and head. Then, by kind of layer, what the
-    mixers hand over along context (`LayerCosts.handed_over`).
+    each microbatch. gradients: see `gradient_bytes`; in bfloat16, with one microbatch and fsdp alone, these two are 3 x
+    parameters. activations: the all-reduces of tensor, two forward and two backward per layer, one each for embedding
+    and head. Then, by kind of layer, what the mixers hand over along context (`LayerCosts.handed_over`).
     """
     model, microbatches = config.model, config.train.num_microbatches
     f, c, t = sizes['fsdp'], sizes['context'], sizes['tensor']
-    others = sizes['data'] * c
-    params = gradients = 0.0
+    params = 0.0
     for size, axes in _leaves(config, sizes):
-        if 'tensor' in axes:
-            size /= t
         if 'fsdp' in axes:
-            params += 2 * microbatches * BFLOAT16 * size * (f - 1) / f
-            gradients += BFLOAT16 * size * (f - 1) / f + 2 * BFLOAT16 * size / f * (others - 1) / others
-        else:
-            gradients += 2 * BFLOAT16 * size * (others * f - 1) / (others * f)
+            params += 2 * microbatches * BFLOAT16 * size / (t if 'tensor' in axes else 1) * (f - 1) / f
     tokens = tokens_per_device(config, sizes)
-    activations = (4 * model.num_layers + 2) * 2 * BFLOAT16 * tokens * model.d_model * (t - 1) / t
+    backward = _width(reduction_dtypes(config, sizes)['tensor'])
+    activations = (2 * model.num_layers + 1) * 2 * (BFLOAT16 + backward) * tokens * model.d_model * (t - 1) / t
+    gradients = sum(gradient_bytes(config, sizes).values())
     result = dict(parameters=params, gradients=gradients, activations=activations)
     rows, tokens_per_shard = tokens * c / config.data.seq_len, config.data.seq_len / c
     for _, count, layer in costs.layer_costs(model):
@@ -80,10 +76,42 @@ def min_comm_bytes(config: Config, sizes: dict[str, int]) -> dict[str, float]:
     return result
 
 
+def gradient_bytes(config: Config, sizes: dict[str, int], dtypes: dict[str, str] | None = None) -> dict[str, float]:
+    """Least bytes of parameters' gradients that a device sends in a step, by the mesh axes that they are summed over.
+
+    'fsdp': the reduce-scatter of what fsdp shards, once a step. 'data x context': the all-reduce of its shards, once for
+    both axes where they have one dtype. 'all': that of the other parameters, float32, over every axis that shards tokens.
+
+    Args:
+      dtypes: as from `reduction_dtypes`; None: those of the config.
+    """
+    dtypes = dtypes or reduction_dtypes(config, sizes)
+    f, t, d, c = sizes['fsdp'], sizes['tensor'], sizes['data'], sizes['context']
+    groups = [(d, dtypes['data']), (c, dtypes['context'])]
+    if dtypes['data'] == dtypes['context']:
+        groups = [(d * c, dtypes['data'])]
+    result = dict.fromkeys(('fsdp', 'data x context', 'all'), 0.0)
+    for size, axes in _parameters(*dataclasses.astuple(config.model)):
+        if 'tensor' in axes:
+            size /= t
+        if 'fsdp' in axes:
+            result['fsdp'] += _width(dtypes['fsdp']) * size * (f - 1) / f
+            for members, dtype in groups:
+                result['data x context'] += 2 * _width(dtype) * size / f * (members - 1) / members
+        else:
+            result['all'] += 2 * FLOAT32 * size * (d * c * f - 1) / (d * c * f)
+    return {name: size for name, size in result.items() if size}
+
+
+def _width(dtype: str) -> int:
+    return BFLOAT16 if dtype == 'bfloat16' else FLOAT32
+
+
 def min_dcn_bytes(config: Config, sizes: dict[str, int]) -> float:
     """Least bytes that a device sends to other slices in a step: the all-reduce of its fsdp shard of the gradients."""
     slices = config.mesh.slices
-    return 2 * BFLOAT16 * params_per_device(config, sizes) * (slices - 1) / slices
+    width = _width(reduction_dtypes(config, sizes)['data' if sizes['data'] % slices == 0 else 'fsdp'])
+    return 2 * width * params_per_device(config, sizes) * (slices - 1) / slices
 
 
 # ---- operations ------------------------------------------------------------

@@ -27,7 +27,7 @@ from transxssm_jax.pytorch.fields import ConvertError, fields_of, pytorch_model
 from transxssm_jax.pytorch.files import PytorchCheckpoint, Writer
 from transxssm_jax.pytorch.mamba_ssm import MambaCheckpoint, open_checkpoint
 from transxssm_jax.pytorch.tensors import Path, Tensor, check_exportable, shapes_of, spell_out, tensors_of
-from transxssm_jax.training import checkpoint, checkpoint_files, lease, run_reference
+from transxssm_jax.training import checkpoint, checkpoint_files, lease, run_directory, run_reference
 
 MEMORY = 'published.json'  # in a workdir: what of its import a checkpoint has no place for
 TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json')
@@ -96,7 +96,7 @@ def import_pytorch(
         raise ConvertError('--config.model.*: sizes and kinds of layers are those of the weights; leave them out')
     with lease.hold(workdir):
         _check_unused(workdir)  # another run may have had the lease in between
-        checkpoint.open_workdir(workdir, config)
+        run_directory.open_workdir(workdir, config)
         for name, content in files.items():
             (workdir / name).write_bytes(content)
         data_path = config.data.path if pathlib.Path(config.data.path).is_dir() else ''  # a tokenizer alone is no data
@@ -201,6 +201,10 @@ def export_pytorch(
     (workdir, step), out = run_reference.resolve(workdir, step), pathlib.Path(out)
     if any(out.glob('model*.safetensors*')):
         raise ConvertError(f'--output={out} holds weights already; choose another directory')
+    if taken := [name for name in ('config.json', *TOKENIZER_FILES) if (out / name).exists()]:
+        raise ConvertError(
+            f'--output={out} holds a {taken[0]} already, which would be overwritten; choose another directory'
+        )
     params, config = checkpoint.find_params(workdir, step)
     config = config_lib.replace(config, overrides or {})
     check_exportable(config.model)
@@ -246,8 +250,9 @@ def _read_memory(workdir: pathlib.Path) -> dict:
         return {'config': {}, 'A': {}}
     try:
         memory = json.loads(path.read_text())
-        return {'config': dict(memory['config']), 'A': dict(memory['A'])}
-    except (ValueError, KeyError, TypeError) as error:
+        rates = {name: np.array(a_H, np.float64) for name, a_H in dict(memory['A']).items()}
+        return {'config': dict(memory['config']), 'A': rates}
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ConvertError(
             f'{path} is damaged ({checkpoint_files.first_line(error)}); delete it to export without what it keeps of the '
             'import'
@@ -287,14 +292,14 @@ def _read_array(state: pathlib.Path, path: Path) -> np.ndarray:
     return nnx.traversals.flatten_mapping(restored)[('params', *path)]
 
 
-def _with_memory(tensor: Tensor, array: np.ndarray, rates: dict[str, list[float]]) -> np.ndarray:
+def _with_memory(tensor: Tensor, array: np.ndarray, rates: dict[str, np.ndarray]) -> np.ndarray:
     """The published value; A of a head that is as its import left it is the A that was imported.
 
     Not every float32 A is -exp(a_log) of some float32 a_log, so that A cannot be had back from a_log alone.
     """
     value = tensor.from_ours(array[tensor.index])
-    if tensor.name not in rates:
+    imported_H = rates.get(tensor.name)
+    if imported_H is None or imported_H.shape != value.shape:
         return value
-    imported_H = np.array(rates[tensor.name], np.float64)
     unchanged_H = np.log(-imported_H).astype(np.float32) == array[tensor.index]
     return np.where(unchanged_H, imported_H, value)

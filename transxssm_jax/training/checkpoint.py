@@ -14,16 +14,14 @@ What is read is checked against its digest. A damaged checkpoint gives way to an
 
 import json
 import logging
+import math
 import pathlib
-import secrets
 import shutil
-import time
 
 import jax
 
 from transxssm_jax import config as config_lib
 from transxssm_jax.config import Config
-from transxssm_jax.data.manifest import write_file
 from transxssm_jax.parallel import processes
 from transxssm_jax.training import checkpoint_files as files
 from transxssm_jax.training import digest, run_reference
@@ -37,74 +35,8 @@ _ATTEMPTS = 20  # to read a checkpoint of a run that meanwhile removes it
 log = logging.getLogger(__name__)
 
 
-# ---- the workdir -----------------------------------------------------------
-
-
-def open_workdir(workdir: pathlib.Path, config: Config) -> None:
-    """Makes the workdir or checks that it is a run of the same config, and saves the config in it.
-
-    Raises:
-      CheckpointError: the workdir holds a run whose checkpoints this config
-        does not fit, or it cannot be written, or the processes of this run do not
-        all see the same directory.
-    """
-    path = workdir / 'config.json'
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        # A run without a checkpoint does not fix the config of its workdir.
-        if path.exists() and files.steps_in(workdir / 'checkpoints'):
-            _check_fits(f'--workdir={workdir}', _read_config(path), config)
-        if processes.is_coordinator():
-            write_file(path, config_lib.to_json(config).encode())
-        _check_shared(workdir)
-    except OSError as error:
-        raise CheckpointError(
-            f'--workdir={workdir} cannot be written ({error.strerror or error}); choose another'
-        ) from error
-
-
-def saved_config(workdir: pathlib.Path) -> Config | None:
-    """The config of the run in a workdir; None where it has no checkpoint. Errors as those of `load_config`."""
-    if not files.steps_in(workdir / 'checkpoints'):
-        return None
-    path = workdir / 'config.json'
-    return _read_config(path) if path.exists() else load_config(workdir)
-
-
-def _check_shared(workdir: pathlib.Path, patience_seconds: float = 20.0) -> None:
-    """Raises CheckpointError unless all processes see the directory that process 0 sees."""
-    if not processes.is_multiprocess():
-        return
-    witness = workdir / f'.shared-{secrets.token_hex(8)}'
-    if processes.is_coordinator():
-        witness.touch()
-    witness = workdir / processes.broadcast_from_0(witness.name)
-    deadline = time.monotonic() + patience_seconds  # network file systems show a new file late
-    while not witness.exists() and time.monotonic() < deadline:
-        list(workdir.iterdir())  # makes some of them look again
-        time.sleep(0.2)
-    blind = [process for process, sees in enumerate(processes.all_gather_json(witness.exists())) if not sees]
-    if processes.is_coordinator():
-        witness.unlink()
-    if blind:
-        raise CheckpointError(
-            f'--workdir={workdir} of process {blind[0]} is not the directory of process 0; it must be on a '
-            'file system that all hosts share (NFS, Lustre, a mounted bucket)'
-        )
-
-
-def _read_config(path: pathlib.Path) -> Config:
-    try:
-        return config_lib.from_json(path.read_text(encoding='utf-8'))
-    except OSError:
-        raise
-    except Exception as error:  # no UTF-8, no JSON, no config
-        raise CheckpointError(
-            f'{path}: {files.first_line(error)}; delete it if its checkpoints are of this config'
-        ) from error
-
-
-def _check_fits(where: str, saved: Config, wanted: Config) -> None:
+def check_fits(where: str, saved: Config, wanted: Config) -> None:
+    """Raises CheckpointError where a run of `saved` cannot go on with `wanted`."""
     unfit = config_lib.unfit_for_checkpoint(saved, wanted)
     if unfit:
         more = f' (and {len(unfit) - 1} more)' if len(unfit) > 1 else ''
@@ -331,6 +263,19 @@ class Checkpoints:
     def _warn_of_failure(self, problem: str) -> None:
         log.warning('%s; it is tried once more', files.not_written(self.directory, problem))
 
+    def is_among_best(self, eval_loss: float) -> bool:
+        """Whether a checkpoint with this evaluation loss would be one of the train.keep_best; alike in all processes.
+
+        One that is not finite never is.
+        """
+        keep = self.config.train.keep_best
+        losses = self._eval_losses()
+        if self._save and not self._save.problem and self._save.eval_loss is not None:
+            losses[self._save.step] = self._save.eval_loss  # being written
+        best = sorted(losses.values())[:keep]
+        is_best = keep > 0 and math.isfinite(eval_loss) and (len(best) < keep or eval_loss < best[-1])
+        return processes.broadcast_from_0(is_best)
+
     def evaluated(self, step: int, eval_loss: float) -> None:
         """Adds the evaluation loss to a checkpoint that was saved without it, so that it counts among the best."""
         path = self.directory / str(step)
@@ -392,7 +337,7 @@ class Checkpoints:
         """(state, data position), read without a message to the other processes, who may fail to read theirs."""
         digests = files.read_digests(path)
         saved = files.read_config(path, digests)
-        _check_fits(f'checkpoint {path}', saved, self.config)
+        check_fits(f'checkpoint {path}', saved, self.config)
         position = json.loads(digest.read_checked(path, 'data.json', digests))
         share = (jax.process_index(), jax.process_count()) if processes.is_multiprocess() else (0, 1)
         state = {}
@@ -414,8 +359,7 @@ class Checkpoints:
 
     def _remove_old(self) -> None:
         """Deletes all but the newest train.keep_last and the train.keep_best of those with an evaluation loss."""
-        steps, train = files.steps_in(self.directory), self.config.train
-        losses = {step: loss for step in steps if (loss := self._eval_loss(step)) is not None}
+        steps, train, losses = files.steps_in(self.directory), self.config.train, self._eval_losses()
         kept = {*steps[-train.keep_last :], *sorted(losses, key=losses.get)[: train.keep_best]}
         for step in set(steps) - kept:
             path = self.directory / str(step)
@@ -425,6 +369,11 @@ class Checkpoints:
                 shutil.rmtree(aside)
             except OSError as error:
                 log.warning('checkpoint %s could not be removed: %s', path, error)
+
+    def _eval_losses(self) -> dict[int, float]:
+        """The finite evaluation losses of the complete checkpoints, by step."""
+        losses = {step: self._eval_loss(step) for step in files.steps_in(self.directory)}
+        return {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
 
     def _eval_loss(self, step: int) -> float | None:
         path = self.directory / str(step) / 'metrics.json'

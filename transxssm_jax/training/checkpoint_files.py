@@ -7,12 +7,14 @@ import errno
 import itertools
 import json
 import logging
+import math
 import os
 import pathlib
 import re
 import secrets
 import shutil
 import threading
+import time
 
 import jax
 import orbax.checkpoint as ocp
@@ -76,6 +78,21 @@ def read_config(path: pathlib.Path, digests: dict) -> Config:
         return config_lib.from_json(text)
     except config_lib.ConfigError as error:
         raise CheckpointError(f'{path}: {error}') from error
+
+
+def refuse_foreign(path: pathlib.Path) -> None:
+    """Raises CheckpointError where a config.json is not of a run: of a published model, say, which would be overwritten."""
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict) or not {'model', 'data', 'train'} <= content.keys():
+        raise CheckpointError(
+            f'--workdir={path.parent} holds a config.json that is not of a run, and would be overwritten; use another '
+            '--workdir, or delete that file if nothing needs it'
+        )
 
 
 def of_group(digests: dict, group: str) -> dict:
@@ -178,12 +195,13 @@ class Save:
     Args:
       directory: of the checkpoints.
       step, state, data_position, config: what is saved.
-      eval_loss: of this step, if it is known.
+      eval_loss: of this step, if it is known; one that is not finite counts as none.
       on_commit: called by process 0 once the checkpoint is complete.
       handler: of Orbax, for the arrays.
       save_args: tree of ocp.SaveArgs like the state.
 
     Attributes:
+      step, eval_loss: as given.
       problem: why it failed, alike in all processes; '' while it has not.
       error: what failed in this process, or None.
     """
@@ -200,15 +218,16 @@ class Save:
         handler=None,
         save_args: dict | None = None,
     ):
-        self.step, self.problem, self.error = step, '', None
+        self.step, self.eval_loss, self.problem, self.error = step, _finite(eval_loss), '', None
         self._directory, self._on_commit = directory, on_commit
         # A name that no other run uses, not even one that lost the workdir and does not know it yet.
         self._partial = directory / processes.broadcast_from_0(f'{step}-{secrets.token_hex(4)}{PARTIAL}')
         self._handler = handler or ocp.PyTreeCheckpointHandler()
-        self._groups = grouped(state)
+        self._groups, self._futures = grouped(state), []
         self._topic = f'save/{next(_save_numbers)}'
         self._agreement = preemption.PreemptionSync(f'{self._topic}/failed')
         self._thread = threading.Thread(target=self._write_and_agree, name='save a checkpoint')
+        eval_loss = self.eval_loss
         texts = {'data.json': json.dumps(data_position), 'config.json': config_lib.to_json(config)}
         problem = ''
         if processes.is_coordinator():
@@ -251,7 +270,6 @@ class Save:
             digest.write_json(self._partial / 'metrics.json', {'eval_loss': float(eval_loss)})
 
     def _copy(self, state: dict, save_args: dict | None) -> None:
-        self._futures = []
         layouts = grouped(save_args) if save_args else {}
         for group, part in self._groups.items():
             args = ocp.args.PyTreeSave(part, layouts.get(group))
@@ -264,6 +282,8 @@ class Save:
     def _write_and_agree(self) -> None:
         digests = {}
         problem = self._copy_problem or self._attempt(lambda: digests.update(self._finish_arrays()))
+        if problem:
+            self._wait_for_writers()
         try:
             written = processes.gather_at_0({'problem': problem, 'digests': digests}, f'{self._topic}/written')
             if processes.is_coordinator():
@@ -272,10 +292,16 @@ class Save:
                     digests |= one['digests']
                 problem = problem or self._attempt(lambda: self._commit(digests))
                 if problem:
-                    shutil.rmtree(self._partial, ignore_errors=True)  # its space serves the next attempt
+                    _remove(self._partial)  # its space serves the next attempt
             self.problem = processes.broadcast_from_0(problem, f'{self._topic}/result')
         except jax.errors.JaxRuntimeError as error:  # another process is lost; this one will be ended too
             self.problem = first_line(error)
+
+    def _wait_for_writers(self) -> None:
+        """After a failure: none of this process's arrays is written any more once this returns, so that they can be removed."""
+        for future in self._futures:
+            with contextlib.suppress(Exception):  # one of them is the failure
+                future.result()
 
     def _finish_arrays(self) -> dict[str, list]:
         """Waits for the arrays of this process. Returns their digests, made while the files are in memory."""
@@ -294,6 +320,19 @@ class Save:
         self._partial.rename(self._directory / str(self.step))
         if problem := self._attempt(self._on_commit):
             log.warning('after checkpoint %s: %s', self._directory / str(self.step), problem)
+
+
+def _remove(directory: pathlib.Path, attempts: int = 10) -> None:
+    """Removes a directory whose last files may still be made."""
+    for _ in range(attempts):
+        shutil.rmtree(directory, ignore_errors=True)
+        if not directory.exists():
+            return
+        time.sleep(0.1)
+
+
+def _finite(loss: float | None) -> float | None:
+    return loss if loss is not None and math.isfinite(loss) else None
 
 
 def steps_in(directory: pathlib.Path) -> list[int]:

@@ -1,14 +1,14 @@
 """The loss of a global batch and its gradient: pure functions of (params, batch), each one shard_map.
 
-Which gradient is reduced where, and in which dtype (embedding and head included):
+Which gradient is reduced where (embedding and head included), each in the dtype of `reduction_dtypes` unless one is named:
 
-| parameter               | data, context                            | fsdp                                              |
-| sharded over fsdp       | all-reduce once per step, see `_dtype`   | reduce-scatter per layer and microbatch, in model.dtype, |
-|                         |                                          | where the weight is gathered (`all_gather_params`) |
-| the others (norms, ...) | all-reduce once per step, float32        | with data and context                             |
+| parameter               | data, context                     | fsdp                                                |
+| sharded over fsdp       | all-reduce once per step          | reduce-scatter per layer and microbatch,            |
+|                         |                                   | where the weight is gathered (`all_gather_params`)  |
+| the others (norms, ...) | all-reduce once per step, float32 | with data and context                               |
 
-Over tensor nothing is reduced here: a sharded weight's gradient is complete on its device, and the gradient of an input
-that several shards read is all-reduced where it is read (`copy_to_tensor_parallel`).
+Over tensor no parameter's gradient is reduced: a sharded weight's is complete on its device. The gradient of an input
+that several shards read is all-reduced where it is read (`copy_to_tensor_parallel`, and by hand in the loss).
 """
 
 import functools
@@ -21,12 +21,16 @@ from transxssm_jax.config import Config
 from transxssm_jax.model import parameters
 from transxssm_jax.model.loss import next_token_loss
 from transxssm_jax.parallel import collectives
-from transxssm_jax.parallel.mesh import BATCH, RULES
+from transxssm_jax.parallel.mesh import AXES, BATCH, RULES
 
 Batch = dict  # tokens, targets, segment_ids, positions: int32 [B, L]
 
 _BATCH_AXES = dict.fromkeys(('tokens', 'targets', 'segment_ids', 'positions'), BATCH)
 _SUMS_AXES = {'nll': (), 'tokens': ()}
+TOKEN_AXES = tuple(axis for name in BATCH for axis in RULES[name])  # mesh axes that shard tokens
+
+# A sum in bfloat16 around a ring of 16 is off by 0.5%, what the tests allow a kernel in bfloat16; docs/numerics.md.
+MOST_ROUNDED_MEMBERS = 16
 
 
 def summed_loss(config: Config):
@@ -50,22 +54,46 @@ def summed_gradient(config: Config):
     gradient = jax.value_and_grad(_loss_of_block(config), has_aux=True)
     axes, steps = parameters.param_axes(config.model), config.train.num_microbatches
 
-    def reduce(grad, axes):
-        if 'embed' not in axes:
-            return collectives.all_reduce_over_tokens(grad)
-        grad = grad.astype(_dtype(config))
-        return collectives.all_reduce_over_tokens(grad, _dtype(config), scattered_over=RULES['embed'])
-
     def of_block(params, batch: Batch):
-        (_, sums), grads = _over_microbatches(functools.partial(gradient, params), batch, steps)
+        sizes = dict(jax.sharding.get_abstract_mesh().shape)
+        dtypes = reduction_dtypes(config, sizes)
+        summed_in = {dtypes[axis] for axis in TOKEN_AXES if sizes.get(axis, 1) > 1}
+        # Rounded to model.dtype where it left its layer, and at every sum since: it stays so for the optimizer to read.
+        is_rounded = steps == 1 and summed_in <= {config.model.dtype}
+
+        def reduce(grad, axes):
+            if 'embed' not in axes:
+                return collectives.all_reduce_over_tokens(grad)
+            if is_rounded and 'vocab' not in axes:  # the embedding's is a sum of two, rounded apart
+                grad = grad.astype(config.model.dtype)
+            return collectives.all_reduce_over_tokens(grad, dtypes=dtypes, scattered_over=RULES['embed'])
+
+        # In model.dtype each gradient keeps its own: that of the few maps with a float32 output is float32.
+        with collectives.gradient_dtypes({axis: to for axis, to in dtypes.items() if to != config.model.dtype}):
+            (_, sums), grads = _over_microbatches(functools.partial(gradient, params), batch, steps)
         return collectives.all_reduce_over_tokens(sums), jax.tree.map(reduce, grads, axes)
 
     return parameters.on_shards(of_block, config.model, (_BATCH_AXES,), (_SUMS_AXES, axes))
 
 
-def _dtype(config: Config) -> str:
-    """The dtype in which gradients of matrices cross data and context: that of one microbatch is of a bfloat16 weight."""
-    return config.model.dtype if config.train.num_microbatches == 1 else 'float32'
+def reduction_dtypes(config: Config, sizes: dict[str, int]) -> dict[str, str]:
+    """The dtype in which gradients are summed over each mesh axis: that of its setting, or what 'auto' stands for.
+
+    'auto' is model.dtype, in which gradients are rounded anyway where they leave a layer, for up to
+    `MOST_ROUNDED_MEMBERS` members, and float32 for more, because a ring rounds as often as it has members. data and
+    context, which share an all-reduce, count together; what was summed over microbatches is float32 and stays so.
+
+    Args:
+      sizes: devices along each mesh axis; an axis that is not there has one.
+    """
+    train, dtype = config.train, config.model.dtype
+    sizes = {axis: sizes.get(axis, 1) for axis in AXES}
+    members = sizes | dict.fromkeys(('data', 'context'), sizes['data'] * sizes['context'])
+    auto = {axis: dtype if members[axis] <= MOST_ROUNDED_MEMBERS else 'float32' for axis in AXES}
+    if train.num_microbatches > 1:
+        auto |= {'data': 'float32', 'context': 'float32'}
+    chosen = {axis: getattr(train, f'gradient_dtype_{axis}') for axis in AXES}
+    return {axis: auto[axis] if name == 'auto' else name for axis, name in chosen.items()}
 
 
 def _loss_of_block(config: Config):

@@ -24,7 +24,7 @@ from transxssm_jax.data.manifest import DataError
 from transxssm_jax.data.vocabulary import describe, is_same
 from transxssm_jax.model.parameters import param_axes
 from transxssm_jax.parallel import collectives, mesh, processes
-from transxssm_jax.training import checkpoint, optimizer, run_reference
+from transxssm_jax.training import checkpoint, optimizer, run_directory, run_reference
 from transxssm_jax.training import checkpoint_files as files
 from transxssm_jax.training import step as step_lib
 from transxssm_jax.training.checkpoint_files import CheckpointError
@@ -48,7 +48,7 @@ def settle(config: Config, workdir: pathlib.Path, open_weights: OpenWeights) -> 
 def _recorded(config: Config, workdir: pathlib.Path, open_weights: OpenWeights) -> dict:
     if not processes.is_coordinator():
         return {}
-    if saved := checkpoint.saved_config(workdir):
+    if saved := run_directory.saved_config(workdir):
         flat = config_lib.flatten(saved)
         return {name: flat[name] for name in RECORDED}
     if not config.train.init_from:

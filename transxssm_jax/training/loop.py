@@ -17,10 +17,20 @@ from transxssm_jax.config import Config, ConfigError
 from transxssm_jax.data.loader import Loader, WorkerLostError
 from transxssm_jax.data.tokenizer import load_tokenizer
 from transxssm_jax.parallel import mesh, processes
-from transxssm_jax.training import announcement, checkpoint, compilation, initial_state, lease, metrics, splits
+from transxssm_jax.training import (
+    announcement,
+    checkpoint,
+    compilation,
+    initial_state,
+    lease,
+    metrics,
+    run_directory,
+    splits,
+)
 from transxssm_jax.training import step as step_lib
 from transxssm_jax.training.evaluators import Evaluator, HeldOutLoss
 from transxssm_jax.training.profiler import ProfilerWindow
+from transxssm_jax.training.rescue import saved_if_data_fails
 from transxssm_jax.training.stopping import Stop, StopRequest
 
 PROMPT_TOKENS = 128  # of the document that the sample at the end continues
@@ -108,7 +118,7 @@ def check_input(config: Config) -> None:
 def open_run(config: Config, workdir: pathlib.Path, stop: StopRequest, open_weights: initial_state.OpenWeights) -> Run:
     """Opens the workdir and the data, restores or creates the state, and prints what the run is. Raises as `train`."""
     device_mesh = mesh.build(config)
-    checkpoint.open_workdir(workdir, config)
+    run_directory.open_workdir(workdir, config)
 
     # The state, and the data at the step where it stands.
     checkpoints = checkpoint.Checkpoints(workdir, config)
@@ -228,7 +238,8 @@ def train_to_the_end(run: Run, sample: Callable) -> int:
             pending.flush()
             writers.print(profiler.stop())
 
-        batch = next_batch(run)
+        with saved_if_data_fails(run, save):
+            batch = next_batch(run)
         run.state, step_metrics = run.train_step(run.state, batch)
         run.step += 1
         pending.push(run.step, step_metrics)
@@ -260,7 +271,7 @@ def train_to_the_end(run: Run, sample: Callable) -> int:
             with clock.paused():
                 if evaluate_now:
                     evaluate(run, evaluators)
-                if save_now:
+                if save_now or is_among_best(run):
                     save(run)
 
     if profiler.is_tracing:
@@ -327,13 +338,20 @@ def is_evaluation_due(run: Run) -> bool:
 
 def evaluate(run: Run, evaluators: list[Evaluator]) -> None:
     """Runs the evaluators and writes one record of their metrics; nothing where the run is told to stop meanwhile."""
-    values = {name: value for evaluator in evaluators for name, value in evaluator.run(run.state['params'])}
+    with saved_if_data_fails(run, save):
+        values = {name: value for evaluator in evaluators for name, value in evaluator.run(run.state['params'])}
     if run.stop.exit_code:
         return
     run.evaluated_at, run.evaluation = run.step, values
     run.writers.write(run.step, values)
     if run.step < run.config.train.steps and 'eval_loss' in values:
         run.writers.print(f'step {run.step}: evaluation loss {values["eval_loss"]:.4f}')
+
+
+def is_among_best(run: Run) -> bool:
+    """Whether this step was evaluated, with a loss that is among the train.keep_best lowest of the run's checkpoints."""
+    loss = run.evaluation.get('eval_loss') if run.evaluated_at == run.step else None
+    return loss is not None and run.checkpoints.is_among_best(loss)
 
 
 def make_up_evaluation(run: Run, evaluators: list[Evaluator]) -> None:

@@ -389,7 +389,7 @@ def _read_records(path: pathlib.Path, last_step: int) -> tuple[list[dict], int]:
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             record = json.loads(line.decode())
-        except ValueError:  # not UTF-8 or not JSON: the last line of a killed run may be cut
+        except (ValueError, RecursionError):  # not UTF-8 or not JSON: the last line of a killed run may be cut
             record = None
         if not isinstance(record, dict) or type(record.get('step')) is not int:
             damaged += 1

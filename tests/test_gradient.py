@@ -1,0 +1,132 @@
+"""In which dtype gradients are summed over each mesh axis: the setting, its default, and why that is what it is."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from ring_reduction import ring_error
+from small import packed_batch, small_config
+from test_collectives import collectives_of
+
+from transxssm_jax.model import parameters
+from transxssm_jax.parallel import mesh
+from transxssm_jax.planning import roofline
+from transxssm_jax.training.gradient import MOST_ROUNDED_MEMBERS, reduction_dtypes, summed_gradient
+
+KERNEL_TOLERANCE = 5e-3  # of a scan in bfloat16, tests/test_ssd_kernels.py
+
+
+@pytest.mark.parametrize('signal', [0.0, 1.0])
+def test_the_error_of_a_ring_grows_with_its_members_in_bfloat16_alone(signal):
+    errors = {members: ring_error(members, 'bfloat16', signal) for members in (2, 16, 64, 256)}
+    assert list(errors.values()) == sorted(errors.values())
+    assert errors[2] < 2.5e-3 and errors[64] > 6e-3 and 1.2e-2 < errors[256] < 2.5e-2
+    assert max(ring_error(members, 'float32', signal) for members in errors) < 1e-6
+
+
+def test_a_long_ring_in_bfloat16_loses_what_members_agree_on():
+    assert ring_error(1024, 'bfloat16', signal=4.0) > 0.3, 'a share is less than half of the last digit of the sum'
+
+
+def test_the_default_rounds_no_more_than_a_kernel_may():
+    assert ring_error(MOST_ROUNDED_MEMBERS, 'bfloat16') < 1.05 * KERNEL_TOLERANCE
+    assert ring_error(2 * MOST_ROUNDED_MEMBERS, 'bfloat16') > KERNEL_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    'settings, sizes, expected',
+    [
+        ({}, dict(data=16, fsdp=16), dict.fromkeys(mesh.AXES, 'bfloat16')),
+        ({}, dict(data=17), dict(data='float32', context='float32', fsdp='bfloat16', tensor='bfloat16')),
+        ({}, dict(fsdp=32), dict(data='bfloat16', context='bfloat16', fsdp='float32', tensor='bfloat16')),
+        ({}, dict(data=4, context=8), dict(data='float32', context='float32', fsdp='bfloat16', tensor='bfloat16')),
+        (
+            dict(train_accumulation_steps=2),
+            {},
+            dict(data='float32', context='float32', fsdp='bfloat16', tensor='bfloat16'),
+        ),
+        (
+            dict(train_gradient_dtype_data='bfloat16', train_gradient_dtype_tensor='float32'),
+            dict(data=256),
+            dict(data='bfloat16', context='float32', fsdp='bfloat16', tensor='float32'),
+        ),
+    ],
+)
+def test_auto_depends_on_the_members_of_each_sum(settings, sizes, expected):
+    assert reduction_dtypes(small_config(model_dtype='bfloat16', **settings), sizes) == expected
+
+
+def test_a_float32_model_is_not_rounded():
+    assert set(reduction_dtypes(small_config(), {}).values()) == {'float32'}
+
+
+@functools.cache
+def reductions(**settings):
+    """[(kind, mesh axes, dtype, elements, times)] of the sums in the traced gradient of a bfloat16 model."""
+    config = small_config(model_dtype='bfloat16', model_num_layers=4, **settings)
+    device_mesh = mesh.build(config)
+    params = jax.eval_shape(lambda: parameters.init_params(config.model, 0))
+    with jax.set_mesh(device_mesh):
+        batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in packed_batch(config).items()}
+        traced = jax.make_jaxpr(summed_gradient(config))(params, batch)
+    return [found for found in collectives_of(traced.jaxpr) if found[0] in ('sum', 'scatter')]
+
+
+AXES = dict(mesh_data=2, mesh_fsdp=2, mesh_tensor=2)
+
+
+@pytest.mark.parametrize('axis, kind', [('data', 'sum'), ('fsdp', 'scatter'), ('tensor', 'sum')])
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
+def test_each_axis_is_summed_in_its_dtype(axis, kind, dtype):
+    found, before = reductions(**AXES, **{f'train_gradient_dtype_{axis}': dtype}), reductions(**AXES)
+    changed = [(one, other) for one, other in zip(found, before, strict=True) if one != other]
+    assert bool(changed) == (dtype == 'float32')
+    for one, other in changed:
+        assert (one[0], one[1], one[2]) == (kind, (axis,), 'float32')
+        assert one[3:] == other[3:] and other[2] == 'bfloat16', 'as many elements, as often'
+
+
+def test_axes_of_two_dtypes_are_summed_one_after_another():
+    found = reductions(mesh_data=2, mesh_fsdp=2, mesh_context=2, train_gradient_dtype_context='float32')
+    axes = {(names, dtype) for kind, names, dtype, *_ in found if kind == 'sum' and 'fsdp' not in names}
+    assert axes == {(('context',), 'float32'), (('data',), 'bfloat16')}
+
+
+def gradient_of(config, num_devices):
+    device_mesh = mesh.build(config, jax.devices()[:num_devices])
+    params, batch = parameters.init_params(config.model, 0), packed_batch(config)
+    with jax.set_mesh(device_mesh):
+        _, grads = jax.jit(summed_gradient(config))(params, batch)
+    return jax.device_get(grads)
+
+
+def test_the_setting_decides_what_is_rounded():
+    """A float32 model, so that nothing but the sums is rounded."""
+    exact = gradient_of(small_config(model_num_layers=4), 1)
+    errors = {}
+    for dtype in ('float32', 'bfloat16'):
+        settings = {f'train_gradient_dtype_{axis}': dtype for axis in mesh.AXES}
+        found = gradient_of(small_config(model_num_layers=4, **AXES, **settings), 8)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(found):
+            wanted = exact
+            for key in path:
+                wanted = wanted[key.key]
+            error = np.linalg.norm(leaf - wanted) / np.linalg.norm(wanted)
+            errors[dtype] = max(errors.get(dtype, 0.0), error)
+    assert errors['float32'] < 2e-5
+    assert 1e-3 < errors['bfloat16'] < 2e-2
+
+
+def test_the_price_is_known():
+    sizes = dict(data=4, fsdp=2, context=1, tensor=1)
+    config = small_config(model_dtype='bfloat16')
+    bytes_in = {
+        dtype: roofline.gradient_bytes(config, sizes, dict.fromkeys(mesh.AXES, dtype))
+        for dtype in ('bfloat16', 'float32')
+    }
+    for name, factor in (('fsdp', 2), ('data x context', 2), ('all', 1)):
+        assert bytes_in['float32'][name] == factor * bytes_in['bfloat16'][name]
+    dear = small_config(model_dtype='bfloat16', train_gradient_dtype_fsdp='float32')
+    more = roofline.min_comm_bytes(dear, sizes)['gradients'] - roofline.min_comm_bytes(config, sizes)['gradients']
+    assert more == bytes_in['bfloat16']['fsdp']

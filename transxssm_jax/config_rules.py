@@ -1,0 +1,74 @@
+"""What no single setting of a config shows: the rules between settings."""
+
+import dataclasses
+
+from transxssm_jax.settings import ConfigError
+
+
+def check(config) -> None:
+    """Checks a `config.Config`.
+
+    Raises:
+      ConfigError: naming the setting, its value, the rule and a remedy.
+    """
+    model, data, optimizer, train = config.model, config.data, config.optimizer, config.train
+    # A head's width is a multiple of 16, so what is proposed is too.
+    _divides('model.d_model', model.d_model, 'model.num_heads', model.num_heads, step=16 * model.num_heads)
+    _divides('model.num_heads', model.num_heads, 'model.num_kv_heads', model.num_kv_heads)
+    _divides('model.num_heads', model.num_heads, 'model.num_ssd_groups', model.num_ssd_groups)
+    _divides('model.num_layers', model.num_layers, 'layers per period', len(model.layer_pattern))
+    if model.head_dim % 16:
+        raise ConfigError(
+            f'model.d_model={model.d_model} / model.num_heads={model.num_heads} = {model.head_dim} '
+            'must be a multiple of 16; change either'
+        )
+    if model.d_state % 16:
+        raise ConfigError(
+            f'model.d_state={model.d_state} must be a multiple of 16; try {model.d_state // 16 * 16 + 16}'
+        )
+    if not model.pattern and 0 < model.attention_period <= model.attention_offset:
+        raise ConfigError(
+            f'model.attention_offset={model.attention_offset} must be below model.attention_period='
+            f'{model.attention_period}; try {model.attention_period - 1}'
+        )
+    if not 0 < model.dt_min <= model.dt_max:
+        raise ConfigError(f'model.dt_min={model.dt_min} must be positive and at most model.dt_max={model.dt_max}')
+    if not 0 < model.a_min <= model.a_max:
+        raise ConfigError(f'model.a_min={model.a_min} must be positive and at most model.a_max={model.a_max}')
+    if model.ssd_chunk_size % 16:
+        raise ConfigError(
+            f'model.ssd_chunk_size={model.ssd_chunk_size} must be a multiple of 16; try '
+            f'{model.ssd_chunk_size // 16 * 16 + 16}, or 0 to leave it to the device'
+        )
+    for name in ('b1', 'b2'):
+        if getattr(optimizer, name) >= 1:
+            raise ConfigError(
+                f'optimizer.{name}={getattr(optimizer, name)} must be below 1; try 0.9 for b1, 0.999 for b2'
+            )
+    if data.path and data.directories:
+        raise ConfigError(
+            f'data.path={data.path} and data.sources={data.sources} both name the data; leave one of them empty'
+        )
+    for name in ('weights', 'max_epochs'):
+        if getattr(data, name) and not data.directories:
+            raise ConfigError(f'data.{name}={getattr(data, name)!r} belongs to data.sources, which is empty; set both')
+    _divides('data.global_batch', data.global_batch, 'train.accumulation_steps', train.num_microbatches)
+    decay_steps = optimizer.decay_steps if optimizer.schedule == 'wsd' else 0
+    if optimizer.warmup_steps + decay_steps > train.steps:
+        parts = 'optimizer.warmup_steps' + (' + optimizer.decay_steps' if decay_steps else '')
+        raise ConfigError(
+            f'{parts} = {optimizer.warmup_steps + decay_steps} must be at most '
+            f'train.steps={train.steps}; lower {parts.split()[0]}'
+        )
+    mesh = dataclasses.asdict(config.mesh)
+    if list(mesh.values()).count(-1) > 1 or 0 in mesh.values():
+        raise ConfigError(f'mesh={mesh}: at most one axis may be -1 and none 0')
+
+
+def _divides(name, value, by_name, by, step=0):
+    """Raises unless by divides value; proposes the nearest multiples of step (default: of by)."""
+    if value % by:
+        step = step or by
+        lower, upper = value // step * step, (value // step + 1) * step
+        tries = ' or '.join(str(n) for n in (lower, upper) if n > 0)
+        raise ConfigError(f'{name}={value} must be divisible by {by_name}={by}; try {tries}')
