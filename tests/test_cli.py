@@ -29,6 +29,7 @@ COMMANDS = {
     'convert export': ('convert', 'EXPORT'),
     'data.prepare': ('data.prepare', 'COMMAND'),
     'data.loader': ('data.loader', 'COMMAND'),
+    'bench': ('bench', 'COMMAND'),
     'report': ('report', 'COMMAND'),
     'experiment': ('experiment', 'COMMAND'),
     'evals.needle': ('evals.needle', 'COMMAND'),

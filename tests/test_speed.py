@@ -1,0 +1,95 @@
+"""`python -m transxssm_jax.bench`: every mode is measured, and what is reported adds up."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.small import small_config
+from transxssm_jax import bench
+from transxssm_jax.cli import ExitCode
+from transxssm_jax.evals import speed
+from transxssm_jax.model import costs
+from transxssm_jax.planning import fitting
+
+TINY = [
+    '--config=configs/tiny.py',
+    '--config.model.num_layers=8',
+    '--config.data.seq_len=64',
+    '--config.data.global_batch=8',
+]
+
+
+@pytest.mark.parametrize('mode', speed.MODES)
+def test_every_mode_is_measured(mode):
+    config = small_config(data_seq_len=64)
+    result = speed.measure(speed.Case('config', config, mode, 64, 8, documents=2), calls=2, repeats=3)
+    assert result['least_ms'] <= result['ms'] <= result['most_ms']
+    tokens = 8 if mode == 'decode' else 8 * 64
+    assert result['tokens_per_second'] == pytest.approx(1e3 * tokens / result['ms'])
+    if mode in ('train', 'forward'):
+        per_token = costs.forward_flops_per_token(config.model, costs.row_attended(32))
+        work = per_token * (3 if mode == 'train' else 1)
+        assert result['model_tflops_per_second'] == pytest.approx(
+            result['tokens_per_second'] * work / result['devices'] / 1e12
+        )
+        assert result['memory_gib'] > 0 and result['microbatches'] == 1
+
+
+def test_random_rows_hold_documents():
+    batch = speed.random_batch(small_config(data_seq_len=50, data_global_batch=2), documents=4)
+    assert {name: array.shape for name, array in batch.items()} == dict.fromkeys(batch, (2, 50))
+    assert batch['segment_ids'].max() == 4 and (np.diff(batch['segment_ids']) >= 0).all()
+    starts = np.diff(batch['segment_ids'], prepend=0) != 0
+    assert (batch['positions'][starts] == 0).all() and (np.diff(batch['positions'])[~starts[:, 1:]] == 1).all()
+
+
+def test_what_does_not_fit_is_a_row_of_its_own(monkeypatch):
+    monkeypatch.setattr(fitting, 'usable_bytes', lambda device_mesh: 1000)
+    result = speed.measure(speed.Case('config', small_config(), 'train', 48, 8), calls=1, repeats=1)
+    assert 'needs' in result['does_not_fit'] and 'ms' not in result
+    measured = dict(result, model='attention', ms=1.0, tokens_per_second=10.0)
+    del measured['does_not_fit']
+    assert '| does not fit |' in speed.markdown_table([result, measured])
+    assert speed.ratios([result, measured], 'config', 'attention') == []
+
+
+def test_ratios_compare_equal_rows():
+    base = dict(mode='train', length=64, rows=8)
+    results = [
+        dict(base, model='config', tokens_per_second=30.0),
+        dict(base, model='attention', tokens_per_second=20.0),
+        dict(base, model='config', rows=4, tokens_per_second=99.0),
+    ]
+    assert speed.ratios(results, 'config', 'attention') == [('train', 64, 1.5)]
+
+
+def test_the_command_writes_its_results(tmp_path, capsys):
+    arguments = [*TINY, '--against=attention', '--lengths=32,64', '--tokens=512', '--modes=forward', '--calls=1']
+    assert bench.main([*arguments, '--repeats=1', f'--output={tmp_path}']) == ExitCode.FINISHED
+    out = capsys.readouterr().out
+    assert 'forward, 32 tokens per row: ' in out and 'times the speed of attention' in out
+    results = json.loads((tmp_path / 'bench.json').read_text())
+    assert results['device'] and results['date'] and 'transxssm_jax.bench' in results['command']
+    assert [(r['model'], r['length'], r['rows']) for r in results['results']] == [
+        ('config', 32, 16),
+        ('attention', 32, 16),
+        ('config', 64, 8),
+        ('attention', 64, 8),
+    ]
+    assert speed.markdown_table(results['results']) in (tmp_path / 'bench.md').read_text()
+    assert (tmp_path / 'bench.png').stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    'flags, message',
+    [
+        (['--tokens=100'], '--tokens=100 must be a multiple of --lengths=64'),
+        (['--documents=65'], '--documents=65 must be at most --lengths=64'),
+        (['--modes=trian'], 'did you mean train?'),
+    ],
+)
+def test_wrong_input_is_one_line(flags, message, capsys):
+    assert bench.main([*TINY, *flags]) == ExitCode.WRONG_INPUT
+    error = capsys.readouterr().err
+    assert message in error and error.count('\n') == 1
