@@ -85,7 +85,7 @@ def test_the_command_writes_its_results(tmp_path, capsys):
     'flags, message',
     [
         (['--tokens=100'], '--tokens=100 must be a multiple of --lengths=64'),
-        (['--documents=65'], '--documents=65 must be at most --lengths=64'),
+        (['--documents_per_row=65'], '--documents_per_row=65 must be at most --lengths=64'),
         (['--modes=trian'], 'did you mean train?'),
     ],
 )

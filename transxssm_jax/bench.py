@@ -55,7 +55,7 @@ COMMAND = cli.Command(
             'Tokens per call over all devices, from which rows follow; 0: data.global_batch rows.',
             minimum=0,
         ),
-        Flag('documents', 1, 'Documents per row, of equal length.', minimum=1),
+        Flag('documents_per_row', 1, 'Documents per row, of equal length.', minimum=1),
         Flag('calls', 8, 'Calls of a timed block.', minimum=1),
         Flag('repeats', 5, 'Timed blocks.', minimum=1),
         Flag('output', '', 'Directory to write the results to; empty: none.', is_path=True),
@@ -84,9 +84,9 @@ def cases(config: Config, flags) -> list[speed.Case]:
                 rows = flags.tokens // length
                 if rows * length != flags.tokens or rows < 1:
                     raise ConfigError(f'--tokens={flags.tokens} must be a multiple of --lengths={length}')
-            if length < flags.documents:
-                raise ConfigError(f'--documents={flags.documents} must be at most --lengths={length}')
-            found += [speed.Case(name, model, mode, length, rows, flags.documents) for name, model in models.items()]
+            if length < flags.documents_per_row:
+                raise ConfigError(f'--documents_per_row={flags.documents_per_row} must be at most --lengths={length}')
+            found += [speed.Case(name, model, mode, length, rows, flags.documents_per_row) for name, model in models.items()]
     return found
 
 
