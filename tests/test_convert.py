@@ -658,6 +658,17 @@ def test_export_then_import_gives_the_same_config_parameters_and_logits(tmp_path
         assert (tmp_path / 'out' / 'config.json').read_text() == (tmp_path / 'out again' / 'config.json').read_text()
 
 
+@pytest.mark.parametrize('name', ['[' * 20_000, 'a\0b', '\ud800', '', '../x'])
+def test_an_index_that_lists_an_impossible_file_is_refused(tmp_path, name):
+    write(tmp_path / 'published', files=2)
+    path = tmp_path / 'published' / 'model.safetensors.index.json'
+    listed = json.loads(path.read_text())['weight_map']
+    path.write_text(json.dumps({'weight_map': listed | {next(iter(listed)): name}}))
+    with pytest.raises(fields_lib.ConvertError, match='no such file') as error:
+        files.PytorchCheckpoint(tmp_path / 'published')
+    assert len(str(error.value)) < 600
+
+
 def test_no_file_of_a_run_or_of_a_source_is_overwritten(tmp_path, capsys):
     write(tmp_path / 'published')
     before = (tmp_path / 'published' / 'config.json').read_bytes()

@@ -86,7 +86,9 @@ def cases(config: Config, flags) -> list[speed.Case]:
                     raise ConfigError(f'--tokens={flags.tokens} must be a multiple of --lengths={length}')
             if length < flags.documents_per_row:
                 raise ConfigError(f'--documents_per_row={flags.documents_per_row} must be at most --lengths={length}')
-            found += [speed.Case(name, model, mode, length, rows, flags.documents_per_row) for name, model in models.items()]
+            found += [
+                speed.Case(name, model, mode, length, rows, flags.documents_per_row) for name, model in models.items()
+            ]
     return found
 
 

@@ -7,6 +7,7 @@ PyTorch, or more memory than one tensor.
 
 import json
 import math
+import os
 import pathlib
 from collections.abc import Callable, Iterator
 
@@ -14,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from transxssm_jax import cli
 from transxssm_jax import config as config_lib
 from transxssm_jax.config import Model
 from transxssm_jax.pytorch import fields, tensors
@@ -70,15 +72,16 @@ class TensorFiles:
         for name, file in listed.items():
             if found.get(name) != file:
                 raise ConvertError(
-                    f'{self.directory / file} lacks tensor {name}, which {INDEX} lists in it; fetch both again'
+                    f'{self.directory / file} lacks tensor {cli.shorten(name)}, which {INDEX} lists in it; fetch both again'
                 )
         return found
 
     def _open(self, file: str):
         path = self.directory / file
-        if not path.is_file():
+        if not os.path.isfile(path):  # False for a name that the system does not take, too
             raise ConvertError(
-                f'{path}: no such file; the weights must be in {SINGLE}, in the files that {INDEX} lists, or in {TORCH}'
+                f'{self.directory / cli.shorten(file)}: no such file; the weights must be in {SINGLE}, in the files that '
+                f'{INDEX} lists, or in {TORCH}'
             )
         try:
             return TorchFile(path) if path.suffix == '.bin' else safetensors.safe_open(path, 'numpy')
