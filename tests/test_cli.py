@@ -456,3 +456,13 @@ def test_wrong_flags_are_refused(argv, message):
     with pytest.raises(UsageError) as error:
         FLAGS.parse(argv)
     assert message in str(error.value) and '\n' not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_a_full_device_is_one_line_with_a_remedy():
+    import jax
+
+    error = jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 12 bytes.\nmore lines')
+    code, message = cli.explain(error)
+    assert code == ExitCode.DOES_NOT_FIT and '\n' not in message
+    assert 'allocating 12 bytes' in message and 'train.accumulation_steps' in message
+    assert cli.explain(jax.errors.JaxRuntimeError('INTERNAL: a fault')) is None
