@@ -45,6 +45,30 @@ def test_what_the_compiler_needs_decides(monkeypatch):
     assert settings != ('none', 1)
 
 
+def test_a_compiler_that_refuses_is_asked_for_less(monkeypatch):
+    """As a TPU's does, without a figure: the fastest of what needs less than anything refused is taken."""
+    config = small_config(model_remat='auto', train_accumulation_steps=0)
+    device_mesh, asked = mesh.build(config, jax.devices()[:1]), []
+    found = fitting.choices(config, ONE, CHIPS['h100'])
+    room = sorted(choice.memory for choice in found)[len(found) // 2]
+
+    def compile_step(closed):
+        (choice,) = (choice for choice in found if choice.config == closed)
+        asked.append(choice.memory)
+        if choice.memory > room:
+            raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm.')
+
+        class Step:
+            memory_analysis = staticmethod(lambda: None)
+
+        return Step()
+
+    monkeypatch.setattr(fitting, 'usable_bytes', lambda device_mesh: 1e12)
+    fitted = fitting.fit(config, device_mesh, compile_step)
+    fits = [choice for choice in found if choice.memory <= room]
+    assert asked[:-1] == sorted(asked[:-1], reverse=True) and fitted.config == fits[0].config
+
+
 def test_nothing_fits(monkeypatch):
     with pytest.raises(fitting.DoesNotFitError) as error:
         fit(small_config(model_remat='auto', train_accumulation_steps=0), monkeypatch, 1000)

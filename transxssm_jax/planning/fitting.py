@@ -91,7 +91,8 @@ def fit(
             step, needed = None, math.inf  # a TPU's compiler refuses what does not fit
         if step is not None and needed <= limit:
             return Fitted(choice.config, step, _describe(config, choice, needed, limit))
-        scale, least = max(scale, min(needed, 1e18) / choice.memory), min(least, needed)
+        # Of a refused step only this is known: it needs more than there is.
+        scale, least = max(scale, min(needed, 1.001 * limit) / choice.memory), min(least, needed)
     raise DoesNotFitError(_refusal(config, smallest, least, limit))
 
 
@@ -140,13 +141,16 @@ def choices(config: Config, sizes: dict[str, int], chip: chips.Chip) -> list[Cho
 
 def usable_bytes(device_mesh: jax.sharding.Mesh) -> float:
     """Bytes of arrays that every device of the mesh can hold: the least of all processes. A CPU device has its share of the
-    machine's memory."""
+    machine's memory; an accelerator whose allocator has no limit, what the table of chips says, or else no limit."""
     devices = device_mesh.local_devices
-    stats = devices[0].memory_stats()
-    if stats and 'bytes_limit' in stats:
-        own = min(device.memory_stats()['bytes_limit'] for device in devices)
-    else:
+    stats = devices[0].memory_stats() or {}
+    name = chips.name_of(devices[0].device_kind)
+    if 'bytes_limit' in stats:
+        own = float(min(device.memory_stats()['bytes_limit'] for device in devices))
+    elif devices[0].platform == 'cpu':
         own = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / len(devices)
+    else:
+        own = float(chips.CHIPS[name].usable) if name else math.inf
     return USABLE * min(processes.all_gather_json(own))
 
 
