@@ -481,11 +481,11 @@ def documents(*rows):
 # name: (segment ids [2, 128], index in cudnn._shapes)
 PACKINGS = {
     'one document a row': (documents([128], [128]), 0),
-    'few documents': (documents([1, 100, 27], [60, 68]), 0),
-    'short documents': (documents([4] * 32, [32] * 4), 1),
-    'short and long documents': (documents([2] * 30 + [68], [128]), 2),
-    'uneven rows share the room': (documents([2] * 60 + [8], [64, 64]), 2),
-    'too many documents': (documents([1] * 128, [128]), 3),
+    'few documents': (documents([1, 100, 27], [60, 68]), 1),
+    'short documents': (documents([4] * 32, [32] * 4), 2),
+    'short and long documents': (documents([2] * 30 + [68], [128]), 3),
+    'uneven rows share the room': (documents([2] * 60 + [8], [64, 64]), 3),
+    'too many documents': (documents([1] * 128, [128]), 4),
 }
 
 

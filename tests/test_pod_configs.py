@@ -83,10 +83,10 @@ def test_only_parameters_are_gathered(axes):
     split = [size for size, names in roofline._leaves(config, sizes) if 'fsdp' in names]
     f = sizes['fsdp']
     gathers = sent(found, sizes)['all-gather', ('fsdp',)]
-    everything = config.train.accumulation_steps * 2 * 4 * sum(split) * (f - 1) / f
+    everything = config.train.num_microbatches * 2 * 4 * sum(split) * (f - 1) / f
     # The embedding is looked up and is the head; the compiler may gather it for both, and all microbatches, once.
     embedding = 4 * config.model.vocab_size * config.model.d_model * (f - 1) / f
-    assert everything - (2 * config.train.accumulation_steps - 1) * embedding <= gathers <= everything
+    assert everything - (2 * config.train.num_microbatches - 1) * embedding <= gathers <= everything
     # Along other axes nothing is gathered but the decays and ids at the borders of a row's shards.
     others = sum(
         size for (kind, names), size in sent(found, sizes).items() if kind == 'all-gather' and names != ('fsdp',)
@@ -103,7 +103,7 @@ def test_gradients_are_scattered_and_summed_over_the_rest_once(axes):
     scatters = total['reduce-scatter', ('fsdp',)]
     # Of the embedding once as a table and once as the head.
     embedding = config.model.vocab_size * config.model.d_model
-    assert scatters == pytest.approx(config.train.accumulation_steps * 4 * (split + embedding) * (f - 1) / f, rel=1e-6)
+    assert scatters == pytest.approx(config.train.num_microbatches * 4 * (split + embedding) * (f - 1) / f, rel=1e-6)
     sums = [c for c in found if c.kind == 'all-reduce' and {'data', 'context'} & set(c.axes(sizes))]
     big = sum(c.runs * c.comm_bytes for c in sums if c.operand_bytes > 4096)
     assert big == pytest.approx(2 * 4 * split / f * (others - 1) / others, rel=0.15)

@@ -48,7 +48,7 @@ COMMAND = cli.Command(
     [
         Flag('modes', ('train',), 'What is measured.', choices=speed.MODES),
         Flag('against', (), 'Other models to measure beside the config.', choices=tuple(AGAINST)),
-        Flag('lengths', (), 'Tokens per row; empty: data.seq_len.', minimum=1),
+        Flag('lengths', (0,), 'Tokens per row; 0: data.seq_len.', minimum=0),
         Flag(
             'tokens',
             0,
@@ -78,7 +78,7 @@ def cases(config: Config, flags) -> list[speed.Case]:
     models = {'config': config} | {name: AGAINST[name](config) for name in flags.against}
     found = []
     for mode in flags.modes:
-        for length in flags.lengths or [config.data.seq_len]:
+        for length in (length or config.data.seq_len for length in flags.lengths):
             rows = config.data.global_batch
             if flags.tokens:
                 rows = flags.tokens // length
