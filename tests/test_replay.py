@@ -187,7 +187,9 @@ def test_what_is_no_line_is_passed_over(run):
         *(json.dumps(good | change).encode() for change in BAD_VALUES),
         *(json.dumps({name: value for name, value in good.items() if name != left}).encode() for left in good),
     ]
-    (run / 'ledger' / 'process-0.jsonl').write_bytes(b'\n'.join([*spoilt, json.dumps(good | {'step': 77}).encode()]))
+    (run / 'ledger' / 'process-0.jsonl').write_bytes(
+        b'\n'.join([*spoilt, json.dumps(good | {'step': 77}).encode(), b''])
+    )
     assert list(ledger.read_lines(run, 77, 77)) == [77]
     with pytest.raises(ledger.LedgerError, match='no line of step 1; it has lines of steps 77 to 77$'):
         ledger.read_lines(run, 1, 1)

@@ -24,7 +24,8 @@ import importlib.metadata
 import json
 import math
 import pathlib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -37,12 +38,14 @@ from transxssm_jax import config as config_lib
 from transxssm_jax.config import Config
 from transxssm_jax.data.manifest import write_file
 from transxssm_jax.parallel import mesh, processes
+from transxssm_jax.settings import LARGEST_INT
 from transxssm_jax.training import digest
 from transxssm_jax.training.metrics import naming
 
 DIRECTORY = 'ledger'
 HASHED = ('tokens', 'targets', 'segment_ids')  # positions follow from the segments
 NUMBERS = ('learning_rate', 'param_norm', 'loss', 'grad_norm', 'update_norm')
+_LINE = re.compile(rb'\{"step": (\d{1,18}), .*\}\n')
 TEXTS = ('batch', 'config', 'code', 'jax', 'device')
 
 
@@ -169,10 +172,7 @@ def _drop_after(path: pathlib.Path, last_step: int) -> None:
     partial = path.with_suffix('.tmp')
     with naming(partial):
         with path.open('rb') as old, partial.open('wb') as new:
-            for raw in old:
-                line = _parse(raw)
-                if line is not None and line['step'] <= last_step:
-                    new.write(raw.rstrip(b'\n') + b'\n')
+            new.writelines(raw for raw in old if 0 <= _step(raw) <= last_step)
         partial.replace(path)
 
 
@@ -186,18 +186,15 @@ def read_lines(workdir: pathlib.Path, first: int, last: int) -> dict[int, list[d
       LedgerError: a step has no line.
       OSError: a file cannot be read.
     """
-    found, steps = {}, set()
-    for path in sorted((workdir / DIRECTORY).glob('process-*.jsonl'), key=_process):
-        own = {}
-        for line in _read(path):
-            steps.add(line['step'])
-            if first <= line['step'] <= last:
-                own[line['step']] = line
-        for step, line in own.items():
+    found = {}
+    paths = sorted((workdir / DIRECTORY).glob('process-*.jsonl'), key=_process)
+    for path in paths:
+        for step, line in _read(path, first, last).items():
             found.setdefault(step, []).append(line)
     # From the end, for that is the step that was asked for.
     missing = next((step for step in range(last, first - 1, -1) if step not in found), None)
     if missing is not None:
+        steps = [step for path in paths for step in _read(path)]
         has = f'has lines of steps {min(steps)} to {max(steps)}' if steps else 'has none'
         raise LedgerError(f'{workdir / DIRECTORY} has no line of step {missing}; it {has}')
     return {step: found[step] for step in range(first, last + 1)}
@@ -233,9 +230,17 @@ def _process(path: pathlib.Path) -> int:
     return int(number) if number.isascii() and number.isdigit() and len(number) < 10 else -1
 
 
-def _read(path: pathlib.Path) -> Iterator[dict]:
+def _read(path: pathlib.Path, first: int = 1, last: int = LARGEST_INT) -> dict[int, dict]:
+    """The lines of steps first .. last by step."""
     with path.open('rb') as file:
-        yield from filter(None, map(_parse, file))
+        lines = [_parse(raw) for raw in file if first <= _step(raw) <= last]
+    return {line['step']: line for line in lines if line is not None}
+
+
+def _step(raw: bytes) -> int:
+    """The step of a line, without a look at the rest; -1 where it does not begin and end as one."""
+    match = _LINE.fullmatch(raw)
+    return int(match[1]) if match else -1
 
 
 def _parse(raw: bytes) -> dict | None:
