@@ -45,6 +45,7 @@ class ExitCode(enum.IntEnum):
     WRONG_INPUT = 2  # or a failed read or write
     NOT_FINITE = 3  # the loss or a gradient
     DOES_NOT_FIT = 3  # the memory of the device
+    DIFFERS = 4  # a step, taken again, from what the ledger tells of it
     PEER_LOST = 69  # another process of the run is gone, or did not come
     TERMINATED = 75  # by SIGTERM, after saving
     INTERRUPTED = 130  # by Ctrl-C, after saving

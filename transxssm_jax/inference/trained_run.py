@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import math
 import sys
 
@@ -17,6 +15,7 @@ from transxssm_jax.data.vocabulary import check_tokenizer, describe, is_same
 from transxssm_jax.inference.sampling import InputError
 from transxssm_jax.parallel import mesh
 from transxssm_jax.training import checkpoint, run_reference
+from transxssm_jax.training.digest import of_config as config_digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +46,6 @@ class TrainedRun:
     def on_devices(self):
         """A context in which `mesh` is the mesh in use."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
-
-
-def config_digest(config: Config) -> str:
-    """sha256 of a config's settings and values, in hexadecimal digits."""
-    return hashlib.sha256(json.dumps(json.loads(config_lib.to_json(config)), sort_keys=True).encode()).hexdigest()
 
 
 def open_trained_run(

@@ -147,6 +147,27 @@ def read_trained(workdir, step, read, flag='--workdir'):
     )
 
 
+def read_whole(path: pathlib.Path, config: Config, abstract_state: dict) -> tuple[dict, dict, Config]:
+    """(state, data position, config) of a checkpoint that a run of `config` goes on from; nothing is changed.
+
+    Args:
+      path: of the checkpoint.
+      config: raises CheckpointError where the checkpoint is not of it.
+      abstract_state: ShapeDtypeStructs with shardings; each process reads its own and checks its share of the files.
+
+    Raises many kinds of errors for a damaged checkpoint, as Orbax and TensorStore do.
+    """
+    digests = files.read_digests(path)
+    saved = files.read_config(path, digests)
+    check_fits(f'checkpoint {path}', saved, config)
+    position = json.loads(digest.read_checked(path, 'data.json', digests))
+    share = (jax.process_index(), jax.process_count()) if processes.is_multiprocess() else (0, 1)
+    state = {}
+    for group, abstract in files.grouped(abstract_state).items():
+        state |= files.read_group(path, group, abstract, digests, *share)
+    return state, position, saved
+
+
 def write_first(
     workdir: pathlib.Path, state: dict, config: Config, handler=None, save_args: dict | None = None
 ) -> None:
@@ -335,15 +356,7 @@ class Checkpoints:
 
     def _restore_step(self, path: pathlib.Path, abstract_state: dict) -> tuple[dict, dict]:
         """(state, data position), read without a message to the other processes, who may fail to read theirs."""
-        digests = files.read_digests(path)
-        saved = files.read_config(path, digests)
-        check_fits(f'checkpoint {path}', saved, self.config)
-        position = json.loads(digest.read_checked(path, 'data.json', digests))
-        share = (jax.process_index(), jax.process_count()) if processes.is_multiprocess() else (0, 1)
-        state = {}
-        for group, abstract in files.grouped(abstract_state).items():
-            state |= files.read_group(path, group, abstract, digests, *share)
-        self.restored_config = saved
+        state, position, self.restored_config = read_whole(path, self.config, abstract_state)
         return state, position
 
     def _set_aside(self, steps: list[int]) -> None:

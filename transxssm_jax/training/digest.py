@@ -6,6 +6,7 @@ threads, whatever the number of files. It detects accidents, not forgery.
 """
 
 import concurrent.futures
+import hashlib
 import itertools
 import json
 import os
@@ -14,6 +15,8 @@ import pathlib
 import xxhash
 
 from transxssm_jax import cli
+from transxssm_jax import config as config_lib
+from transxssm_jax.config import Config
 from transxssm_jax.data.manifest import write_file
 
 BLOCK_BYTES = 64 << 20
@@ -87,6 +90,16 @@ def read_checked(directory: pathlib.Path, name: str, expected: dict[str, list]) 
         raise DamagedError(f'{directory / name} is missing') from error
     _check_equal(directory / name, of_bytes(content), expected[name])
     return content
+
+
+def of_config(config: Config) -> str:
+    """sha256 of a config's settings and values, in hexadecimal digits."""
+    return of_config_text(config_lib.to_json(config))
+
+
+def of_config_text(text: str) -> str:
+    """`of_config` of a config that `config.to_json` wrote, perhaps in another version. ValueError: it is not JSON."""
+    return hashlib.sha256(json.dumps(json.loads(text), sort_keys=True).encode()).hexdigest()
 
 
 def write_json(path: pathlib.Path, content: dict) -> None:

@@ -29,6 +29,7 @@ from transxssm_jax.training import (
 )
 from transxssm_jax.training import step as step_lib
 from transxssm_jax.training.evaluators import Evaluator, HeldOutLoss
+from transxssm_jax.training.ledger import Ledger
 from transxssm_jax.training.profiler import ProfilerWindow
 from transxssm_jax.training.rescue import saved_if_data_fails
 from transxssm_jax.training.stopping import Stop, StopRequest
@@ -50,6 +51,7 @@ class Run:
       evaluation: metrics of the evaluation at `evaluated_at`, the newest one; empty before the first.
       started_from: the step of the checkpoint that this run goes on from; 0 for a new run.
       attended: mean tokens that a token of the training split attends to, see `metrics.mean_attended`.
+      ledger: of the steps that are taken; None where none are.
       train_step, eval_step: compiled by `compile_steps`; None before, and train_step where the run is finished already.
     """
 
@@ -66,6 +68,7 @@ class Run:
     attended: float
     train_step: Callable | None = None
     eval_step: Callable | None = None
+    ledger: Ledger | None = None
     evaluated_at: int = -1
     evaluation: dict[str, float] = dataclasses.field(default_factory=dict)
     clock: metrics.Clock = dataclasses.field(default_factory=metrics.Clock)
@@ -166,6 +169,9 @@ def compile_steps(run: Run, fit: Callable) -> None:
     run.config, run.train_step = fitted.config, fitted.step
     for line in fitted.lines:
         run.writers.print(line)
+    if run.train_step:
+        run.ledger = Ledger(run.workdir, run.config, run.mesh, run.step)
+        run.pending.on_read = run.ledger.write
     run.eval_step = compilation.jit_eval_step(run.config, run.mesh)
     if processes.is_multiprocess():
         if splits.is_evaluated(run.config):
@@ -209,6 +215,7 @@ def next_batch(run: Run) -> dict[str, jax.Array]:
             # The processes of a run stop after the same step, which may be one or two further: read those here.
             run.loader = splits.open_train_split(run.config, run.mesh, run.step, num_workers=0)
             batch = next(run.loader)
+        run.ledger.read_batch(run.step + 1, batch)
     return to_devices(run, batch)
 
 
@@ -429,6 +436,8 @@ def print_sample(run: Run, sample: Callable) -> None:
 def close(run: Run) -> None:
     """Ends threads and open files. `wait` or `save` has reported a checkpoint that could not be written."""
     run.writers.close()
+    if run.ledger:
+        run.ledger.close()
     run.loader.close()
     with contextlib.suppress(checkpoint.CheckpointError):
         run.checkpoints.close()

@@ -8,6 +8,7 @@ import math
 import pathlib
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -130,9 +131,13 @@ class PendingMetrics:
 
     Those of the newest step are read only when the devices have been given the
     next one, or on `flush`, so that reading does not keep the devices waiting.
+
+    Attributes:
+      on_read: called with each step and its scalars when they are read, finite or not; None: nothing is.
     """
 
     def __init__(self):
+        self.on_read: Callable[[int, dict[str, float]], None] | None = None
         self._newest = None  # (step, metrics on the devices)
         self._nll = self._tokens = 0.0  # sums since the last record
         self._scalars = {}  # of the last step that was read
@@ -167,6 +172,8 @@ class PendingMetrics:
         step, values = pending
         scalars = jax.device_get({name: value for name, value in values.items() if name != 'grad_norms'})
         self._scalars = {name: float(value) for name, value in scalars.items()}
+        if self.on_read:
+            self.on_read(step, self._scalars)
         health.check_finite(step, self._scalars, values['grad_norms'])
         self._nll += self._scalars['loss'] * self._scalars['tokens']
         self._tokens += self._scalars['tokens']
@@ -291,14 +298,14 @@ class JsonLines:
         if damaged:
             log.warning('%s: dropped %d lines that are not records', path, damaged)
         partial = path.with_suffix('.tmp')
-        with _naming(partial):
+        with naming(partial):
             partial.write_text(''.join(json.dumps(record) + '\n' for record in self.kept))
             partial.replace(path)
-        with _naming(path):
+        with naming(path):
             self._file = path.open('a')
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        with _naming(self._path):
+        with naming(self._path):
             self._file.write(json.dumps({'step': step, **values}) + '\n')
             self._file.flush()
 
@@ -314,12 +321,12 @@ class TensorBoard:
         from tensorboard.summary import Writer
 
         self._directory = directory
-        with _naming(directory):
+        with naming(directory):
             _start_tensorboard(directory, config, first_step)
             self._writer = Writer(str(directory))
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        with _naming(self._directory):
+        with naming(self._directory):
             for name, value in values.items():
                 if tag := tensorboard_tag(name):
                     self._writer.add_scalar(tag, value, step)
@@ -373,7 +380,7 @@ def _start_tensorboard(directory: pathlib.Path, config: Config, step: int) -> No
 
 
 @contextlib.contextmanager
-def _naming(path: pathlib.Path):
+def naming(path: pathlib.Path):
     """Turns an OSError into one whose message is one line that names the file."""
     try:
         yield
