@@ -60,6 +60,17 @@ def check(config) -> None:
             f'{parts} = {optimizer.warmup_steps + decay_steps} must be at most '
             f'train.steps={train.steps}; lower {parts.split()[0]}'
         )
+    if train.spike_action == 'skip' and not train.max_spikes:
+        raise ConfigError(
+            "train.spike_action='skip' needs train.max_spikes of at least 1, so that a run that skips step after step "
+            f'ends; try {train.spike_window // 8}'
+        )
+    if train.keep_every_steps % train.checkpoint_every_steps:
+        raise ConfigError(
+            f'train.keep_every_steps={train.keep_every_steps} must be a multiple of train.checkpoint_every_steps='
+            f'{train.checkpoint_every_steps}, because only what is saved can be kept; try '
+            f'{-(-train.keep_every_steps // train.checkpoint_every_steps) * train.checkpoint_every_steps}'
+        )
     mesh = dataclasses.asdict(config.mesh)
     if list(mesh.values()).count(-1) > 1 or 0 in mesh.values():
         raise ConfigError(f'mesh={mesh}: at most one axis may be -1 and none 0')

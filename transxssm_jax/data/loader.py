@@ -130,6 +130,13 @@ class Loader:
         """What tells that the batches before `step` were of this data: the fingerprint, or each source's with its rows."""
         return self._batches.position(step)
 
+    def row_spans(self, step: int) -> list[tuple[int, list[tuple[int, int, int]]]]:
+        """What the rows of a step hold: of each row that is read, the index of its part, and its spans.
+
+        A span is (document of the part's split, first slot, past last slot), see packing.py; a padded row has none.
+        """
+        return self._batches.row_spans(step)
+
     def close(self) -> None:
         """Ends threads and worker processes; may be called again."""
         self._finalizer()
@@ -316,15 +323,13 @@ class _Batches:
     def __len__(self) -> int:
         return ENDLESS if self._repeat else max(self.num_steps - self._start_step, 0)
 
+    def row_spans(self, step: int) -> list[tuple[int, list[tuple[int, int, int]]]]:
+        rows = [row + step * self._global_batch for row in self._rows]
+        is_padding = [not self._repeat and row >= self.rows_per_epoch for row in rows]
+        return [(0, [] if padded else self._mixture.spans(row)) for row, padded in zip(rows, is_padding, strict=True)]
+
     def __getitem__(self, item: int) -> dict[str, np.ndarray]:
-        step = self._start_step + int(item)
-        row_spans = []
-        for row in self._rows:
-            row += step * self._global_batch
-            if not self._repeat and row >= self.rows_per_epoch:
-                row_spans.append([])
-            else:
-                row_spans.append(self._mixture.spans(row))
+        row_spans = [spans for _, spans in self.row_spans(self._start_step + int(item))]
         parts = iter(self._documents.read([span for spans in row_spans for span in spans]))
         return pack_rows([(spans, parts) for spans in row_spans], self._seq_len)
 

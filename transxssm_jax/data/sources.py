@@ -167,22 +167,24 @@ class Batches:
         end = self.schedule.end_step
         return loader.ENDLESS if end is None else max(end - self._settings.start_step, 0)
 
-    def __getitem__(self, item: int) -> dict[str, np.ndarray]:
-        settings = self._settings
-        step = settings.start_step + int(item)
+    def row_spans(self, step: int) -> list[tuple[int, list[tuple[int, int, int]]]]:
         before, after = self.schedule.counts(step), self.schedule.counts(step + 1)
         counts = [end - start for start, end in zip(before, after)]
         rows = []  # (source, spans) of each row
-        for row in settings.rows:
+        for row in self._settings.rows:
             source, index = assign_row(row, counts)
             rows.append((source, self._mixtures[source].spans(before[source] + index)))
+        return rows
+
+    def __getitem__(self, item: int) -> dict[str, np.ndarray]:
+        rows = self.row_spans(self._settings.start_step + int(item))
 
         @functools.cache
         def parts(source: int):
             spans = [span for own, spans in rows if own == source for span in spans]
             return iter(self._documents[source].read(spans))
 
-        return pack_rows([(spans, parts(source)) for source, spans in rows], settings.seq_len)
+        return pack_rows([(spans, parts(source)) for source, spans in rows], self._settings.seq_len)
 
 
 def _number(fingerprint: str) -> int:
