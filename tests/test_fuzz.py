@@ -329,7 +329,7 @@ def prompts(directory, suffix):
 
     def read(damaged):
         path.write_bytes(damaged)
-        flags = types.SimpleNamespace(given={'prompts'}, prompts=str(path))
+        flags = types.SimpleNamespace(given={'prompts'}, prompts=str(path), chat=False)
         for record in generate._read_prompts(flags):
             record['prompt'].encode()
 

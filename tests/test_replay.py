@@ -20,6 +20,7 @@ from transxssm_jax.data.tokenizer import load_tokenizer
 from transxssm_jax.parallel import mesh
 from transxssm_jax.training import checkpoint, compilation, ledger
 from transxssm_jax.training import checkpoint_files as files
+from transxssm_jax.training import replay as replay_lib
 from transxssm_jax.training import step as step_lib
 
 
@@ -385,3 +386,11 @@ def test_the_documents_of_several_sources(config, tmp_path):
 
 def test_the_checkpoints_are_those_that_the_tests_speak_of(finished):
     assert checkpoint_steps(finished) == [4, 8, 12]
+
+
+def test_a_step_that_was_skipped_is_skipped_again(config):
+    """The limits of the compiled step: the run's own decision, for any of its numbers."""
+    skips = config_lib.load(config, {'train.spike_action': 'skip', 'train.max_spikes': 1})
+    [of_skipped], [of_taken] = (replay_lib._limits(skips, line) for line in ({'skipped': True}, {}))
+    assert (of_skipped < -1e30).all() and (of_taken > 1e30).all() and of_taken.dtype == np.float32
+    assert replay_lib._limits(config_lib.load(config), {}) == ()

@@ -152,7 +152,7 @@ def test_a_second_ctrl_c_ends_at_once(config, tmp_path):
 
 
 def test_a_step_that_does_not_fit_ends_before_it_runs(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(fitting, 'usable_bytes', lambda device_mesh: 1e6)
+    monkeypatch.setattr(fitting, 'usable_bytes', lambda device_mesh: 1000)
     result = train(config, tmp_path / 'workdir', model__remat='auto')
     assert result.code == 3 and 'GiB per device' in result.err and 'mesh.fsdp' in result.err, result
     assert result.err.count('error: ') == 1 and 'Traceback' not in result.err

@@ -43,7 +43,7 @@ class ExitCode(enum.IntEnum):
     FINISHED = 0
     CRASHED = 1  # a fault of the program, with a traceback
     WRONG_INPUT = 2  # or a failed read or write
-    NOT_FINITE = 3  # the loss or a gradient
+    NOT_FINITE = 3  # the loss or a gradient; or it spikes too often
     DOES_NOT_FIT = 3  # the memory of the device
     DIFFERS = 4  # a step, taken again, from what the ledger tells of it
     PEER_LOST = 69  # another process of the run is gone, or did not come

@@ -12,6 +12,7 @@ import types
 from typing import Any
 
 from transxssm_jax import config_rules, settings
+from transxssm_jax.config_watch import Watch
 from transxssm_jax.layer_pattern import parse_pattern
 from transxssm_jax.settings import LARGEST_SEED, ConfigError, Section, setting
 
@@ -224,7 +225,7 @@ class Optimizer(Section):
 
 
 @dataclasses.dataclass
-class Train(Section):
+class Train(Watch):
     steps: int = setting(10000, 'Steps of the whole run.', minimum=1)
     accumulation_steps: int = setting(
         0,

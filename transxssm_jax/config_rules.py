@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from transxssm_jax import cli
 from transxssm_jax.settings import ConfigError
 
 
@@ -51,7 +52,8 @@ def check(config) -> None:
         )
     for name in ('weights', 'max_epochs'):
         if getattr(data, name) and not data.directories:
-            raise ConfigError(f'data.{name}={getattr(data, name)!r} belongs to data.sources, which is empty; set both')
+            value = cli.shorten(repr(getattr(data, name)))
+            raise ConfigError(f'data.{name}={value} belongs to data.sources, which is empty; set both')
     _divides('data.global_batch', data.global_batch, 'train.accumulation_steps', train.num_microbatches)
     decay_steps = optimizer.decay_steps if optimizer.schedule == 'wsd' else 0
     if optimizer.warmup_steps + decay_steps > train.steps:
@@ -59,6 +61,17 @@ def check(config) -> None:
         raise ConfigError(
             f'{parts} = {optimizer.warmup_steps + decay_steps} must be at most '
             f'train.steps={train.steps}; lower {parts.split()[0]}'
+        )
+    if train.spike_action == 'skip' and not train.max_spikes:
+        raise ConfigError(
+            "train.spike_action='skip' needs train.max_spikes of at least 1, so that a run that skips step after step "
+            f'ends; try {train.spike_window // 8}'
+        )
+    if train.keep_every_steps % train.checkpoint_every_steps:
+        raise ConfigError(
+            f'train.keep_every_steps={train.keep_every_steps} must be a multiple of train.checkpoint_every_steps='
+            f'{train.checkpoint_every_steps}, because only what is saved can be kept; try '
+            f'{-(-train.keep_every_steps // train.checkpoint_every_steps) * train.checkpoint_every_steps}'
         )
     mesh = dataclasses.asdict(config.mesh)
     if list(mesh.values()).count(-1) > 1 or 0 in mesh.values():

@@ -199,8 +199,8 @@ class Checkpoints:
 
     Args:
       workdir: directory of the run.
-      config: how many to keep: the newest train.keep_last and the
-        train.keep_best with the lowest evaluation loss.
+      config: which to keep: the newest train.keep_last, the train.keep_best with
+        the lowest evaluation loss, and every multiple of train.keep_every_steps.
 
     Attributes:
       restored_config: after `restore`, the config that the checkpoint was trained with; None before.
@@ -371,9 +371,11 @@ class Checkpoints:
             processes.all_gather_json('set aside')  # so that all see them gone
 
     def _remove_old(self) -> None:
-        """Deletes all but the newest train.keep_last and the train.keep_best of those with an evaluation loss."""
+        """Deletes all but the newest train.keep_last, the train.keep_best by evaluation loss and train.keep_every_steps."""
         steps, train, losses = files.steps_in(self.directory), self.config.train, self._eval_losses()
         kept = {*steps[-train.keep_last :], *sorted(losses, key=losses.get)[: train.keep_best]}
+        if train.keep_every_steps:
+            kept |= {step for step in steps if step % train.keep_every_steps == 0}
         for step in set(steps) - kept:
             path = self.directory / str(step)
             aside = path.with_suffix(REMOVED)

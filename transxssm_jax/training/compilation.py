@@ -10,15 +10,16 @@ from transxssm_jax.training import step as step_lib
 
 
 def compile_train_step(config: Config, device_mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
-    """`step.train_step`, compiled; the state is donated."""
-    shardings = step_lib.state_shardings(config, device_mesh)
+    """`step.train_step`, compiled; the state is donated. It takes limits where train.spike_action is 'skip'."""
+    shardings, replicated = step_lib.state_shardings(config, device_mesh), mesh.sharding(device_mesh, ())
+    limits = [jax.ShapeDtypeStruct((2,), 'float32')] if config.train.spike_action == 'skip' else []
     jitted = jax.jit(
         step_lib.train_step(config),
         donate_argnums=0,
-        in_shardings=(shardings, step_lib.batch_sharding(device_mesh)),
-        out_shardings=(shardings, mesh.sharding(device_mesh, ())),  # numbers that every process reads
+        in_shardings=(shardings, step_lib.batch_sharding(device_mesh), *(replicated for _ in limits)),
+        out_shardings=(shardings, replicated),  # numbers that every process reads
     )
-    return jitted.lower(*abstract_inputs(config, device_mesh)).compile()
+    return jitted.lower(*abstract_inputs(config, device_mesh), *limits).compile()
 
 
 def jit_eval_step(config: Config, device_mesh: jax.sharding.Mesh) -> Callable:

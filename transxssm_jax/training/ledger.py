@@ -9,6 +9,7 @@ A line has
   step: number of the step, from 1;
   batch: XXH3-64 of the rows that this process read, see `batch_digest`; rows: which of the global batch they are, as
     [first, past last] ranges. Processes do not wait for each other to combine them;
+  skipped: true where the update was left out (train.spike_action='skip');
   learning_rate, loss (nats per token), grad_norm, update_norm, param_norm (before the step): of the whole run, in every
     process the same; null where not finite;
   config, code, jax, device: digest of the config, version and digest of the code, version of jax, and the devices.
@@ -155,6 +156,8 @@ class Ledger:
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Writes the line of a step, of which `step.train_step` returned the scalars. Raises OSError naming the file."""
         line = {'step': step, 'batch': self._batches.pop(step), **numbers(scalars), **self._always}
+        if scalars.get('skipped'):
+            line['skipped'] = True
         with naming(self._path):
             self._file.write(json.dumps(line) + '\n')
             self._file.flush()

@@ -22,9 +22,11 @@ from transxssm_jax.training import (
     checkpoint,
     compilation,
     initial_state,
+    layer_health,
     lease,
     metrics,
     run_directory,
+    spikes,
     splits,
 )
 from transxssm_jax.training import step as step_lib
@@ -66,6 +68,7 @@ class Run:
     writers: metrics.Writers
     started_from: int
     attended: float
+    health: layer_health.LayerHealth
     train_step: Callable | None = None
     eval_step: Callable | None = None
     ledger: Ledger | None = None
@@ -94,7 +97,7 @@ def train(
 
     Raises:
       ConfigError, DataError, checkpoint.CheckpointError: wrong input; the message is one line.
-      health.NotFiniteError: naming the step and the norms.
+      health.NotFiniteError, spikes.TooManySpikesError: naming the step and the norms.
       OSError: a file cannot be written; the message names it.
       KeyboardInterrupt: a Ctrl-C after the first request to stop.
     """
@@ -154,8 +157,10 @@ def open_run(config: Config, workdir: pathlib.Path, stop: StopRequest, open_weig
         step=step,
         started_from=step,
         attended=attended,
+        health=layer_health.LayerHealth(workdir, config, device_mesh, step),
         stop=Stop(stop),
         writers=writers,
+        pending=metrics.PendingMetrics(spikes.Spikes(config, workdir, loader, step, position)),
     )
 
 
@@ -247,9 +252,10 @@ def train_to_the_end(run: Run, sample: Callable) -> int:
 
         with saved_if_data_fails(run, save):
             batch = next_batch(run)
-        run.state, step_metrics = run.train_step(run.state, batch)
+        run.state, step_metrics = run.train_step(run.state, batch, *pending.spikes.limits(run.step + 1))
         run.step += 1
         pending.push(run.step, step_metrics)
+        run.health.write_if_due(run.step, run.state['params'], step_metrics['grad_norms'])
         writers.advance()
         if run.step in run.loader.events:
             writers.print(f'step {run.step}: {run.loader.events[run.step]}')
@@ -380,7 +386,8 @@ def save(run: Run) -> None:
     if run.step in processes.broadcast_from_0(run.checkpoints.steps()):
         return
     eval_loss = run.evaluation.get('eval_loss') if run.evaluated_at == run.step else None
-    run.checkpoints.save(run.step, run.state, splits.data_position(run.config, run.loader, run.step), eval_loss)
+    position = splits.data_position(run.config, run.loader, run.step) | run.pending.spikes.saved()
+    run.checkpoints.save(run.step, run.state, position, eval_loss)
 
 
 def save_and_stop(run: Run) -> int:

@@ -132,11 +132,15 @@ class PendingMetrics:
     Those of the newest step are read only when the devices have been given the
     next one, or on `flush`, so that reading does not keep the devices waiting.
 
+    Args:
+      spikes: a `spikes.Spikes`, told of every step that is read.
+
     Attributes:
       on_read: called with each step and its scalars when they are read, finite or not; None: nothing is.
     """
 
-    def __init__(self):
+    def __init__(self, spikes=None):
+        self.spikes = spikes
         self.on_read: Callable[[int, dict[str, float]], None] | None = None
         self._newest = None  # (step, metrics on the devices)
         self._nll = self._tokens = 0.0  # sums since the last record
@@ -162,7 +166,10 @@ class PendingMetrics:
         Raises NotFiniteError as `push`.
         """
         self.flush()
-        scalars = {name: value for name, value in self._scalars.items() if name != 'tokens'}
+        scalars = {name: value for name, value in self._scalars.items() if name not in ('tokens', 'skipped')}
+        scalars |= self.spikes.counts() if self.spikes else {}
+        if not self._tokens:  # every step was skipped, and none was finite
+            self._nll = math.nan
         loss, self._nll, self._tokens = self._nll / max(self._tokens, 1.0), 0.0, 0.0
         return {**scalars, 'loss': loss}
 
@@ -174,9 +181,13 @@ class PendingMetrics:
         self._scalars = {name: float(value) for name, value in scalars.items()}
         if self.on_read:
             self.on_read(step, self._scalars)
-        health.check_finite(step, self._scalars, values['grad_norms'])
-        self._nll += self._scalars['loss'] * self._scalars['tokens']
-        self._tokens += self._scalars['tokens']
+        if not self._scalars.get('skipped'):
+            health.check_finite(step, self._scalars, values['grad_norms'])
+        if self.spikes:
+            self.spikes.observe(step, self._scalars)
+        if math.isfinite(self._scalars['loss']):
+            self._nll += self._scalars['loss'] * self._scalars['tokens']
+            self._tokens += self._scalars['tokens']
 
 
 # ---- writing ---------------------------------------------------------------
@@ -217,13 +228,14 @@ class Writers:
             self._progress.advance()
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Writes one record of finite numbers for a step; an evaluation repeated on resuming is not written again.
+        """Writes one record of the finite numbers of a step; an evaluation repeated on resuming is not written again.
 
         Raises:
           OSError: naming the file that cannot be written.
         """
         if 'eval_loss' in values and step in self._evaluated:
             return
+        values = {name: value for name, value in values.items() if math.isfinite(value)}  # a step that was skipped
         for writer in self._writers:
             writer.write(step, values)
         if self._progress and 'loss' in values:

@@ -103,10 +103,17 @@ def replay(
                 if difference := _compare_batch(number, own, batch, rows):
                     return difference
                 placed = mesh.global_batch(device_mesh, batch, config.data.global_batch)
-                state, metrics = train_step(state, placed)
+                state, metrics = train_step(state, placed, *_limits(config, own[0]))
                 if difference := _compare_numbers(number, own[0], metrics, tolerance):
                     return difference
     return None
+
+
+def _limits(config: Config, line: dict) -> tuple[np.ndarray, ...]:
+    """Limits by which a step is skipped where it was skipped in the run, as the compiled step takes them."""
+    if config.train.spike_action != 'skip':
+        return ()
+    return (np.full(2, -np.inf if line.get('skipped') else np.inf, np.float32),)
 
 
 def describe_documents(workdir: pathlib.Path, step: int, overrides: dict[str, str]) -> list[str]:

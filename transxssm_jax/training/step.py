@@ -76,7 +76,7 @@ def _with_shardings(shapes, shardings):
 
 
 def train_step(config: Config):
-    """The function (state, batch) -> (state, metrics), to be jitted with the state donated.
+    """The function (state, batch, limits=None) -> (state, metrics), to be jitted with the state donated.
 
     Gradients are those of the mean loss over every counted token of the global
     batch, whatever the mesh and accumulation_steps.
@@ -85,13 +85,17 @@ def train_step(config: Config):
     (counted), 'grad_norm' (before clipping), 'update_norm', 'param_norm',
     'learning_rate', and 'grad_norms': each parameter's own, [periods, layers]
     where stacked.
+
+    limits: float32 [2], the most that the loss and the gradient norm may be. Where one is above its limit or not finite,
+    parameters and opt_state stay as they are, the step counts all the same, and the metric 'skipped' is 1, else 0. The
+    update norm takes no part: to wait for it would take another pass over the parameters. None: every step is applied.
     """
     tx = optimizer.make_optimizer(config)
     learning_rate = optimizer.schedule(config)
     gradient = summed_gradient(config)
     updates_before = config.optimizer.updates_before
 
-    def step(state: State, batch: Batch):
+    def step(state: State, batch: Batch, limits: jax.Array | None = None):
         params = state['params']
         # The barrier: with the pieces of a stacked gradient fused into the optimizer, its one pass ran at a third of the
         # memory's speed.
@@ -108,12 +112,16 @@ def train_step(config: Config):
             'learning_rate': jnp.asarray(learning_rate(state['step']), jnp.float32),
             'grad_norms': jax.tree_util.tree_map_with_path(_norm_by_layer, grads),
         }
-        state = {
-            'step': state['step'] + 1,
-            'params': optax.apply_updates(params, updates),
-            'opt_state': opt_state,
-        }
-        return state, metrics
+        after = {'params': optax.apply_updates(params, updates), 'opt_state': opt_state}
+        if limits is not None:
+            watched = jnp.stack([metrics['loss'], metrics['grad_norm']])
+            is_good = jnp.all(jnp.isfinite(watched) & (watched <= limits))
+            metrics['skipped'] = 1.0 - is_good.astype(jnp.float32)
+            # A choice for each number, in the pass that writes it; what is not chosen may be NaN.
+            after = jax.tree.map(
+                lambda new, old: jnp.where(is_good, new, old), after, {name: state[name] for name in after}
+            )
+        return {'step': state['step'] + 1, **after}, metrics
 
     return step
 

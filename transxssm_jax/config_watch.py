@@ -1,0 +1,35 @@
+"""Settings of what watches over a run: spikes, the health of its layers, and checkpoints that are kept for good.
+
+They are settings of the section `train` (config.py).
+"""
+
+import dataclasses
+
+from transxssm_jax.settings import Section, setting
+
+
+@dataclasses.dataclass
+class Watch(Section):
+    spike_action: str = setting(
+        'none',
+        "What is done on a spike of the loss or the gradient norm: nothing but a warning, which names the step; 'skip': its "
+        'update is not applied either, nor that of a step that is not finite.',
+        choices=('none', 'skip'),
+    )
+    spike_threshold: float = setting(
+        6.0,
+        'Robust standard deviations of the logarithm above the median of the steps before at which a value is a spike.',
+        minimum=1.0,
+    )
+    spike_window: int = setting(
+        128, 'Steps whose median and spread a step is compared with.', minimum=8, maximum=1 << 12
+    )
+    max_spikes: int = setting(
+        0, 'Most spikes among the last train.spike_window steps; one more ends the run. 0: any number.', minimum=0
+    )
+    health_every_steps: int = setting(
+        0, 'Steps between records of the health of the layers in health.jsonl; 0: none.', minimum=0
+    )
+    keep_every_steps: int = setting(
+        0, 'A checkpoint whose step is a multiple of this is kept for good; 0: none is.', minimum=0
+    )

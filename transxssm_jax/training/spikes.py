@@ -1,0 +1,155 @@
+"""Spikes: steps whose loss, gradient norm or update norm is far above that of the steps before.
+
+Of every value the natural logarithm is taken, because norms vary by factors. The limit of step t is
+
+    exp(median + train.spike_threshold * max(1.4826 * MAD, SMALLEST_SPREAD))
+
+over the train.spike_window steps before step t - 1, where MAD is the median absolute deviation, which estimates a normal
+spread as 1.4826 * MAD. Step t - 1 takes no part, so that the limits are known without waiting for the devices, and are the
+same whether or not metrics are read early for a record. Spikes stay in the window: a median bears up to a half of them,
+and after a lasting change (another mixture of data) the limits follow within half a window. Only values above a limit
+count. While there are fewer than half a window of steps, only a value that is not finite is a spike.
+
+The limits are computed on the host from numbers that every process has, so all of them decide alike. The window is part of
+a checkpoint (`data.json`), so that a resumed run decides as the uninterrupted one.
+"""
+
+import logging
+import math
+import pathlib
+
+import numpy as np
+
+from transxssm_jax import cli
+from transxssm_jax.config import Config
+from transxssm_jax.parallel import processes
+from transxssm_jax.training import metrics
+
+WATCHED = ('loss', 'grad_norm', 'update_norm')
+SKIPPED_BY = 2  # of WATCHED, those by which a step is skipped; see step.train_step
+SMALLEST_SPREAD = 0.02  # of the logarithm: near a plateau losses differ by less than batches of other data would
+FILE = 'spikes.jsonl'
+_DOCUMENTS_SHOWN = 6  # in a warning; the file has all
+
+log = logging.getLogger(__name__)
+
+
+class TooManySpikesError(cli.UserError, ArithmeticError):
+    """There were more than train.max_spikes."""
+
+    exit_code = cli.ExitCode.NOT_FINITE
+
+
+class Spikes:
+    """Watches the steps of a run, and says by what limits the next one is skipped.
+
+    Args:
+      config: of the run.
+      workdir: where `FILE` is written, a record for every spike; records of steps after `step` are dropped.
+      loader: of the training split; it tells which documents were in a batch.
+      step: how many steps the run has taken.
+      position: that the checkpoint holds (`saved` is a part of it), or None.
+    """
+
+    def __init__(self, config: Config, workdir: pathlib.Path, loader, step: int, position: dict | None):
+        self._train, self._path, self._loader = config.train, workdir / FILE, loader
+        saved = (position or {}).get('spikes', {})
+        self._window = {int(at): values for at, values in saved.get('window', [])}  # step -> values of WATCHED
+        self._recent = list(saved.get('recent', []))  # spikes among the last steps
+        self._counts = {'spikes': 0, 'skipped_steps': 0} | saved.get('counts', {})
+        if processes.is_coordinator() and self._path.exists():
+            metrics.JsonLines(self._path, step).close()
+
+    def limits(self, step: int) -> tuple[np.ndarray, ...]:
+        """(float32 [2],) by which the compiled step decides, or () where train.spike_action skips nothing."""
+        return (self._limits(step)[:SKIPPED_BY],) if self._train.spike_action == 'skip' else ()
+
+    def _limits(self, step: int) -> np.ndarray:
+        """The limits of WATCHED, float32 [3]; infinite while there are too few steps to compare with."""
+        size = self._train.spike_window
+        rows = [values for at, values in self._window.items() if step - 1 - size <= at <= step - 2]
+        if len(rows) < size // 2:
+            return np.full(len(WATCHED), np.inf, np.float32)
+        logs = np.log(np.maximum(np.array(rows, np.float64), 1e-30))
+        middle = np.median(logs, axis=0)
+        spread = 1.4826 * np.median(np.abs(logs - middle), axis=0)
+        with np.errstate(over='ignore'):
+            limits = np.exp(middle + self._train.spike_threshold * np.maximum(spread, SMALLEST_SPREAD))
+            return limits.astype(np.float32)
+
+    def observe(self, step: int, scalars: dict[str, float]) -> None:
+        """Takes up a step; to be called once for each, in order, by all processes.
+
+        Args:
+          step: its number, from 1.
+          scalars: its metrics, see `step.train_step`.
+
+        Raises:
+          TooManySpikesError: with this one there are more than train.max_spikes among the last train.spike_window steps.
+        """
+        values, limits = [scalars[name] for name in WATCHED], self._limits(step)
+        is_skipped = bool(scalars.get('skipped'))
+        size = self._train.spike_window
+        if all(map(math.isfinite, values)):
+            self._window[step] = values
+        self._window = {at: old for at, old in self._window.items() if at >= step - 1 - size}
+        self._recent = [at for at in self._recent if at > step - size]
+        if is_skipped or not all(value <= limit for value, limit in zip(values, limits.tolist(), strict=True)):
+            self._recent.append(step)
+            self._counts['spikes'] += 1
+            self._counts['skipped_steps'] += is_skipped
+            self._report(step, values, limits.tolist(), is_skipped)
+
+    def _report(self, step: int, values: list[float], limits: list[float], is_skipped: bool) -> None:
+        documents = self._documents(step)
+        shown = ', '.join(
+            f'{name} {value:.4g} (limit {limit:.4g})'
+            for name, value, limit in zip(WATCHED, values, limits, strict=True)
+            if not value <= limit or not math.isfinite(value)
+        )
+        first = '; '.join(' '.join(map(str, document)).strip() for document in documents[:_DOCUMENTS_SHOWN])
+        log.warning(
+            'step %d is a spike%s: %s; its %d parts of documents (source, document, first and past last token) are in %s: '
+            '%s%s',
+            step,
+            ' and was skipped' if is_skipped else '',
+            shown,
+            len(documents),
+            self._path,
+            first,
+            ', ...' if len(documents) > _DOCUMENTS_SHOWN else '',
+        )
+        if processes.is_coordinator():
+            records = metrics.JsonLines(self._path, step - 1)
+            finite = [value if math.isfinite(value) else str(value) for value in [*values, *limits]]
+            named = dict(zip([*WATCHED, *(f'{name}_limit' for name in WATCHED)], finite, strict=True))
+            records.write(step, named | {'skipped': is_skipped, 'documents': documents})
+            records.close()
+        if 0 < self._train.max_spikes < len(self._recent):
+            raise TooManySpikesError(
+                f'step {step}: {len(self._recent)} of the last {self._train.spike_window} steps were spikes, more than '
+                f'train.max_spikes={self._train.max_spikes} ({shown}); {self._path} names the documents; lower '
+                'optimizer.learning_rate, look at the data, or raise train.max_spikes or train.spike_threshold'
+            )
+
+    def _documents(self, step: int) -> list[list]:
+        """[source, document of its split, first token, past last token] of all that a step's batch held.
+
+        Gathered from all processes, which read rows of their own; two that share a row tell of it once.
+        """
+        own = [
+            [self._loader.parts[part].name, *span]
+            for part, spans in self._loader.row_spans(step - 1)  # the batch that made step 1 is the loader's step 0
+            for span in spans
+        ]
+        gathered = [document for documents in processes.all_gather_json(own) for document in documents]
+        return [list(document) for document in dict.fromkeys(map(tuple, gathered))]
+
+    def counts(self) -> dict[str, float]:
+        """'spikes' and 'skipped_steps' since step 0, for a record; empty where there was none."""
+        return {name: float(count) for name, count in self._counts.items() if count}
+
+    def saved(self) -> dict:
+        """What a checkpoint keeps beside the position in the data, once the metrics of all steps are read."""
+        window = [[step, values] for step, values in self._window.items()]
+        return {'spikes': {'window': window, 'recent': self._recent, 'counts': self._counts}}
