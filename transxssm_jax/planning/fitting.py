@@ -22,6 +22,8 @@ from transxssm_jax.planning import estimate, roofline
 GIB = 2**30
 USABLE = 0.98  # share of the memory that arrays get: the allocator's pieces do not fill it
 STAND_IN = 'h100'  # ranks the choices on a device that is in no table
+# 'dots' keeps nearly what 'matmuls' does and computes the kernels again.
+POLICIES = [policy for policy in REMAT if policy != 'dots']
 EQUAL_SECONDS = 0.01  # two choices whose expected times differ by less count as equal
 
 
@@ -114,7 +116,7 @@ def choices(config: Config, sizes: dict[str, int], chip: chips.Chip) -> list[Cho
       sizes: devices along each mesh axis.
       chip: of the devices.
     """
-    policies = list(REMAT) if config.model.remat == 'auto' else [config.model.remat]
+    policies = POLICIES if config.model.remat == 'auto' else [config.model.remat]
     rows = config.data.global_batch // (sizes['data'] * sizes['fsdp'])
     counts = [config.train.accumulation_steps]
     if not counts[0]:
