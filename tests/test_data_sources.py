@@ -97,6 +97,20 @@ def test_any_step_is_reached_at_once(directories, weights):
         same(whole[step:], batches(directories, weights, count=20 - step, start_step=step))
 
 
+@pytest.mark.parametrize(
+    'settings, message',
+    [
+        (dict(seq_len=0), 'seq_len=0 must be at least 1'),
+        (dict(prefetch=0), 'prefetch=0 must be at least 1'),
+        (dict(rows=[BATCH]), 'the rows of the global batch'),
+        (dict(rows=[]), 'the rows of the global batch'),
+    ],
+)
+def test_arguments_are_checked_as_of_one_directory(directories, settings, message):
+    with pytest.raises(DataError, match=message):
+        open_mixed(directories, **settings)
+
+
 def test_hosts_and_workers_do_not_matter(directories):
     weights = '0: 1, 2, 0; to 6: 1, 0, 3'
     whole = batches(directories, weights, count=8)

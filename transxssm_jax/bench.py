@@ -31,8 +31,8 @@ from transxssm_jax import config as config_lib
 from transxssm_jax.cli import ExitCode, Flag
 from transxssm_jax.config import Config, ConfigError
 from transxssm_jax.data.manifest import write_file
+from transxssm_jax.evals import charts, speed
 from transxssm_jax.evals import results as results_lib
-from transxssm_jax.evals import speed
 from transxssm_jax.evals.decode_speed import transformer_of
 
 AGAINST = {
@@ -117,7 +117,7 @@ def _bench(flags) -> int:
     if output:
         write_file(output / 'bench.md', '\n'.join([title, '', table, '', *lines, '']).encode())
         if len({result['length'] for result in results}) > 1:
-            speed.plot(results, title, output / 'bench.png')
+            charts.write_pngs(output, [speed.chart(results, title)])
     fitted = any('does_not_fit' not in result for result in results)
     return ExitCode.FINISHED if fitted else ExitCode.DOES_NOT_FIT
 

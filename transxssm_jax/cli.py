@@ -388,7 +388,7 @@ def explain(error: BaseException) -> tuple[ExitCode, str] | None:
         return ExitCode.WRONG_INPUT, one_line(f'{shorten(files)}: {error.strerror or error}' if files else error)
     if _is_unsupported(error):
         return ExitCode.WRONG_INPUT, one_line(f'model.ssd_implementation or model.attention_implementation: {error}')
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return ExitCode.DOES_NOT_FIT, (
             f'the memory of the device is full: {shorten(str(error).splitlines()[0])}; take fewer rows at a time '
             '(train.accumulation_steps, --batch), shorter ones, or more devices'
@@ -403,7 +403,7 @@ def _is_unsupported(error: BaseException) -> bool:
     return dispatch is not None and isinstance(error, dispatch.ImplementationError)
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device, or the compiler for it, has no room."""
     jax = sys.modules.get('jax')
     return jax is not None and isinstance(error, jax.errors.JaxRuntimeError) and 'RESOURCE_EXHAUSTED' in str(error)

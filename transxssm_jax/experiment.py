@@ -144,9 +144,5 @@ def write_results(workdir: pathlib.Path, cells: list[Cell], argv) -> str:
     check_comparable(runs, COMPARED)
     drawn = run_report.charts_of(runs)
     write_file(workdir / 'report.html', run_report.page(workdir.name, runs, drawn).encode())
-    try:
-        for chart in drawn:
-            charts.write_png(workdir / f'{chart.file}.png', chart)
-    except ImportError:
-        print('note: no PNG is written, because matplotlib is not installed (pip install -e .[eval])')
+    charts.write_pngs(workdir, drawn)
     return table

@@ -82,8 +82,7 @@ def _plan_one(config: Config, topology: Topology, as_json: bool) -> int:
     sizes = mesh.axis_sizes(config, topology.num_devices)
     if fitting.is_open(config):
         config = fitting.closed(config, sizes, topology.chip, topology.chip.usable)
-        chosen = f'model.remat={config.model.remat} train.accumulation_steps={config.train.accumulation_steps}'
-        print(f'expected to fit, and taken here: {chosen}', file=sys.stderr, flush=True)
+        print(f'expected to fit, and taken here: {fitting.shown(config)}', file=sys.stderr, flush=True)
     if not isinstance(topology.chip, Tpu):
         result = report(config, topology)
         print(json.dumps(result) if as_json else show(result))

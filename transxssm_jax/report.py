@@ -63,10 +63,6 @@ def _report(flags) -> None:
     output.mkdir(parents=True)
     (output / 'report.html').write_text(run_report.page(flags.title, runs, drawn, note))
     (output / 'report.md').write_text('\n\n'.join([tables[0], *([note] if note else []), *tables[1:]]) + '\n')
-    try:
-        for chart in drawn:
-            charts.write_png(output / f'{chart.file}.png', chart)
-    except ImportError:
-        print('note: no PNG is written, because matplotlib is not installed (pip install -e .[eval])')
+    charts.write_pngs(output, drawn)
     print(run_report.markdown(headings, rows))
     print(f'written to {output}: {", ".join(sorted(path.name for path in output.iterdir()))}')

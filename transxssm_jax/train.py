@@ -126,6 +126,6 @@ def _end_all(error: BaseException) -> int:
 def _await_blame(error) -> None:
     """Where the loss of another process may be the cause, waits for that to be found; see wait_for_peer_failure."""
     while isinstance(error, BaseException):
-        if isinstance(error, jax.errors.JaxRuntimeError) and 'RESOURCE_EXHAUSTED' not in str(error):
+        if isinstance(error, jax.errors.JaxRuntimeError) and not cli.is_out_of_memory(error):
             return processes.wait_for_peer_failure()
         error = error.__cause__ or error.__context__

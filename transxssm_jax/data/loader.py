@@ -207,6 +207,21 @@ def make_loader(
 
     Raises DataError for data that is missing, broken or too small.
     """
+    check_sizes(seq_len, global_batch, start_step, num_workers, num_threads, prefetch)
+    manifest = read_manifest(path, split)
+    manifest.check_shards(verify)
+    rows = checked_rows(rows, global_batch)
+    batches = _Batches(manifest, seq_len, global_batch, seed, start_step, rows, shuffle, repeat)
+    if repeat and batches.rows_per_epoch < global_batch:
+        raise DataError(
+            f'{path} has {batches.rows_per_epoch} rows of {seq_len} tokens in split {split!r}, less than one batch of '
+            f'{global_batch}; lower the global batch to {batches.rows_per_epoch}, shorten the rows, or prepare more text'
+        )
+    return Loader(batches, num_workers=num_workers, num_threads=num_threads, prefetch=prefetch)
+
+
+def check_sizes(seq_len, global_batch, start_step, num_workers, num_threads, prefetch) -> None:
+    """Raises DataError where an argument of `make_loader` is too small."""
     for name, value, least in (
         ('seq_len', seq_len, 1),
         ('global_batch', global_batch, 1),
@@ -217,21 +232,16 @@ def make_loader(
     ):
         if value < least:
             raise DataError(f'{name}={value} must be at least {least}')
-    manifest = read_manifest(path, split)
-    manifest.check_shards(verify)
+
+
+def checked_rows(rows: Sequence[int] | None, global_batch: int) -> Sequence[int]:
+    """The rows of `make_loader`. Raises DataError for those that no global batch has."""
     if rows is None:
-        rows = range(global_batch)  # not a tuple: a batch that is refused below may be absurdly large
-    else:
-        rows = tuple(map(int, rows))
-        if not rows or min(rows) < 0 or max(rows) >= global_batch:
-            raise DataError(f'rows={rows} must be in 0 .. {global_batch - 1}, the rows of the global batch')
-    batches = _Batches(manifest, seq_len, global_batch, seed, start_step, rows, shuffle, repeat)
-    if repeat and batches.rows_per_epoch < global_batch:
-        raise DataError(
-            f'{path} has {batches.rows_per_epoch} rows of {seq_len} tokens in split {split!r}, less than one batch of '
-            f'{global_batch}; lower the global batch to {batches.rows_per_epoch}, shorten the rows, or prepare more text'
-        )
-    return Loader(batches, num_workers=num_workers, num_threads=num_threads, prefetch=prefetch)
+        return range(global_batch)  # not a tuple: a batch that is refused later may be absurdly large
+    rows = tuple(map(int, rows))
+    if not rows or min(rows) < 0 or max(rows) >= global_batch:
+        raise DataError(f'rows={rows} must be in 0 .. {global_batch - 1}, the rows of the global batch')
+    return rows
 
 
 def check_vocab(path, vocab_size: int) -> None:

@@ -50,6 +50,7 @@ def make_mixed_loader(
     Raises DataError for data that is missing, broken or too small, a source whose tokenizer differs, or weights that
     are not written as they must be.
     """
+    loader.check_sizes(seq_len, global_batch, start_step, num_workers, num_threads, prefetch)
     batches = open_batches(
         directories,
         split,
@@ -59,7 +60,7 @@ def make_mixed_loader(
         global_batch=global_batch,
         seed=seed,
         start_step=start_step,
-        rows=tuple(map(int, range(global_batch) if rows is None else rows)),
+        rows=loader.checked_rows(rows, global_batch),
     )
     for part in batches.parts:
         part.manifest.check_shards(verify)
@@ -98,7 +99,7 @@ class Settings:
     global_batch: int
     seed: int
     start_step: int
-    rows: tuple[int, ...]
+    rows: Sequence[int]
 
 
 class Batches:

@@ -145,3 +145,12 @@ def write_png(path: pathlib.Path, chart: Chart) -> None:
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
     figure.savefig(path, dpi=150)
+
+
+def write_pngs(directory: pathlib.Path, drawn: Sequence[Chart]) -> None:
+    """Writes every chart as FILE.png; without matplotlib none is written, which is printed."""
+    try:
+        for chart in drawn:
+            write_png(directory / f'{chart.file}.png', chart)
+    except ImportError:
+        print('note: no PNG is written, because matplotlib is not installed (pip install -e .[eval])')

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import chips
+from transxssm_jax import cli
 from transxssm_jax import config as config_lib
-from transxssm_jax.config import Config, ConfigError
-from transxssm_jax.evals import decode_speed
+from transxssm_jax.config import Config
+from transxssm_jax.evals import charts, decode_speed, run_report
 from transxssm_jax.inference.decode import Decoder
 from transxssm_jax.model import costs, parameters
 from transxssm_jax.parallel import mesh
@@ -81,7 +82,7 @@ def measure(case: Case, calls: int, repeats: int) -> dict:
     except fitting.DoesNotFitError as error:
         return result | {'does_not_fit': str(error)}
     except jax.errors.JaxRuntimeError as error:
-        if 'RESOURCE_EXHAUSTED' not in str(error):
+        if not cli.is_out_of_memory(error):
             raise
         return result | {'does_not_fit': str(error).splitlines()[0]}
 
@@ -231,13 +232,13 @@ _COLUMNS = {
 def markdown_table(results: list[dict]) -> str:
     """One row per result; what does not fit says so in place of its time."""
     used = [name for name in _COLUMNS if any(name in result for result in results)]
-    lines = ['| ' + ' | '.join(_COLUMNS[name][0] for name in used) + ' |', '|' + ' --- |' * len(used)]
+    rows = []
     for result in results:
-        cells = [_COLUMNS[name][1].format(result[name]) if name in result else '' for name in used]
-        if 'does_not_fit' in result and 'ms' in used:
-            cells[used.index('ms')] = 'does not fit'
-        lines.append('| ' + ' | '.join(cells) + ' |')
-    return '\n'.join(lines)
+        cells = {name: _COLUMNS[name][1].format(result[name]) for name in used if name in result}
+        if 'does_not_fit' in result:
+            cells['ms'] = 'does not fit'
+        rows.append([cells.get(name, '') for name in used])
+    return run_report.markdown([_COLUMNS[name][0] for name in used], rows)
 
 
 def ratios(results: list[dict], model: str, other: str) -> list[tuple[str, int, float]]:
@@ -254,24 +255,15 @@ def ratios(results: list[dict], model: str, other: str) -> list[tuple[str, int, 
     ]
 
 
-def plot(results: list[dict], title: str, path) -> None:
-    """Writes a PNG: tokens/s by tokens per row, one line per model and mode."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError('--plot needs matplotlib: pip install -e .[eval]') from error
-    figure = Figure(figsize=(7, 4.5), layout='constrained')
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+def chart(results: list[dict], title: str) -> charts.Chart:
+    """tokens/s by tokens per row, one curve per model and mode."""
     measured = [r for r in results if 'does_not_fit' not in r]
-    for model, mode in dict.fromkeys((r['model'], r['mode']) for r in measured):
-        points = sorted(
-            (r['length'], r['tokens_per_second']) for r in measured if (r['model'], r['mode']) == (model, mode)
+    curves = [
+        charts.Curve(
+            f'{model}, {mode}',
+            sorted((r['length'], r['tokens_per_second']) for r in measured if (r['model'], r['mode']) == (model, mode)),
+            color=i,
         )
-        axes.plot(*zip(*points), marker='o', label=f'{model}, {mode}')
-    axes.set(xscale='log', yscale='log', xlabel='tokens per row', ylabel='tokens/s', title=title)
-    axes.set_xscale('log', base=2)
-    axes.grid(True, which='both', alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
+        for i, (model, mode) in enumerate(dict.fromkeys((r['model'], r['mode']) for r in measured))
+    ]
+    return charts.Chart('bench', title, 'tokens per row', 'tokens/s', curves)

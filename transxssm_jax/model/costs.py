@@ -64,9 +64,13 @@ REMAT = {
 }
 
 
+def remat_policy(model: Model) -> str:
+    """The name of the policy of model.remat; 'auto', where nobody has looked at the devices, is 'hybrid'."""
+    return 'hybrid' if model.remat == 'auto' else model.remat
+
+
 def remat_of(model: Model) -> Remat:
-    """The policy of model.remat; 'auto', where nobody has looked at the devices, is 'hybrid'."""
-    return REMAT['hybrid' if model.remat == 'auto' else model.remat]
+    return REMAT[remat_policy(model)]
 
 
 def saved_bytes(model: Model, costs: LayerCosts, tensor: int = 1) -> float:

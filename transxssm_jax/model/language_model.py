@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Int32
 
 from transxssm_jax.config import Model
-from transxssm_jax.model import layers, rope
+from transxssm_jax.model import costs, layers, rope
 from transxssm_jax.model.attention import save_attention_residuals
 from transxssm_jax.model.mixers import mixer_of
 from transxssm_jax.model.ssd import SSD_STATES
@@ -95,15 +95,13 @@ class LanguageModel(nnx.Module):
         }
         x_BLD = embed(self.embedding[...], tokens_BL, self.model.dtype)
         stacks = {kind: nnx.split(stack) for kind, stack in self.layers.items()}
-        unrolled = self.model.layer_loop == 'unrolled' or (
-            self.model.layer_loop == 'auto' and jax.default_backend() == 'gpu'
-        )
+        unrolled = is_unrolled(self.model, jax.default_backend())
 
         def layer(kind):
             def of_one(x_BLD, state, side_inputs):
                 return nnx.merge(stacks[kind][0], state)(x_BLD, **side_inputs)
 
-            of_one = _remat(of_one, self.model.remat, in_scan=not unrolled)
+            of_one = _remat(of_one, costs.remat_policy(self.model), in_scan=not unrolled)
             # Unrolled layers of a kind are calls of one function: it is traced once, and its kernels are compiled once.
             return jax.jit(of_one) if unrolled else of_one
 
@@ -136,6 +134,11 @@ class LanguageModel(nnx.Module):
     def logits(self, *args, **kwargs) -> jax.Array:
         """float32 logits [B, L, V], whole; training never makes them (see loss.py). Arguments as `__call__`."""
         return to_logits(self(*args, **kwargs), self.head_VD)
+
+
+def is_unrolled(model: Model, platform: str) -> bool:
+    """Whether layers are unrolled on a platform of JAX ('cpu', 'gpu', 'tpu'), see model.layer_loop."""
+    return model.layer_loop == 'unrolled' or (model.layer_loop == 'auto' and platform == 'gpu')
 
 
 def embed(table_VD: jax.Array, tokens_BL: jax.Array, dtype) -> jax.Array:
@@ -218,8 +221,9 @@ def _remat(body, policy: str, in_scan: bool):
     elif policy == 'full':
         keep = policies.nothing_saveable
     else:
-        names = _KEPT['hybrid' if policy == 'auto' else policy]  # 'auto': nobody has looked at the devices
-        keep = policies.save_from_both_policies(policies.save_only_these_names(*names), save_attention_residuals)
+        keep = policies.save_from_both_policies(
+            policies.save_only_these_names(*_KEPT[policy]), save_attention_residuals
+        )
     # prevent_cse is for code outside of a scan; inside, it only hinders fusion.
     return jax.checkpoint(body, prevent_cse=not in_scan, policy=keep)
 

@@ -57,23 +57,23 @@ class Linear(nnx.Module):
         if use_bias:
             self.bias = nnx.Param(jnp.zeros(tuple(outputs.values()), jnp.float32), axes=tuple(outputs))
 
-    def __call__(self, x: jax.Array, out_dtype=None) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         """Contracts x's last axes with the kernel in x's dtype, accumulating float32.
 
         Returns:
-          [*batch, *outputs] in out_dtype (default: x's dtype).
+          [*batch, *outputs] in x's dtype.
         """
-        return self.apply_to_copy(collectives.copy_to_tensor_parallel(x, *self.output_axes), out_dtype)
+        return self.apply_to_copy(collectives.copy_to_tensor_parallel(x, *self.output_axes))
 
-    def apply_to_copy(self, x: jax.Array, out_dtype=None) -> jax.Array:
-        """The same for an input that has passed copy_to_tensor_parallel, which several maps may share."""
+    def apply_to_copy(self, x: jax.Array, is_float32: bool = False) -> jax.Array:
+        """The same for an input that has passed copy_to_tensor_parallel, which several maps may share; or in float32."""
         n, axes = self.num_inputs, self.kernel.get_metadata('axes')
         kernel = checkpoint_name(collectives.all_gather_params(self.kernel[...], axes, x.dtype), 'weight')
         batch, inputs, outputs = x.shape[: x.ndim - n], kernel.shape[:n], kernel.shape[n:]
         # Heads and their width as one axis: of a product with both XLA lays a TPU's result out with the sequence in
         # lanes, and copies it to where a kernel reads heads side by side.
         x, kernel = x.reshape(*batch, -1), kernel.reshape(math.prod(inputs), -1)
-        y = _matmul(x, kernel) if out_dtype is None else _matmul_float32(x, kernel).astype(out_dtype)
+        y = _matmul_float32(x, kernel) if is_float32 else _matmul(x, kernel)
         y = collectives.all_reduce(y.reshape(*batch, *outputs), *self.input_axes)
         if not hasattr(self, 'bias'):
             return y
@@ -130,8 +130,7 @@ class InputProjections(nnx.Module):
         axes = dict.fromkeys(axis for projection in projections for axis in projection.output_axes)
         x_BLD = collectives.copy_to_tensor_parallel(self.norm(x_BLD), *axes)
         return tuple(
-            projection.apply_to_copy(x_BLD, jnp.float32 if name in self.float32 else None)
-            for name, projection in zip(self.names, projections)
+            projection.apply_to_copy(x_BLD, name in self.float32) for name, projection in zip(self.names, projections)
         )
 
 

@@ -13,6 +13,7 @@ is that of 1.3B: in a scan the temporaries of 8 x 4096 tokens with 'hybrid' and 
 from pallas_kernels.chips import Chip, Tpu
 from transxssm_jax.config import Config
 from transxssm_jax.model import costs
+from transxssm_jax.model.language_model import is_unrolled
 from transxssm_jax.planning import roofline
 
 MATMUL_EFFICIENCY = 0.75  # share of the peak: 740 of 989 TFLOP/s
@@ -72,5 +73,4 @@ def expected_memory_bytes(config: Config, sizes: dict[str, int], chip: Chip) -> 
 
 
 def _is_unrolled(config: Config, chip: Chip) -> bool:
-    choice = config.model.layer_loop
-    return choice == 'unrolled' or (choice == 'auto' and not isinstance(chip, Tpu))
+    return is_unrolled(config.model, 'tpu' if isinstance(chip, Tpu) else 'gpu')

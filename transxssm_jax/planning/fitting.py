@@ -7,13 +7,13 @@ fits into the devices' memory. What the compiler says decides, the estimate only
 import dataclasses
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 
 from pallas_kernels import chips
+from transxssm_jax import cli
 from transxssm_jax import config as config_lib
-from transxssm_jax.cli import ExitCode, UserError
 from transxssm_jax.config import Config
 from transxssm_jax.model.costs import REMAT
 from transxssm_jax.parallel import processes
@@ -27,10 +27,18 @@ POLICIES = [policy for policy in REMAT if policy != 'dots']
 EQUAL_SECONDS = 0.01  # two choices whose expected times differ by less count as equal
 
 
-class DoesNotFitError(UserError):
-    """A step needs more memory than the devices have."""
+class DoesNotFitError(cli.UserError, MemoryError):
+    """A step needs more memory than the devices have.
 
-    exit_code = ExitCode.DOES_NOT_FIT
+    Attributes:
+      largest: the largest temporaries, one line each, where they are known.
+    """
+
+    exit_code = cli.ExitCode.DOES_NOT_FIT
+
+    def __init__(self, message: str, largest: Sequence[str] = ()):
+        super().__init__(message)
+        self.largest = largest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +48,6 @@ class Choice:
     config: Config
     seconds: float
     memory: float
-
-    def __str__(self) -> str:
-        return f'model.remat={self.config.model.remat} train.accumulation_steps={self.config.train.accumulation_steps}'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +81,7 @@ def fit(
     limit, chip, sizes = usable_bytes(device_mesh), _chip(device_mesh), dict(device_mesh.shape)
     if compile_step is None:
         return Fitted(closed(config, sizes, chip, limit), None, [])
-    found = choices(config, sizes, chip)
+    found = choices(config, sizes, chip) if is_open(config) else [Choice(config, 0.0, limit)]  # nothing to estimate for
     expected_to_fit = [choice for choice in found if choice.memory <= limit]
     smallest = min(found, key=lambda choice: choice.memory)
 
@@ -88,7 +93,7 @@ def fit(
             step = compile_step(choice.config)
             needed = memory_of(step)
         except jax.errors.JaxRuntimeError as error:
-            if 'RESOURCE_EXHAUSTED' not in str(error):
+            if not cli.is_out_of_memory(error):
                 raise
             step, needed = None, math.inf  # a TPU's compiler refuses what does not fit
         if step is not None and needed <= limit:
@@ -179,13 +184,17 @@ def is_open(config: Config) -> bool:
     return config.model.remat == 'auto' or not config.train.accumulation_steps
 
 
+def shown(config: Config) -> str:
+    """The settings that may be open, to print."""
+    return f'model.remat={config.model.remat} train.accumulation_steps={config.train.accumulation_steps}'
+
+
 def _describe(config: Config, choice: Choice, needed: float, limit: float) -> list[str]:
     if not is_open(config):
         return []
-    count = choice.config.train.accumulation_steps
     return [
-        f"chosen for the devices' memory: model.remat={choice.config.model.remat}, "
-        f'train.accumulation_steps={count}; a step needs {needed / GIB:.1f} of {limit / GIB:.1f} GiB per device'
+        f"chosen for the devices' memory: {shown(choice.config)}; a step needs {needed / GIB:.1f} of {limit / GIB:.1f} GiB "
+        'per device'
     ]
 
 
@@ -194,10 +203,10 @@ def _refusal(config: Config, smallest: Choice, least: float, limit: float) -> st
     there_are = f'and there are {limit / GIB:.1f} GiB'
     if not is_open(config):
         return (
-            f'a step with {smallest} {needed} {there_are}; --config.model.remat=auto '
+            f'a step with {shown(config)} {needed} {there_are}; --config.model.remat=auto '
             '--config.train.accumulation_steps=0 takes what fits'
         )
     return (
-        f'a step {needed} even with {smallest} {there_are}; shard the parameters over more devices (mesh.fsdp), or lower '
-        f'data.global_batch={config.data.global_batch} or data.seq_len={config.data.seq_len}'
+        f'a step {needed} even with {shown(smallest.config)} {there_are}; shard the parameters over more devices '
+        f'(mesh.fsdp), or lower data.global_batch={config.data.global_batch} or data.seq_len={config.data.seq_len}'
     )

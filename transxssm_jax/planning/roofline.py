@@ -21,7 +21,9 @@ from transxssm_jax.training.gradient import reduction_dtypes
 
 def _leaves(config: Config, sizes: dict[str, int]):
     """(elements over all devices, mesh axes that shard it) of every parameter."""
-    for elements, axes in _parameters(*dataclasses.astuple(config.model)):
+    # Remat changes no parameter, and a search varies it.
+    settings = ('none' if f.name == 'remat' else getattr(config.model, f.name) for f in dataclasses.fields(Model))
+    for elements, axes in _parameters(*settings):
         yield elements, {axis for axis in axes if sizes[axis] > 1}
 
 

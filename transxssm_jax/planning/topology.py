@@ -16,6 +16,7 @@ from pallas_kernels import hlo
 from pallas_kernels.chips import CHIPS, COMPILE_ONLY, TPUS, Chip, Tpu
 from transxssm_jax import cli
 from transxssm_jax.config import Config, ConfigError
+from transxssm_jax.planning.fitting import DoesNotFitError
 from transxssm_jax.planning.hlo import Collective, collectives, step_hbm_bytes
 from transxssm_jax.training import step
 
@@ -53,16 +54,6 @@ class Progress:
         finally:
             over.set()
             reminder.join()
-
-
-class DoesNotFitError(cli.UserError, MemoryError):
-    """The compiler refused the step for want of memory: its message, and the largest temporaries, one line each."""
-
-    exit_code = cli.ExitCode.DOES_NOT_FIT
-
-    def __init__(self, message: str, largest: list[str]):
-        super().__init__(message)
-        self.largest = largest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +165,7 @@ def compile_step(config: Config, device_mesh: jax.sharding.Mesh, progress: Progr
             with progress.stage(f'compiling it for {device_mesh.size} devices; 1 to 4 minutes at 1.3B'):
                 compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            if 'RESOURCE_EXHAUSTED' in str(error):
+            if cli.is_out_of_memory(error):
                 raise DoesNotFitError(' '.join(str(error).split()), largest_temporaries(traced.jaxpr.jaxpr)) from error
             raise
     with progress.stage('reading what it sends and moves'):
