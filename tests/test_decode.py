@@ -92,6 +92,10 @@ VARIANTS = {
     'mamba2 alone, without MLP': dict(pattern='mamba2', num_layers=1, d_mlp=0, mamba_expand=1, conv_width=2),
     'conv1d_d': dict(ssd_encoding='conv1d_d'),
     'decay_only, length': dict(ssd_encoding='decay_only', rope_scaling='length'),
+    'qk_norm, bc_norm, soft cap': dict(num_layers=4, qk_norm=True, bc_norm=True, logit_soft_cap=2.0),
+    'bc_norm behind convolutions': dict(
+        pattern='mamba2,ssd', num_layers=2, ssd_encoding='conv1d_d', bc_norm=True, rope_scaling='length'
+    ),
     'other settings': dict(num_kv_heads=2, use_bias=True, tie_embeddings=False, use_dt_bias=False),
 }
 
@@ -105,7 +109,7 @@ def test_logits_are_those_of_the_forward_pass(name):
     np.testing.assert_allclose(logits[known], expected[known], atol=3e-5)
 
 
-@pytest.mark.parametrize('name', ['two modules', 'other settings', 'mamba2', 'conv1d_d'])
+@pytest.mark.parametrize('name', ['two modules', 'other settings', 'mamba2', 'conv1d_d', 'qk_norm, bc_norm, soft cap'])
 def test_a_row_alone_decodes_as_among_others(name):
     # A single vector takes other forms of the products and norms.
     decoder = decoder_of(**VARIANTS[name])

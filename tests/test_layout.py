@@ -8,7 +8,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 
 # A wing imports only from the wings before it and from what all stand on; commands import wings, and nobody imports a command.
-GROUND = {'config', 'config_rules', 'config_watch', 'settings', 'layer_pattern', 'cli', 'streams'}
+GROUND = {'config', 'config_optimizer', 'config_rules', 'config_watch', 'settings', 'layer_pattern', 'cli', 'streams'}
 WINGS = ['parallel', 'model', 'data', 'training', 'inference', 'planning', 'pytorch', 'evals']
 CALL_KERNELS = {'model', 'inference'}  # the mixers and their forms for decoding
 NO_KERNELS = {'chips', 'hlo'}  # facts of devices and the reading of compiled programs, which planning shares

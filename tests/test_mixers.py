@@ -92,6 +92,9 @@ def value_and_gradients(config, kind, device_mesh=None, mixer=None):
 CASES = {kind: (kind, {}) for kind in MIXERS} | {
     'ssd, conv1d_d': ('ssd', dict(model_ssd_encoding='conv1d_d')),
     'ssd, decay_only': ('ssd', dict(model_ssd_encoding='decay_only')),
+    'ssd, bc_norm': ('ssd', dict(model_bc_norm=True)),
+    'mamba2, bc_norm': ('mamba2', dict(model_bc_norm=True)),
+    'attention, qk_norm': ('attention', dict(model_qk_norm=True)),
     # Without biases: that of K adds the same to all scores of a query, and its gradient is nothing but rounding.
     'attention, none': ('attention', dict(model_attention_encoding='none', model_use_bias=False)),
 }

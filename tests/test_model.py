@@ -380,8 +380,9 @@ def test_rotation_keeps_lengths_and_turns_by_the_difference():
 # ---- loss ------------------------------------------------------------------
 
 
-def dense_loss(hidden, head, targets, z_loss):
+def dense_loss(hidden, head, targets, z_loss, cap=0.0):
     logits = hidden @ head.T
+    logits = cap * jnp.tanh(logits / cap) if cap else logits
     counted = targets != IGNORED
     lse = jax.nn.logsumexp(logits, axis=-1)
     target = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
@@ -398,16 +399,17 @@ def loss_inputs(seed=0):
 
 
 @pytest.mark.parametrize('chunk', [48, 16, 7, 1000], ids='chunk{}'.format)
-@pytest.mark.parametrize('z_loss', [0.0, 1e-2])
-def test_chunked_loss_is_the_dense_loss(chunk, z_loss):
+@pytest.mark.parametrize('z_loss, cap', [(0.0, 0.0), (1e-2, 0.0), (1e-2, 5.0)])
+def test_chunked_loss_is_the_dense_loss(chunk, z_loss, cap):
     hidden, head, targets = loss_inputs()
 
     def ours(hidden, head):
-        objective, sums = next_token_loss(hidden, head, targets, z_loss=z_loss, chunk_tokens=chunk)
+        settings = dict(z_loss=z_loss, chunk_tokens=chunk, logit_soft_cap=cap)
+        objective, sums = next_token_loss(hidden, head, targets, **settings)
         return 3.0 * objective, sums  # a cotangent other than 1
 
     def dense(hidden, head):
-        objective, nll = dense_loss(hidden, head, targets, z_loss)
+        objective, nll = dense_loss(hidden, head, targets, z_loss, cap)
         return 3.0 * objective, nll
 
     (objective, sums), gradients = jax.jit(jax.value_and_grad(ours, argnums=(0, 1), has_aux=True))(hidden, head)

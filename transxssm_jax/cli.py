@@ -113,9 +113,9 @@ def shorten(text: str, most: int = 200) -> str:
     return text if len(text) <= most else text[:most] + '...'
 
 
-def expand_path(name: str, path: str, error: type[UserError] = UsageError) -> str:
-    """The path with ~ expanded. Raises `error` for a URL, which would be a directory of that name."""
-    if re.match(r'\w+://', path):
+def expand_path(name: str, path: str, error: type[UserError] = UsageError, is_place: bool = False) -> str:
+    """The path with ~ expanded. Raises `error` for a URL, unless a place may be on an object store."""
+    if re.match(r'\w+://', path) and not (is_place and path.startswith(('s3://', 'gs://'))):
         raise error(f'{name}={shorten(path)} must be a path; mount the bucket on every host, or fetch the file')
     return os.path.expanduser(path)
 
@@ -156,7 +156,7 @@ class Flag:
       is_list: several values: with commas or, if `repeated`, as the flag given again.
       choices: allowed values; empty: any.
       minimum, maximum: bounds of a number, or of each number of a list.
-      is_path: a leading ~ is the home directory.
+      is_path: a leading ~ is the home directory; with is_place it may be a URL of an object store.
       example: a value, for the error where a required flag is missing.
     """
 
@@ -170,6 +170,7 @@ class Flag:
     minimum: float | None = None
     maximum: float | None = None
     is_path: bool = False
+    is_place: bool = False
     example: str = 'VALUE'
 
     def __post_init__(self):
@@ -199,7 +200,7 @@ class Flag:
             raise UsageError(f'{name}={shorten(text)} is not one of the choices{near}')
         if self.kind in (int, float):
             check_range(name, value, self.minimum, self.maximum)
-        return expand_path(name, value) if self.is_path else value
+        return expand_path(name, value, is_place=self.is_place) if self.is_path else value
 
 
 def show(default) -> str:
@@ -361,11 +362,8 @@ def run_one_of(
     if argv and argv[0] in commands:
         return run(*commands[argv[0]], argv[1:])
     if asks_for_help(argv):
-        print(
-            '\n\n'.join(
-                [description.strip(), *(f'{word}:\n{command.help()}' for word, (command, _) in commands.items())]
-            )
-        )
+        helps = [f'{word}:\n{command.help()}' for word, (command, _) in commands.items()]
+        print('\n\n'.join([description.strip(), *helps]))
         return ExitCode.FINISHED
     words = ' or '.join(commands)
     print_error(f'the first word must be {words}, not {shorten(argv[0])}' if argv else f'give {words}; see --help')

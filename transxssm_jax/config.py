@@ -12,6 +12,7 @@ import types
 from typing import Any
 
 from transxssm_jax import config_rules, settings
+from transxssm_jax.config_optimizer import Optimizer
 from transxssm_jax.config_watch import Watch
 from transxssm_jax.layer_pattern import parse_pattern
 from transxssm_jax.settings import LARGEST_SEED, ConfigError, Section, setting
@@ -101,6 +102,17 @@ class Model(Section):
     dt_max: float = setting(0.1, 'Largest step size at initialisation (with a dt bias).')
     a_min: float = setting(1.0, 'Least decay rate -a at initialisation.')
     a_max: float = setting(16.0, 'Largest decay rate -a at initialisation.')
+    qk_norm: bool = setting(
+        False, 'Whether attention has an RMSNorm of every head of Q and K, before they rotate.', of_checkpoint=True
+    )
+    bc_norm: bool = setting(
+        False,
+        'Whether ssd and mamba2 have an RMSNorm of B and C of every group, before they rotate.',
+        of_checkpoint=True,
+    )
+    logit_soft_cap: float = setting(
+        0.0, 'Logits are cap * tanh(logits / cap); 0: they are as they are.', minimum=0.0, of_checkpoint=True
+    )
     norm_epsilon: float = setting(1e-6, 'Added to the mean square in RMSNorm.', minimum=0.0)
     init_std: float = setting(0.02, 'Standard deviation of every initial matrix.', minimum=0.0)
     dtype: str = setting('bfloat16', 'Type of activations and matmul operands.', choices=('bfloat16', 'float32'))
@@ -146,7 +158,12 @@ class Model(Section):
 
 @dataclasses.dataclass
 class Data(Section):
-    path: str = setting('', 'Directory that python -m transxssm_jax.data.prepare wrote.', is_path=True)
+    path: str = setting(
+        '',
+        'Directory that python -m transxssm_jax.data.prepare wrote; s3://... or gs://... is read without a mount.',
+        is_path=True,
+        is_place=True,
+    )
     sources: str = setting(
         '',
         'In place of data.path, several prepared directories with commas between, each DIR or NAME=DIR (the name is by '
@@ -196,32 +213,6 @@ class Data(Section):
     @property
     def eval_split_names(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name.strip() for name in self.eval_splits.split(',') if name.strip()))
-
-
-@dataclasses.dataclass
-class Optimizer(Section):
-    name: str = setting('adamw', 'Which optimizer of training/optimizer.py.', choices=('adamw',), of_checkpoint=True)
-    learning_rate: float = setting(2e-4, 'Peak learning rate.', minimum=0.0)
-    schedule: str = setting(
-        'cosine', 'Shape of the learning rate after warmup.', choices=('cosine', 'linear', 'wsd', 'constant')
-    )
-    warmup_steps: int = setting(1000, 'Steps of linear warmup from 0.', minimum=0)
-    decay_steps: int = setting(1000, 'Steps of the final decay under wsd.', minimum=0)
-    final_fraction: float = setting(0.1, 'Last learning rate divided by the peak.', minimum=0.0)
-    b1: float = setting(0.9, 'Decay of the first moment.', minimum=0.0)
-    b2: float = setting(0.999, 'Decay of the second moment.', minimum=0.0)
-    epsilon: float = setting(1e-8, 'Added to the square root of the second moment.', minimum=0.0)
-    weight_decay: float = setting(
-        0.01, 'Decoupled weight decay of matrices, multiplied by the learning rate.', minimum=0.0
-    )
-    clip_norm: float = setting(1.0, 'Global gradient norm to clip to; 0: no clipping.', minimum=0.0)
-    z_loss: float = setting(0.0, 'Weight of the squared log-partition in the loss.', minimum=0.0)
-    updates_before: int = setting(
-        0,
-        "Updates that the optimizer's state had seen before step 0; set by the program, see train.init_what.",
-        minimum=0,
-        of_checkpoint=True,
-    )
 
 
 @dataclasses.dataclass
@@ -279,11 +270,23 @@ class Train(Watch):
         'Checkpoints with the lowest evaluation loss to keep; an evaluation that is among the lowest is saved at once.',
         minimum=0,
     )
+    eval_weights: str = setting(
+        'trained', 'Weights that are evaluated: the trained ones, or their average.', choices=('trained', 'ema')
+    )
     tensorboard: bool = setting(True, 'Whether to write TensorBoard files to the workdir.')
+    trackers: str = setting('', "Services that get the metrics too, of 'wandb' and 'mlflow', with commas between.")
+    compilation_cache: bool = setting(
+        True, 'Whether what is compiled is kept in the workdir, so that a resumed run starts sooner.'
+    )
     progress: bool = setting(True, 'Whether to show a progress bar.')
     profile_start_step: int = setting(0, 'First step of the profiler window.', minimum=0)
     profile_steps: int = setting(0, 'Steps in the profiler window; 0: no profile.', minimum=0)
     sample_tokens: int = setting(0, 'Tokens to sample when the run ends; 0: none.', minimum=0)
+
+    @property
+    def tracker_names(self) -> tuple[str, ...]:
+        """The services of `trackers`. ConfigError: an unknown one."""
+        return settings.words('train.trackers', self.trackers, ('wandb', 'mlflow'))
 
     @property
     def num_microbatches(self) -> int:

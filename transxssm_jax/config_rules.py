@@ -41,11 +41,15 @@ def check(config) -> None:
             f'model.ssd_chunk_size={model.ssd_chunk_size} must be a multiple of 16; try '
             f'{model.ssd_chunk_size // 16 * 16 + 16}, or 0 to leave it to the device'
         )
-    for name in ('b1', 'b2'):
+    for name in ('b1', 'b2', 'momentum', 'ema_decay'):
         if getattr(optimizer, name) >= 1:
-            raise ConfigError(
-                f'optimizer.{name}={getattr(optimizer, name)} must be below 1; try 0.9 for b1, 0.999 for b2'
-            )
+            usual = {'b1': 0.9, 'b2': 0.999, 'momentum': 0.95, 'ema_decay': 0.9999}[name]
+            raise ConfigError(f'optimizer.{name}={getattr(optimizer, name)} must be below 1; try {usual}')
+    _ = optimizer.of_group, train.tracker_names  # each refuses what it cannot read
+    if train.eval_weights == 'ema' and not optimizer.ema_decay:
+        raise ConfigError(
+            "train.eval_weights='ema' needs an average of the weights; set optimizer.ema_decay, e.g. 0.9999"
+        )
     if data.path and data.directories:
         raise ConfigError(
             f'data.path={data.path} and data.sources={data.sources} both name the data; leave one of them empty'

@@ -37,6 +37,7 @@ from transxssm_jax.model import parameters
 from transxssm_jax.pytorch.conversion import export_pytorch, import_pytorch
 from transxssm_jax.pytorch.fields import ConvertError
 from transxssm_jax.pytorch.files import DTYPES
+from transxssm_jax.training.checkpoint import WEIGHTS
 
 IMPORT = cli.Command(
     'transxssm_jax.convert import',
@@ -64,9 +65,11 @@ EXPORT = cli.Command(
             'Directory of the run, alone or with @STEP, @best or @latest.',
             example='runs/a',
             is_path=True,
+            is_place=True,
         ),
         Flag('output', cli.REQUIRED, 'Directory to make.', example='DIR', is_path=True),
         Flag('step', -1, 'Step of the checkpoint; -1: the newest.', minimum=-1),
+        Flag('weights', 'trained', 'Which weights of it: the trained ones, or their average.', choices=WEIGHTS),
         Flag('tokenizer', '', 'A JSON file or a prepared directory; empty: that of the run.', is_path=True),
         Flag('max_shard_size', '5GB', 'Most bytes of a file, e.g. 500MB or 2GiB.'),
         Flag('dtype', 'float32', 'Type of the weights.', choices=tuple(DTYPES)),
@@ -98,6 +101,7 @@ def _export(flags) -> None:
         flags.workdir,
         flags.output,
         step=flags.step,
+        weights=flags.weights,
         dtype=flags.dtype,
         tokenizer=flags.tokenizer,
         overrides=flags.overrides,

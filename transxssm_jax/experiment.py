@@ -33,8 +33,8 @@ from transxssm_jax.evals import charts, experiment, run_report
 from transxssm_jax.evals.experiment import Cell
 from transxssm_jax.evals.run_records import RunError, check_comparable
 
-# Models may differ in themselves; with several sizes also in their learning rate.
-COMPARED = ('model', 'optimizer.learning_rate')
+# Models may differ in themselves and in how they are optimized; with several sizes also in their learning rate.
+COMPARED = ('model', 'optimizer', 'train.eval_weights')
 
 COMMAND = cli.Command(
     'transxssm_jax.experiment',

@@ -36,6 +36,7 @@ from transxssm_jax.inference.generator import Generator
 from transxssm_jax.inference.prompt import encode_prompts
 from transxssm_jax.inference.sampling import InputError, Sampling, fold_seed
 from transxssm_jax.inference.trained_run import open_trained_run
+from transxssm_jax.training.checkpoint import WEIGHTS
 
 SAMPLING = (
     Flag('temperature', 0.8, 'Divides the logits; 0: the likeliest token.'),
@@ -54,8 +55,10 @@ COMMAND = cli.Command(
             'Directory of the training run, alone or with @STEP, @best or @latest.',
             example='runs/a',
             is_path=True,
+            is_place=True,
         ),
         Flag('step', -1, 'Step of the checkpoint; -1: the newest.', minimum=-1),
+        Flag('weights', 'trained', 'Which weights of it: the trained ones, or their average.', choices=WEIGHTS),
         Flag('prompt', '', 'Text to continue.'),
         Flag('prompts', '', 'File of prompts, a line each, or .jsonl of objects with "prompt".', is_path=True),
         Flag('chat', False, 'Whether a prompt is a message of a conversation, and the text the answer to it.'),
@@ -108,7 +111,7 @@ def _generate(flags) -> None:
         stop_strings=flags.stop,
         sampling=Sampling(**{flag.name: getattr(flags, flag.name) for flag in SAMPLING}),
     )
-    run = open_trained_run(flags.workdir, flags.step, flags.tokenizer, overrides=flags.overrides)
+    run = open_trained_run(flags.workdir, flags.step, flags.tokenizer, overrides=flags.overrides, weights=flags.weights)
     dialogue, write_prompt = None, lambda record: record['prompt']
     if flags.chat:
         dialogue = Dialogue(open_chat(run, flags.tokenizer), flags.system)

@@ -23,7 +23,9 @@ class ConfigError(cli.UserError, ValueError):
     """A setting is unknown, of the wrong type, or out of its range."""
 
 
-def setting(default, meaning: str, *, choices=(), minimum=None, maximum=None, is_path=False, of_checkpoint=False):
+def setting(
+    default, meaning: str, *, choices=(), minimum=None, maximum=None, is_path=False, is_place=False, of_checkpoint=False
+):
     """One setting: its default, what it means, and which values are allowed.
 
     Args:
@@ -33,6 +35,7 @@ def setting(default, meaning: str, *, choices=(), minimum=None, maximum=None, is
       minimum: the least allowed number.
       maximum: the largest allowed number; None: LARGEST_INT for whole numbers, none for others.
       is_path: whether a leading ~ is the home directory.
+      is_place: whether it may be a URL of an object store besides.
       of_checkpoint: whether a run can only be resumed with the same value.
     """
     if maximum is None and type(default) is int:
@@ -43,6 +46,7 @@ def setting(default, meaning: str, *, choices=(), minimum=None, maximum=None, is
         minimum=minimum,
         maximum=maximum,
         is_path=is_path,
+        is_place=is_place,
         of_checkpoint=of_checkpoint,
     )
     return dataclasses.field(default=default, metadata=metadata)
@@ -101,7 +105,8 @@ def checked(name: str, field: dataclasses.Field, value):
         cli.check_range(name, value, field.metadata.get('minimum'), field.metadata.get('maximum'), ConfigError)
     if isinstance(value, str) and '\0' in value:
         raise ConfigError(f'{name}={cli.shorten(_shown(value))} must not hold a null character')
-    return cli.expand_path(name, value, ConfigError) if field.metadata.get('is_path') else value
+    is_place = field.metadata.get('is_place', False)
+    return cli.expand_path(name, value, ConfigError, is_place) if field.metadata.get('is_path') else value
 
 
 def named_paths(name: str, text: str) -> dict[str, str]:
@@ -122,6 +127,17 @@ def named_paths(name: str, text: str) -> dict[str, str]:
             raise ConfigError(f'{name} has two sources of the name {key}; write NAME={path} for one')
         named[key] = path
     return named
+
+
+def words(name: str, text: str, choices: tuple[str, ...]) -> tuple[str, ...]:
+    """The words of a setting that holds some of the choices, with commas between. ConfigError: another word."""
+    given = tuple(dict.fromkeys(filter(None, (word.strip() for word in text.split(',')))))
+    for word in given:
+        if word not in choices:
+            raise ConfigError(
+                f'{name}={cli.shorten(repr(text))}: {word} is not one of the choices{cli.nearest(word, choices)}'
+            )
+    return given
 
 
 def _shown(value) -> str:

@@ -29,11 +29,14 @@ class Documents:
             self._first_record = np.cumsum(records) - records
 
     def _reader(self, shard: int):
+        if shard not in self._readers:
+            # Not while others wait: from an object store it is fetched first, several shards at a time.
+            self._manifest.shard_path(self._manifest.shards[shard])
         with self._lock:
             if shard not in self._readers:
                 from array_record.python.array_record_module import ArrayRecordReader
 
-                path = self._manifest.directory / self._manifest.shards[shard].file
+                path = self._manifest.shard_path(self._manifest.shards[shard])
                 try:
                     reader = ArrayRecordReader(
                         str(path), options='readahead_buffer_size:0,max_parallelism:0', file_reader_buffer_size=32768
@@ -85,7 +88,7 @@ class Documents:
             by_shard[shard].append(record)
         tokens = {}
         for shard, own in by_shard.items():
-            path = self._manifest.directory / self._manifest.shards[shard].file
+            path = f'{self._manifest.origin or self._manifest.directory}/{self._manifest.shards[shard].file}'
             first = int(self._shard_ends[shard]) - self._manifest.shards[shard].records
             reader = self._reader(shard)
             try:

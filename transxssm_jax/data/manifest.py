@@ -31,6 +31,7 @@ from pathlib import Path
 import numpy as np
 
 from transxssm_jax import cli
+from transxssm_jax.data import object_store
 from transxssm_jax.data.mixture import whole_number_weights
 
 DATASET_NAME = 'documents'
@@ -84,6 +85,7 @@ class Manifest:
     sources: tuple[Source, ...]
     shards: tuple[Shard, ...]
     chat: dict = dataclasses.field(default_factory=dict)  # Chat.describe() of conversations, which have a mask
+    origin: str = ''  # URL of the directory on an object store, of which `directory` is the cache; '': it is local
 
     @property
     def num_documents(self) -> int:
@@ -121,7 +123,7 @@ class Manifest:
 
     def lengths(self) -> np.ndarray:
         """uint32 [num_documents], memory-mapped. Raises DataError where the file is not the one that was written."""
-        path = self.directory / f'{self.split}.lengths.npy'
+        path = self._copy(f'{self.split}.lengths.npy', self.lengths_sha256)
         try:
             if file_digest(path) != self.lengths_sha256:
                 raise ValueError('its sha256 is not that of the manifest')
@@ -129,6 +131,27 @@ class Manifest:
         except (OSError, ValueError) as error:
             raise _damaged(path, error) from None
         return lengths
+
+    def shard_path(self, shard: Shard) -> Path:
+        """The shard's file here; from an object store it is fetched where the cache lacks it. Raises DataError."""
+        return self._copy(shard.file, shard.sha256, shard.file_bytes)
+
+    def _copy(self, name: str, sha256: str, size: int = -1) -> Path:
+        if not self.origin:
+            return self.directory / name
+        # By its digest: what was prepared anew at the same place is another file.
+        copy = self.directory / f'{sha256[:16]}-{name}'
+        if not copy.exists() or (size >= 0 and copy.stat().st_size != size):
+            try:
+                object_store.fetch(self.origin, name, copy)
+            except FileNotFoundError:
+                raise broken_shard(f'{self.origin}/{name}', 'it is not there') from None
+        return copy
+
+    def _shard_size(self, shard: Shard) -> int:
+        if self.origin:
+            return object_store.Files(self.origin).size(shard.file)
+        return os.path.getsize(self.directory / shard.file)
 
     def check_shards(self, verify: str = 'sizes') -> None:
         """Raises DataError naming a shard that is missing, not of its size or, under 'full', not of its sha256.
@@ -138,16 +161,16 @@ class Manifest:
         if verify not in VERIFY:
             raise DataError(f'verify={verify!r} must be one of {", ".join(map(repr, VERIFY))}')
         for shard in self.shards:
-            path = self.directory / shard.file
+            path = f'{self.origin}/{shard.file}' if self.origin else self.directory / shard.file
             try:
-                size = os.path.getsize(path)
+                size = self._shard_size(shard)
             except OSError as error:
-                raise broken_shard(path, error.strerror) from None
+                raise broken_shard(path, error.strerror or 'it is not there') from None
             if size != shard.file_bytes:
                 raise broken_shard(path, f'{size} bytes instead of {shard.file_bytes}')
         if verify == 'full':
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                paths = [self.directory / shard.file for shard in self.shards]
+                paths = [self.shard_path(shard) for shard in self.shards]
                 digests = [pool.submit(file_digest, path) for path in paths]
                 for path, digest, shard in zip(paths, digests, self.shards, strict=True):
                     try:
@@ -159,7 +182,7 @@ class Manifest:
 
     def _content(self) -> dict:
         content = {'version': CHAT_VERSION if self.chat else MANIFEST_VERSION} | dataclasses.asdict(self)
-        del content['directory'], content['split']
+        del content['directory'], content['split'], content['origin']
         if not self.chat:  # text has the form that it had before there were conversations
             del content['chat']
             for source in content['sources']:
@@ -175,7 +198,7 @@ class Manifest:
 
 def finished_splits(directory) -> list[str]:
     """Splits of a prepared directory. Raises DataError with the prepare command where there is none."""
-    directory = Path(directory)
+    origin, directory = directory, local_directory(directory, ('dataset_info.json',))
     if os.path.isfile(directory):
         raise DataError(f'{directory} is a file; give the directory that transxssm_jax.data.prepare wrote')
     path = directory / 'dataset_info.json'
@@ -186,6 +209,8 @@ def finished_splits(directory) -> list[str]:
         if bad := [name for name in splits if not isinstance(name, str) or not re.fullmatch(r'[A-Za-z]\w*', name)]:
             raise ValueError(f'{cli.shorten(repr(bad[0]), 40)} is no name of a split')
     except FileNotFoundError:
+        if object_store.is_url(origin):
+            raise DataError(f'{origin} holds no prepared data; prepare it in a local directory and copy that') from None
         unfinished = sorted(directory.glob('.incomplete.*'))
         what = 'is not finished' if unfinished else 'holds no prepared data'
         raise DataError(
@@ -197,15 +222,32 @@ def finished_splits(directory) -> list[str]:
     return splits
 
 
+def local_directory(directory, names: tuple[str, ...]) -> Path:
+    """The directory; of one on an object store its cache, into which files of these names are fetched, as they are now.
+
+    A file that is not there is not in the cache either. Raises StoreError where the store refuses.
+    """
+    if not object_store.is_url(directory):
+        return Path(directory)
+    cache = object_store.cache_of(str(directory))
+    for name in names:
+        try:
+            object_store.fetch(str(directory), name, cache / name)
+        except FileNotFoundError:
+            (cache / name).unlink(missing_ok=True)
+    return cache
+
+
 def read_manifest(directory, split: str) -> Manifest:
     """Manifest of one finished split. Raises DataError where the directory or the split is missing or damaged."""
-    directory = Path(directory)
+    origin = str(directory).rstrip('/') if object_store.is_url(directory) else ''
     splits = finished_splits(directory)
     if split not in splits:
         raise DataError(
             f'{directory} has no split {split!r}, only {", ".join(splits)}; name one of these, or run: '
             f'python -m transxssm_jax.data.prepare --output={directory} --split={split} ...'
         )
+    directory = local_directory(directory, (f'{split}.manifest.json',))
     path = directory / f'{split}.manifest.json'
     if not os.path.exists(path) and os.path.exists(directory / f'{split}.index.json'):
         raise DataError(
@@ -222,7 +264,7 @@ def read_manifest(directory, split: str) -> Manifest:
         del content['version']
         content['sources'] = tuple(Source(**source) for source in content['sources'])
         content['shards'] = tuple(Shard(**shard) for shard in content['shards'])
-        return Manifest(directory=directory, split=split, **content)
+        return Manifest(directory=directory, split=split, origin=origin, **content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(path, error) from None
 

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from transxssm_jax.data.manifest import DataError, finished_splits, first_line, read_manifest
+from transxssm_jax.data import object_store
+from transxssm_jax.data.manifest import DataError, finished_splits, first_line, local_directory, read_manifest
 
 EOS_TOKENS = (
     '<|endoftext|>',
@@ -226,13 +227,13 @@ def load_tokenizer(path, eos: str = '', bos: str = '') -> ByteTokenizer | JsonTo
                     f'leave --{flag} out'
                 )
         return ByteTokenizer()
-    path = Path(path)
-    if path.is_dir():
+    is_url = object_store.is_url(path)
+    if is_url or Path(path).is_dir():
         splits = finished_splits(path)
         description = read_manifest(path, splits[0]).tokenizer
         if description['kind'] == 'byte':
             return ByteTokenizer()
-        file = path / 'tokenizer.json'
+        file = local_directory(path, ('tokenizer.json',)) / 'tokenizer.json'
         tokenizer = load_tokenizer(file, str(description['eos_id']), str(description['begin_id']))
         if tokenizer.describe() != description:
             raise DataError(
@@ -241,7 +242,7 @@ def load_tokenizer(path, eos: str = '', bos: str = '') -> ByteTokenizer | JsonTo
             )
         return tokenizer
     try:
-        content = path.read_bytes()
+        content = Path(path).read_bytes()
     except (OSError, ValueError) as error:
         raise DataError(
             f'tokenizer {path}: {getattr(error, "strerror", None) or error}; '

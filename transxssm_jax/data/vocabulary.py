@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from transxssm_jax.data import object_store
 from transxssm_jax.data.manifest import DataError, finished_splits, read_manifest
 from transxssm_jax.data.tokenizer import load_tokenizer
 
@@ -33,7 +34,7 @@ def describe(path) -> dict:
 
     Raises DataError where there is none.
     """
-    if Path(path).is_dir():
+    if object_store.is_url(path) or Path(path).is_dir():
         return read_manifest(path, finished_splits(path)[0]).tokenizer  # one tokenizer for all splits
     return load_tokenizer(path).describe()
 

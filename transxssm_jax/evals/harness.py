@@ -35,6 +35,7 @@ from transxssm_jax.inference.prompt import encode_prompts, with_begin
 from transxssm_jax.inference.sampling import InputError, Sampling, fold_seed
 from transxssm_jax.inference.trained_run import TrainedRun, open_trained_run
 from transxssm_jax.model import parameters
+from transxssm_jax.training.checkpoint import WEIGHTS
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -57,6 +58,7 @@ COMMAND = cli.Command(
             'Directory of the run, alone or with @STEP, @best or @latest.',
             example='runs/a',
             is_path=True,
+            is_place=True,
         ),
         Flag(
             'tasks',
@@ -69,6 +71,7 @@ COMMAND = cli.Command(
         Flag('num_fewshot', -1, "Examples before each question; -1: the task's own number.", minimum=-1),
         Flag('limit', 0, 'Questions per task, for a quick look; 0: all.', minimum=0),
         Flag('step', -1, 'Step of the checkpoint; -1: the newest.', minimum=-1),
+        Flag('weights', 'trained', 'Which weights of it: the trained ones, or their average.', choices=WEIGHTS),
         Flag('tokenizer', '', 'byte, a JSON file or a prepared directory; empty: that of the run.', is_path=True),
         Flag('max_length', 0, 'Most tokens shown at once; 0: data.seq_len.', minimum=0),
         Flag('batch_tokens', 32768, 'Tokens per batch, with padding.', minimum=1),
@@ -86,6 +89,7 @@ class TransXSSMLM(TemplateLM):
     Args:
       workdir: directory of the run.
       step: which checkpoint; -1: the newest.
+      weights: of it, 'trained' or 'ema'.
       tokenizer: 'byte', a tokenizers json file or a prepared directory; '': that of the training data.
       max_length: most tokens shown at once, prompt and completion; 0: data.seq_len.
       batch_tokens: tokens per batch, padding included.
@@ -108,12 +112,13 @@ class TransXSSMLM(TemplateLM):
         *,
         step: int = -1,
         tokenizer: str = '',
+        weights: str = 'trained',
         max_length: int = 0,
         batch_tokens: int = 32768,
         max_gen_toks: int = 256,
         **ignored,
     ):
-        run = open_trained_run(workdir, step, tokenizer)
+        run = open_trained_run(workdir, step, tokenizer, weights=weights)
         self._start(run.params, run.config, run.tokenizer, max_length, batch_tokens, max_gen_toks)
         self.run = run
 
@@ -384,6 +389,7 @@ def _evaluate(flags) -> None:
     lm = TransXSSMLM(
         flags.workdir,
         step=flags.step,
+        weights=flags.weights,
         tokenizer=flags.tokenizer,
         max_length=flags.max_length,
         batch_tokens=flags.batch_tokens,

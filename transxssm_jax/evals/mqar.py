@@ -171,7 +171,8 @@ def accuracy_step(config: Config):
     def of_block(params, batch, at_BP):
         model = nnx.merge(graph, params)
         hidden_BLD = model(batch['tokens'], segment_ids_BL=batch['segment_ids'], positions_BL=batch['positions'])
-        logits_BPV = to_logits(jnp.take_along_axis(hidden_BLD, at_BP[..., None], axis=1), model.head_VD)
+        hidden_BPD = jnp.take_along_axis(hidden_BLD, at_BP[..., None], axis=1)
+        logits_BPV = to_logits(hidden_BPD, model.head_VD, config.model.logit_soft_cap)
         return jnp.argmax(logits_BPV, axis=-1) == jnp.take_along_axis(batch['targets'], at_BP, axis=1)
 
     rows = ('batch', None)  # whole, because a target may be anywhere in its row

@@ -40,6 +40,7 @@ from transxssm_jax.inference.padding import padded_length
 from transxssm_jax.inference.prompt import with_begin
 from transxssm_jax.inference.sampling import InputError
 from transxssm_jax.inference.trained_run import open_trained_run
+from transxssm_jax.training.checkpoint import WEIGHTS
 
 CITIES = [
     'Lisbon',
@@ -84,6 +85,7 @@ COMMAND = cli.Command(
             'Directory of the run, alone or with @STEP, @best or @latest.',
             example='runs/a',
             is_path=True,
+            is_place=True,
         ),
         Flag(
             'haystack',
@@ -107,6 +109,7 @@ COMMAND = cli.Command(
             maximum=9 * 10 ** (DIGITS - 1),  # numbers of so many digits
         ),
         Flag('step', -1, 'Step of the checkpoint; -1: the newest.', minimum=-1),
+        Flag('weights', 'trained', 'Which weights of it: the trained ones, or their average.', choices=WEIGHTS),
         Flag('tokenizer', '', 'byte, a JSON file or a prepared directory; empty: that of the run.', is_path=True),
         Flag('seed', 0, 'Seed of haystacks and numbers.', minimum=0),
         Flag('output', '', 'New directory; empty: one in WORKDIR/evals.', is_path=True),
@@ -375,7 +378,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _evaluate(flags) -> None:
     lengths, depths = sorted(set(flags.lengths)), sorted(set(flags.depths))
-    opened = open_trained_run(flags.workdir, flags.step, flags.tokenizer)
+    opened = open_trained_run(flags.workdir, flags.step, flags.tokenizer, weights=flags.weights)
     folder = results_lib.choose_output(flags.output, opened, 'needle', suffix='')
     haystack = Haystack(flags.haystack, opened.tokenizer, 4 * max(lengths))
     cases = [(length, depth, sample) for length in lengths for depth in depths for sample in range(flags.samples)]

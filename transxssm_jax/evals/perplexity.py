@@ -49,6 +49,7 @@ from transxssm_jax.model import parameters
 from transxssm_jax.model.loss import IGNORED
 from transxssm_jax.parallel import collectives
 from transxssm_jax.training import checkpoint, splits
+from transxssm_jax.training.checkpoint import WEIGHTS
 
 SCALINGS = ('none', 'linear', 'dynamic', 'length')
 
@@ -62,8 +63,10 @@ COMMAND = cli.Command(
             'Directory of the run, alone or with @STEP, @best or @latest.',
             example='runs/a',
             is_path=True,
+            is_place=True,
         ),
         Flag('step', -1, 'Step of the checkpoint; -1: the newest.', minimum=-1),
+        Flag('weights', 'trained', 'Which weights of it: the trained ones, or their average.', choices=WEIGHTS),
         Flag('data', '', 'Prepared directory; empty: data.path of the run.', is_path=True),
         Flag('split', '', 'Split of it; empty: the evaluation split of the run.'),
         Flag('lengths', ('1x', '2x', '4x', '8x'), 'Window lengths, in tokens or training lengths (2x).'),
@@ -78,7 +81,13 @@ COMMAND = cli.Command(
 
 
 def token_losses(
-    hidden_BLD: jax.Array, head_VD: jax.Array, targets_BL: jax.Array, *, vocab_size: int, chunk_tokens: int
+    hidden_BLD: jax.Array,
+    head_VD: jax.Array,
+    targets_BL: jax.Array,
+    *,
+    vocab_size: int,
+    chunk_tokens: int,
+    logit_soft_cap: float = 0.0,
 ) -> jax.Array:
     """Cross-entropy of every position in nats, float32 [B, L]; 0 where the target is IGNORED.
 
@@ -94,7 +103,7 @@ def token_losses(
 
     def one_chunk(inputs):
         x_TD, target_T = inputs
-        log_likelihood_T, _ = log_likelihoods(x_TD, weights_VD, jnp.maximum(target_T, 0), vocab_size)
+        log_likelihood_T, _ = log_likelihoods(x_TD, weights_VD, jnp.maximum(target_T, 0), vocab_size, logit_soft_cap)
         return jnp.where(target_T == IGNORED, 0.0, -log_likelihood_T)
 
     nll_T = jax.lax.map(one_chunk, (x_TD.reshape(-1, chunk, x_TD.shape[-1]), target_T.reshape(-1, chunk)))
@@ -139,6 +148,7 @@ def losses_by_position(
             targets_BL,
             vocab_size=config.model.vocab_size,
             chunk_tokens=config.train.loss_chunk_tokens,
+            logit_soft_cap=config.model.logit_soft_cap,
         )
 
     rows = ('batch', None)
@@ -322,7 +332,7 @@ def _evaluate(flags) -> None:
     if flags.rope_factor and flags.rope_factor < 1:
         raise ConfigError(f'--rope_factor={flags.rope_factor} must be at least 1')
     lengths = _parse_lengths(flags.lengths, checkpoint.load_config(flags.workdir, flags.step).data.seq_len)
-    run = open_trained_run(flags.workdir, flags.step, flags.data, flag='--data')
+    run = open_trained_run(flags.workdir, flags.step, flags.data, flag='--data', weights=flags.weights)
     config = run.config
     output = results_lib.choose_output(flags.output, run, 'perplexity')
     data, split = splits.locate(config, flags.split or next(iter(config.data.eval_split_names), 'validation'))

@@ -24,10 +24,14 @@ PACKAGES = ('transxssm_jax', 'jax', 'jaxlib', 'flax', 'numpy')
 
 
 def of_run(run: TrainedRun, module: str, arguments: Sequence[str], *, packages: tuple[str, ...] = ()) -> dict:
-    """What made a result of a checkpoint: 'workdir' (absolute), 'step', 'tokenizer' (its description), and `of_command`."""
+    """What made a result of a checkpoint, and `of_command`.
+
+    'workdir' (absolute), 'step', 'weights' ('trained' or 'ema') and 'tokenizer' (its description).
+    """
     return {
         'workdir': str(pathlib.Path(run.workdir).absolute()),
         'step': run.step,
+        'weights': run.weights,
         'tokenizer': run.tokenizer.describe(),
         **of_command(run.config, module, arguments, packages=packages),
     }

@@ -53,7 +53,7 @@ class Scorer:
 
         def read(params, hidden_RD, target_R):
             head_VD = nnx.merge(graph, params).head_VD
-            return log_likelihoods(hidden_RD, head_VD, target_R, tokenizer.vocab_size)
+            return log_likelihoods(hidden_RD, head_VD, target_R, tokenizer.vocab_size, config.model.logit_soft_cap)
 
         hidden = parameters.on_shards(hidden, config.model, (rows, rows), ('batch', None, None))
         read = parameters.on_shards(read, config.model, ((None, None), (None,)), ((None,), (None,)))
@@ -146,9 +146,12 @@ class Scorer:
         return arrays if device_mesh.empty else jax.device_put(arrays, mesh.sharding(device_mesh, ('batch', None)))
 
 
-def log_likelihoods(hidden_RD: jax.Array, head_VD: jax.Array, target_R: jax.Array, vocab_size: int):
-    """(float32 [R] log-probability of each target, bool [R] whether it is the likeliest of the first vocab_size)."""
-    logits_RV = to_logits(hidden_RD[None], head_VD)[0]
+def log_likelihoods(hidden_RD: jax.Array, head_VD: jax.Array, target_R: jax.Array, vocab_size: int, cap: float):
+    """(float32 [R] log-probability of each target, bool [R] whether it is the likeliest of the first vocab_size).
+
+    `cap` is model.logit_soft_cap.
+    """
+    logits_RV = to_logits(hidden_RD[None], head_VD, cap)[0]
     target_logit_R = jnp.take_along_axis(logits_RV, target_R[:, None], axis=1)[:, 0]
     log_likelihood_R = target_logit_R - jax.nn.logsumexp(logits_RV, axis=-1)
     return log_likelihood_R, jnp.argmax(logits_RV[:, :vocab_size], axis=-1) == target_R

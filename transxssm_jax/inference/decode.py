@@ -266,7 +266,7 @@ class Decoder:
 
     def _logits(self, weights, x_B1D):
         hidden_B1D = layers.rms_norm(x_B1D, weights['final_norm']['scale'], self.model.norm_epsilon)
-        return to_logits(hidden_B1D, weights.get('head', weights['embedding']))[:, 0]
+        return to_logits(hidden_B1D, weights.get('head', weights['embedding']), self.model.logit_soft_cap)[:, 0]
 
 
 def _specs(axes):

@@ -72,17 +72,20 @@ class PackedAttention:
     def __init__(self, model: Model):
         self.model = model
         self.implementation = None if model.attention_implementation == 'auto' else model.attention_implementation
+        self.norms = ('q_norm', 'k_norm') if model.qk_norm else ()
 
     def pack(self, params: dict) -> Weights:
         return {
             'in_proj': pack_projections(params['in_proj'], self.maps, self.model.num_kv_heads),
             'out_proj': pack_linear(params['out_proj'], num_inputs=2),
+            **{name: params[name] for name in self.norms},
         }
 
     def axes(self) -> dict:
         return {
             'in_proj': with_bias({'kernel': ('groups', None, 'embed')}, self.model, ('groups', None)),
             'out_proj': with_bias({'kernel': ('embed', 'heads', None)}, self.model, ('embed',)),
+            **{name: {'scale': (None,)} for name in self.norms},
         }
 
     def empty_cache(self, batch: int, length: int) -> tuple[Float[Array, 'B G S K'], Float[Array, 'B G S K']]:
@@ -132,6 +135,11 @@ class PackedAttention:
         joint = joint.reshape(*shape, -1, heads + 2, model.head_dim)
         q, k_BLGK, v_BLGK = joint[..., :heads, :], joint[..., heads, :], joint[..., heads + 1, :]
         q_BLHK = q.reshape(*shape, -1, model.head_dim)
+        if self.norms:
+            q_BLHK, k_BLGK = (
+                layers.head_norm(x, weights[name]['scale'], model.norm_epsilon)
+                for name, x in zip(self.norms, (q_BLHK, k_BLGK))
+            )
         if rope_tables is not None:
             q_BLHK, k_BLGK = rope.rotate(q_BLHK, rope_tables), rope.rotate(k_BLGK, rope_tables)
         if scale_BL is not None:

@@ -21,6 +21,7 @@ from transxssm_jax.inference.packed_linear import (
     with_bias,
 )
 from transxssm_jax.model.convolution import convolve, skip
+from transxssm_jax.model.layers import head_norm
 from transxssm_jax.model.mamba2 import gated_rms_norm
 from transxssm_jax.model.rope import Rope
 
@@ -41,6 +42,7 @@ class PackedSSD:
         self.implementation = None if model.ssd_implementation == 'auto' else model.ssd_implementation
         self.chunk_size = model.ssd_chunk_size or None
         self.num_heads, self.has_conv, self.has_dt_bias = self.settings(model)
+        self.norms = ('b_norm', 'c_norm') if model.bc_norm else ()
         state_axes = ('batch', 'heads', None, None)
         self.cache_axes = (state_axes, ('batch', None, 'groups', None)) if self.has_conv else state_axes
         heads = self.num_heads // model.num_ssd_groups  # per group
@@ -53,7 +55,7 @@ class PackedSSD:
         return model.num_heads, model.ssd_encoding == 'conv1d_d', model.use_dt_bias
 
     def pack(self, params: dict) -> Weights:
-        weights = {name: params[name] for name in ('a_log', 'dt_bias', 'd_skip') if name in params} | {
+        weights = {name: params[name] for name in ('a_log', 'dt_bias', 'd_skip', *self.norms) if name in params} | {
             'in_proj': pack_projections(params['in_proj'], self.maps, self.model.num_ssd_groups),
             'out_proj': pack_linear(params['out_proj'], num_inputs=2),
         }
@@ -77,6 +79,7 @@ class PackedSSD:
             'in_proj': with_bias({'kernel': ('groups', None, 'embed')}, model, ('groups', None)),
             'out_proj': with_bias({'kernel': ('embed', 'heads', None)}, model, ('embed',)),
         }
+        axes |= {name: {'scale': (None,)} for name in self.norms}
         if self.has_dt_bias:
             axes['dt_bias'] = ('heads',)
         if self.has_conv:
@@ -112,7 +115,7 @@ class PackedSSD:
             last = jnp.sum(is_token_BL, axis=1, dtype=jnp.int32)[:, None] + jnp.arange(before)
             tail = jnp.take_along_axis(window, last[:, :, None, None], axis=1)
             u_BLGR = convolve(window, weights['conv']['taps'], weights['conv']['bias'])
-        x_BLHP, b_BLGN, c_BLGN = self._split(u_BLGR, scale_BL)
+        x_BLHP, b_BLGN, c_BLGN = self._split(weights, u_BLGR, scale_BL)
         y_BLHP, state_BHPN = rotary_ssd(
             x_BLHP,
             dt_BLH,
@@ -145,7 +148,7 @@ class PackedSSD:
             window = jnp.concatenate([tail, u_B1GR], axis=1)
             tail = window[:, 1:]
             u_B1GR = convolve(window, weights['conv']['taps'], weights['conv']['bias'])
-        x, b, c = self._split(u_B1GR, scale_BL)
+        x, b, c = self._split(weights, u_B1GR, scale_BL)
         rope_B = None if rope is None else tuple(table[:, 0] for table in rope)
         a_H = -jnp.exp(weights['a_log'])
         state_BHPN, y_BHP = rotary_ssd_step(state_BHPN, x[:, 0], dt[:, 0], a_H, b[:, 0], c[:, 0], rope_B)
@@ -168,10 +171,15 @@ class PackedSSD:
         z, u_BLGR, dt = jnp.split(joint, [gate, end], axis=-1)
         return x_BLD, z.astype(dtype), u_BLGR.astype(dtype), dt.reshape(*shape, -1)
 
-    def _split(self, u_BLGR, scale_BL):
+    def _split(self, weights, u_BLGR, scale_BL):
         """x [B, L, H, P], B and C [B, L, G, N] of the scan."""
         x, b, c = (self.widths[name] for name in CONVOLVED)
         x, b_BLGN, c_BLGN = jnp.split(u_BLGR, [x, x + b], axis=-1)
+        if self.norms:
+            b_BLGN, c_BLGN = (
+                head_norm(v, weights[name]['scale'], self.model.norm_epsilon)
+                for name, v in zip(self.norms, (b_BLGN, c_BLGN))
+            )
         if scale_BL is not None:
             c_BLGN = (c_BLGN * scale_BL[..., None, None]).astype(c_BLGN.dtype)
         return x.reshape(*u_BLGR.shape[:2], -1, self.model.head_dim), b_BLGN, c_BLGN

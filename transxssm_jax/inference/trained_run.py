@@ -28,6 +28,7 @@ class TrainedRun:
       config: that the checkpoint was trained with; with overrides, as changed by them.
       tokenizer: of the training data.
       params: nested dict of float32 arrays, in shards over `mesh`, or whole on the first device.
+      weights: of checkpoint.WEIGHTS, which of them `params` is.
       mesh: devices that share the work; None: the first device.
     """
 
@@ -37,6 +38,7 @@ class TrainedRun:
     tokenizer: object
     params: dict = dataclasses.field(repr=False)
     mesh: jax.sharding.Mesh | None = None
+    weights: str = 'trained'
 
     @property
     def config_digest(self) -> str:
@@ -55,6 +57,7 @@ def open_trained_run(
     *,
     overrides: dict[str, str] | None = None,
     flag: str = '--tokenizer',
+    weights: str = 'trained',
 ) -> TrainedRun:
     """Reads a checkpoint of a run; the tokenizer is read and checked before the parameters.
 
@@ -66,6 +69,7 @@ def open_trained_run(
         training data, and so the tokenizer, is now. mesh.data devices share
         the rows, mesh.tensor devices the heads and the vocabulary; without overrides one device does the work, whatever
         the mesh of training was.
+      weights: the 'trained' ones, or 'ema', their average over steps.
       flag: that errors name as the remedy for a missing or wrong tokenizer.
 
     Raises:
@@ -83,8 +87,8 @@ def open_trained_run(
     loaded = _load_tokenizer(workdir, config, tokenizer, flag)
     device_mesh = _mesh_of(used) if overrides else None
     with contextlib.nullcontext() if device_mesh is None else jax.set_mesh(device_mesh):
-        params, _, step = checkpoint.load_trained_step(workdir, step)
-    return TrainedRun(str(workdir), step, used, loaded, params, device_mesh)
+        params, _, step = checkpoint.load_trained_step(workdir, step, weights)
+    return TrainedRun(str(workdir), step, used, loaded, params, device_mesh, weights)
 
 
 def _load_tokenizer(workdir, config: Config, source: str, flag: str):

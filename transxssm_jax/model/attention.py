@@ -21,7 +21,7 @@ __all__ = ['Attention', 'save_attention_residuals']
 class Attention(nnx.Module):
     """softmax((R q)(R k)^T / sqrt(K)) v with grouped K and V, causal and within each document.
 
-    R is the identity where model.attention_encoding='none'.
+    R is the identity where model.attention_encoding='none'. With model.qk_norm every head of q and k passes an RMSNorm first.
     """
 
     def __init__(self, model: Model, *, rngs: nnx.Rngs):
@@ -32,6 +32,10 @@ class Attention(nnx.Module):
         self.out_proj = layers.Linear(
             heads, {'embed': model.d_model}, std=model.init_std, use_bias=model.use_bias, rngs=rngs
         )
+
+        if model.qk_norm:
+            self.q_norm = layers.HeadNorm('heads', model.head_dim, model.norm_epsilon)
+            self.k_norm = layers.HeadNorm('groups', model.head_dim, model.norm_epsilon)
 
     @staticmethod
     def rope_width(model: Model) -> int:
@@ -79,9 +83,14 @@ class Attention(nnx.Module):
           [B, L, D] in x's dtype, to be added to the residual stream.
         """
         q_BLHK, k_BLGK, v_BLGK = self.in_proj(x_BLD)
+        if hasattr(self, 'q_norm'):
+            # The backward pass of a norm needs its input, which then is what is kept: rotated it would be kept twice.
+            q_BLHK, k_BLGK, v_BLGK = (checkpoint_name(v, 'mixer_in') for v in (q_BLHK, k_BLGK, v_BLGK))
+            q_BLHK, k_BLGK = self.q_norm(q_BLHK), self.k_norm(k_BLGK)
         if rope is not None:
             q_BLHK, k_BLGK = rotate(q_BLHK, rope), rotate(k_BLGK, rope)
-        q_BLHK, k_BLGK, v_BLGK = (checkpoint_name(v, 'mixer_in') for v in (q_BLHK, k_BLGK, v_BLGK))
+        if not hasattr(self, 'q_norm'):
+            q_BLHK, k_BLGK, v_BLGK = (checkpoint_name(v, 'mixer_in') for v in (q_BLHK, k_BLGK, v_BLGK))
         if scale_BL is not None:
             q_BLHK = (q_BLHK * scale_BL[..., None, None]).astype(q_BLHK.dtype)
         y_BLHK = ring_attention(

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, Int32
 from transxssm_jax.config import Model
 from transxssm_jax.model import costs, layers, rope
 from transxssm_jax.model.attention import save_attention_residuals
+from transxssm_jax.model.loss import soft_cap
 from transxssm_jax.model.mixers import mixer_of
 from transxssm_jax.model.ssd import SSD_STATES
 from transxssm_jax.parallel import collectives
@@ -128,12 +129,12 @@ class LanguageModel(nnx.Module):
 
     @property
     def head_VD(self) -> jax.Array:
-        """float32 [V, D]; logits = hidden @ head_VD.T."""
+        """float32 [V, D]; logits = hidden @ head_VD.T, capped by `soft_cap` where model.logit_soft_cap says so."""
         return self.embedding[...] if self.model.tie_embeddings else self.head[...]
 
     def logits(self, *args, **kwargs) -> jax.Array:
         """float32 logits [B, L, V], whole; training never makes them (see loss.py). Arguments as `__call__`."""
-        return to_logits(self(*args, **kwargs), self.head_VD)
+        return to_logits(self(*args, **kwargs), self.head_VD, self.model.logit_soft_cap)
 
 
 def is_unrolled(model: Model, platform: str) -> bool:
@@ -155,11 +156,14 @@ def embed(table_VD: jax.Array, tokens_BL: jax.Array, dtype) -> jax.Array:
     return collectives.all_reduce(x_BLD, 'vocab')
 
 
-def to_logits(hidden_BLD: jax.Array, head_VD: jax.Array) -> jax.Array:
-    """float32 [B, L, V], whole on every device. Not differentiable where the mesh shards the vocabulary."""
+def to_logits(hidden_BLD: jax.Array, head_VD: jax.Array, cap: float) -> jax.Array:
+    """float32 [B, L, V], whole on every device, capped (`loss.soft_cap`).
+
+    Not differentiable where the mesh shards the vocabulary.
+    """
     head_VD = collectives.all_gather_params(head_VD, ('vocab', 'embed'), hidden_BLD.dtype)
     logits_BLV = jnp.einsum('BLD,VD->BLV', hidden_BLD, head_VD, preferred_element_type=jnp.float32)
-    return collectives.all_gather(logits_BLV, 'vocab', axis=-1)
+    return collectives.all_gather(soft_cap(logits_BLV, cap), 'vocab', axis=-1)
 
 
 def positions(tokens_BL: jax.Array) -> jax.Array:

@@ -33,6 +33,28 @@ def rms_norm(x_BLD: jax.Array, scale_D: jax.Array, epsilon: float) -> jax.Array:
     return checkpoint_name((x32_BLD * inverse_rms * scale_D).astype(x_BLD.dtype), 'norm_out')
 
 
+class HeadNorm(nnx.Module):
+    """RMSNorm of each head's, or each group's, own vector: x [B, L, heads, width], one scale [width] for all of them.
+
+    Args:
+      axis: logical axis of the heads or groups. Where the mesh shards it, the scale's gradient is of all shards.
+      width: of a vector.
+    """
+
+    def __init__(self, axis: str, width: int, epsilon: float):
+        self.axis, self.epsilon = axis, epsilon
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32), axes=(None,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return head_norm(x, collectives.copy_to_tensor_parallel(self.scale[...], self.axis), self.epsilon)
+
+
+def head_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """See `HeadNorm`; in float32, in x's dtype. Its input is kept for the backward pass and not its statistics."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon) * scale).astype(x.dtype)
+
+
 class Linear(nnx.Module):
     """A linear map between groups of axes, e.g. D -> (H, P), with float32 parameters.
 

@@ -13,8 +13,19 @@ from transxssm_jax.parallel import collectives
 IGNORED = -1  # target of a position where nothing is predicted
 
 
+def soft_cap(logits: jax.Array, cap: float) -> jax.Array:
+    """cap * tanh(logits / cap), between -cap and cap (Gemma 2, 2024); the logits as they are for a cap of 0."""
+    return cap * jnp.tanh(logits / cap) if cap else logits
+
+
 def next_token_loss(
-    hidden_BLD: jax.Array, head_VD: jax.Array, targets_BL: jax.Array, *, z_loss: float, chunk_tokens: int
+    hidden_BLD: jax.Array,
+    head_VD: jax.Array,
+    targets_BL: jax.Array,
+    *,
+    z_loss: float,
+    chunk_tokens: int,
+    logit_soft_cap: float = 0.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Summed loss of every position whose target is not IGNORED.
 
@@ -29,27 +40,28 @@ def next_token_loss(
       targets_BL: int32, the next token or IGNORED.
       z_loss: weight of log(sum(exp(logits)))^2, added to the loss.
       chunk_tokens: tokens per device whose logits exist at a time.
+      logit_soft_cap: see `soft_cap`.
 
     Returns:
       (objective, sums): objective = sum of cross-entropy + z_loss * lse^2 in
       nats, float32, differentiable in hidden and head; sums = float32 scalars
       without gradient: 'nll' (cross-entropy alone) and 'tokens' (how many).
     """
-    objective, nll, tokens = _loss(hidden_BLD, head_VD, targets_BL, z_loss, chunk_tokens)
+    objective, nll, tokens = _loss(hidden_BLD, head_VD, targets_BL, z_loss, chunk_tokens, logit_soft_cap)
     return objective, jax.lax.stop_gradient({'nll': nll, 'tokens': tokens})
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _loss(hidden_BLD, head_VD, targets_BL, z_loss, chunk_tokens):
-    return _in_chunks(hidden_BLD, head_VD, targets_BL, z_loss, chunk_tokens, with_gradient=False)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _loss(hidden_BLD, head_VD, targets_BL, z_loss, chunk_tokens, cap):
+    return _in_chunks(hidden_BLD, head_VD, targets_BL, z_loss, chunk_tokens, cap, with_gradient=False)
 
 
-def _loss_forward(hidden_BLD, head_VD, targets_BL, z_loss, chunk_tokens):
-    *sums, d_hidden, d_head = _in_chunks(hidden_BLD, head_VD, targets_BL, z_loss, chunk_tokens, with_gradient=True)
+def _loss_forward(hidden_BLD, head_VD, targets_BL, z_loss, chunk_tokens, cap):
+    *sums, d_hidden, d_head = _in_chunks(hidden_BLD, head_VD, targets_BL, z_loss, chunk_tokens, cap, with_gradient=True)
     return tuple(sums), (d_hidden, d_head)
 
 
-def _loss_backward(z_loss, chunk_tokens, residuals, cotangents):
+def _loss_backward(z_loss, chunk_tokens, cap, residuals, cotangents):
     d_hidden, d_head = residuals
     scale = cotangents[0]
     return d_hidden * scale.astype(d_hidden.dtype), d_head * scale.astype(d_head.dtype), None
@@ -58,7 +70,7 @@ def _loss_backward(z_loss, chunk_tokens, residuals, cotangents):
 _loss.defvjp(_loss_forward, _loss_backward)
 
 
-def _in_chunks(hidden, head, targets, z_loss, chunk_tokens, with_gradient):
+def _in_chunks(hidden, head, targets, z_loss, chunk_tokens, cap, with_gradient):
     """Sums, and the gradients where asked for; `head` may hold this device's rows of the vocabulary only."""
     dtype = hidden.dtype
     weights_VD = head.astype(dtype)
@@ -75,7 +87,7 @@ def _in_chunks(hidden, head, targets, z_loss, chunk_tokens, with_gradient):
     def one_chunk(carry, inputs):
         x_TD, target_T = inputs
         objective, nll, tokens, d_head_VD = carry
-        logits_TV = jnp.einsum('TD,VD->TV', x_TD, weights_VD, preferred_element_type=jnp.float32)
+        logits_TV = soft_cap(jnp.einsum('TD,VD->TV', x_TD, weights_VD, preferred_element_type=jnp.float32), cap)
         top_T = collectives.all_reduce_max(jnp.max(logits_TV, axis=-1), 'vocab')
         lse_T = top_T + jnp.log(collectives.all_reduce(jnp.sum(jnp.exp(logits_TV - top_T[:, None]), axis=-1), 'vocab'))
         is_target_TV = jnp.arange(num_rows_V)[None, :] == (target_T - first_V)[:, None]
@@ -90,6 +102,8 @@ def _in_chunks(hidden, head, targets, z_loss, chunk_tokens, with_gradient):
         # d objective / d logits = softmax (1 + 2 z lse) - onehot(target).
         share_T = (1 + 2 * z_loss * lse_T)[:, None]
         d_logits_TV = jnp.exp(logits_TV - lse_T[:, None]) * share_T - is_target_TV
+        if cap:  # through the tanh, whose value is logits / cap
+            d_logits_TV *= 1 - jnp.square(logits_TV / cap)
         d_logits_TV = (d_logits_TV * counted_T[:, None]).astype(dtype)
         d_head_VD += jnp.einsum('TV,TD->VD', d_logits_TV, x_TD, preferred_element_type=jnp.float32)
         d_x_TD = jnp.einsum('TV,VD->TD', d_logits_TV, weights_VD, preferred_element_type=jnp.float32).astype(dtype)

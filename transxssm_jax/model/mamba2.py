@@ -24,7 +24,8 @@ class Mamba2(nnx.Module):
     """x, b, c = conv(maps of u);  h_t = exp(dt_t a) h_{t-1} + dt_t x_t b_t^T;  out(norm((h_t c_t + d x_t) * silu(z_t))).
 
     As the reference module of mamba_ssm with norm_before_gate=False: the gated RMSNorm is over the heads of one group of B
-    and C. a, dt and its bias start as those of `RotarySSD`, d at 1.
+    and C. a, dt and its bias start as those of `RotarySSD`, d at 1. With model.bc_norm, b and c of every group pass an RMSNorm
+    behind the convolution.
     """
 
     def __init__(self, model: Model, *, rngs: nnx.Rngs):
@@ -45,6 +46,8 @@ class Mamba2(nnx.Module):
         self.a_log = nnx.Param(ssd.initial_a_log(model, H, rngs), axes=('heads',))
         self.dt_bias = nnx.Param(ssd.initial_dt_bias(model, H, rngs), axes=('heads',))
         self.d_skip = nnx.Param(jnp.ones((H,), jnp.float32), axes=('heads',))
+        if model.bc_norm:
+            self.b_norm, self.c_norm = ssd.group_norms(model)
 
     @staticmethod
     def rope_width(model: Model) -> int:
@@ -100,6 +103,8 @@ class Mamba2(nnx.Module):
         z_BLHP, *maps = (checkpoint_name(v, 'mixer_in') for v in maps)
         dt_BLH = jax.nn.softplus(checkpoint_name(dt_BLH + self.dt_bias[...], 'mixer_in'))
         x_BLHP, b_BLGN, c_BLGN = self.conv(maps, segment_ids_BL)
+        if hasattr(self, 'b_norm'):
+            b_BLGN, c_BLGN = self.b_norm(b_BLGN), self.c_norm(c_BLGN)
         y_BLHP = rotary_ssd_in_context(
             x_BLHP,
             dt_BLH,

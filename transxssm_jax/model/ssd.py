@@ -38,6 +38,8 @@ class RotarySSD(nnx.Module):
 
     That is model.ssd_encoding='rope'. Of the paper's table 2: with 'decay_only' R is the identity, and with 'conv1d_d' too,
     but x, b and c pass Mamba-2's convolution, and y_t = h_t c_t + d x_t.
+
+    With model.bc_norm, b and c of every group pass an RMSNorm before they rotate.
     """
 
     def __init__(self, model: Model, *, rngs: nnx.Rngs):
@@ -57,6 +59,8 @@ class RotarySSD(nnx.Module):
             inputs = {name: axes for name, axes in maps.items() if name != 'dt'}
             self.conv = CausalConvolution(model.conv_width, inputs, rngs=rngs)
             self.d_skip = nnx.Param(jnp.ones((model.num_heads,), jnp.float32), axes=('heads',))
+        if model.bc_norm:
+            self.b_norm, self.c_norm = group_norms(model)
 
     @staticmethod
     def rope_width(model: Model) -> int:
@@ -118,6 +122,8 @@ class RotarySSD(nnx.Module):
         dt_BLH = jax.nn.softplus(checkpoint_name(dt_BLH, 'mixer_in'))
         if hasattr(self, 'conv'):
             x_BLHP, b_BLGN, c_BLGN = self.conv((x_BLHP, b_BLGN, c_BLGN), segment_ids_BL)
+        if hasattr(self, 'b_norm'):
+            b_BLGN, c_BLGN = self.b_norm(b_BLGN), self.c_norm(c_BLGN)
         if scale_BL is not None:
             c_BLGN = (c_BLGN * scale_BL[..., None, None]).astype(c_BLGN.dtype)
         y_BLHP = rotary_ssd_in_context(
@@ -149,6 +155,12 @@ def initial_a_log(model: Model, num_heads: int, rngs: nnx.Rngs) -> jax.Array:
 def initial_dt_bias(model: Model, num_heads: int, rngs: nnx.Rngs) -> jax.Array:
     """float32 [H] whose softplus is log-uniform in [dt_min, dt_max]."""
     return layers.inverse_softplus(layers.log_uniform(rngs.params(), (num_heads,), model.dt_min, model.dt_max))
+
+
+def group_norms(model: Model) -> tuple[layers.HeadNorm, layers.HeadNorm]:
+    """The norms of B and C."""
+    b_norm, c_norm = (layers.HeadNorm('groups', model.d_state, model.norm_epsilon) for _ in 'bc')
+    return b_norm, c_norm
 
 
 def scan_flops(H: int, P: int, G: int, N: int) -> int:

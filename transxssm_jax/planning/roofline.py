@@ -16,14 +16,13 @@ from transxssm_jax.model import costs, parameters
 from transxssm_jax.model.costs import row_attended
 from transxssm_jax.model.layer_costs import BFLOAT16, FLOAT32
 from transxssm_jax.parallel import mesh
+from transxssm_jax.training import muon
 from transxssm_jax.training.gradient import reduction_dtypes
 
 
 def _leaves(config: Config, sizes: dict[str, int]):
     """(elements over all devices, mesh axes that shard it) of every parameter."""
-    # Remat changes no parameter, and a search varies it.
-    settings = ('none' if f.name == 'remat' else getattr(config.model, f.name) for f in dataclasses.fields(Model))
-    for elements, axes in _parameters(*settings):
+    for elements, axes in _parameters(*_settings(config.model)):
         yield elements, {axis for axis in axes if sizes[axis] > 1}
 
 
@@ -58,7 +57,8 @@ def min_comm_bytes(config: Config, sizes: dict[str, int]) -> dict[str, float]:
     parameters: matrices sharded over fsdp are all-gathered for the forward and for the backward pass, in bfloat16, in
     each microbatch. gradients: see `gradient_bytes`; in bfloat16, with one microbatch and fsdp alone, these two are 3 x
     parameters. activations: the all-reduces of tensor, two forward and two backward per layer, one each for embedding
-    and head. Then, by kind of layer, what the mixers hand over along context (`LayerCosts.handed_over`).
+    and head. Then, by kind of layer, what the mixers hand over along context (`LayerCosts.handed_over`). muon, where it is
+    the optimizer: momentum on its way to whole matrices, and back, in the way that sends less (`whole_matrices.choose`).
     """
     model, microbatches = config.model, config.train.num_microbatches
     f, c, t = sizes['fsdp'], sizes['context'], sizes['tensor']
@@ -75,7 +75,32 @@ def min_comm_bytes(config: Config, sizes: dict[str, int]) -> dict[str, float]:
     for _, count, layer in costs.layer_costs(model):
         sent = rows * count * layer.context_bytes(c, tokens_per_shard) / t
         result[layer.handed_over] = result.get(layer.handed_over, 0.0) + sent
+    if config.optimizer.name == 'muon':
+        result['muon'] = costs.dtype_bytes(model) * sum(stack.choice.sent for stack in _muon_stacks(config, sizes))
     return result
+
+
+def _muon_stacks(config: Config, sizes: dict[str, int]) -> list[muon.Stack]:
+    return _stacks(tuple(sizes.items()), *_settings(config.model))
+
+
+@functools.cache
+def _stacks(sizes, *settings):
+    return muon.stacks(Model(*settings), dict(sizes))
+
+
+def _settings(model: Model):
+    """The model's settings, but one remat for all: it changes no parameter, and a search varies it."""
+    return ('none' if f.name == 'remat' else getattr(model, f.name) for f in dataclasses.fields(Model))
+
+
+def state_copies_bytes(config: Config, sizes: dict[str, int]) -> int:
+    """Bytes of a device's state: parameters, two moments of each, of Muon's matrices one, and their average."""
+    copies = 3 + (config.optimizer.ema_decay > 0)
+    total = copies * params_per_device(config, sizes)
+    if config.optimizer.name == 'muon':
+        total -= sum(stack.elements // stack.devices for stack in _muon_stacks(config, sizes))
+    return FLOAT32 * total
 
 
 def gradient_bytes(config: Config, sizes: dict[str, int], dtypes: dict[str, str] | None = None) -> dict[str, float]:
@@ -134,6 +159,11 @@ def executed_flops_by_unit(config: Config, sizes: dict[str, int]) -> dict[str, f
         added = layer.context_flops if sizes['context'] > 1 else 0
         result['matmul'] += count * (matmul_again - 3 * forward)
         result[kind] = count * (3 * forward + kernel_again + added)
+    if config.optimizer.name == 'muon':  # on whole matrices, once a step
+        work = sum(muon.flops(stack) for stack in _muon_stacks(config, sizes))
+        result['matmul'] += (
+            work * (sizes['data'] * sizes['fsdp'] * sizes['context'] * sizes['tensor']) / config.tokens_per_step
+        )
     return result
 
 
@@ -143,7 +173,7 @@ def executed_flops_by_unit(config: Config, sizes: dict[str, int]) -> dict[str, f
 def min_memory_bytes(config: Config, sizes: dict[str, int]) -> dict[str, float]:
     """Bytes that a device holds when the backward pass begins, by what they are; a compiled step needs more.
 
-    state: parameters and two moments, float32. gradients: float32. saved: what model.remat keeps of every layer. head:
+    state: see `state_copies_bytes`. gradients: float32. saved: what model.remat keeps of every layer. head:
     the gathered embedding, its gradient that is summed over microbatches, and the logits of one chunk of the loss.
     """
     model, train, t = config.model, config.train, sizes['tensor']
@@ -155,7 +185,7 @@ def min_memory_bytes(config: Config, sizes: dict[str, int]) -> dict[str, float]:
     saved = per_token * tokens
     if costs.remat_of(model).weights:
         saved += costs.dtype_bytes(model) * params * sizes['fsdp']
-    return dict(state=3 * FLOAT32 * params, gradients=FLOAT32 * params, saved=saved, head=head)
+    return dict(state=state_copies_bytes(config, sizes), gradients=FLOAT32 * params, saved=saved, head=head)
 
 
 def min_hbm_bytes(config: Config, sizes: dict[str, int]) -> float:
@@ -167,7 +197,8 @@ def min_hbm_bytes(config: Config, sizes: dict[str, int]) -> float:
     model, microbatches, t = config.model, config.train.num_microbatches, sizes['tensor']
     params = params_per_device(config, sizes)
     gathered = params * sizes['fsdp']
-    update = (6 * FLOAT32 + 2 * FLOAT32) * params  # p, mu, nu read and written; gradients written and read
+    # The state read and written; gradients written and read.
+    update = 2 * state_copies_bytes(config, sizes) + 2 * FLOAT32 * params
     weights = microbatches * (2 * 2 * BFLOAT16 + 2 * BFLOAT16) * gathered  # written and read twice; their gradients
     size, D, F = costs.dtype_bytes(model), model.d_model, model.d_mlp / t
     activations = 0.0

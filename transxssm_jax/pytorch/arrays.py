@@ -73,6 +73,8 @@ def write_first(workdir: pathlib.Path, params: dict[Path, LazyArray], config: Co
         'params': nnx.traversals.unflatten_mapping(params),
         'opt_state': _init_opt_state(config, params),
     }
+    if config.optimizer.ema_decay:  # the average of what is there so far
+        state['ema'] = state['params']
     # A chunk of the file holds one layer, so that no more than it is encoded at a time; small arrays are one chunk.
     layers = {leaf: leaf.nbytes // math.prod(leaf.shape[:2]) for leaf in jax.tree.leaves(state) if len(leaf.shape) > 2}
     layouts = jax.tree.map(

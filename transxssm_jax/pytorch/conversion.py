@@ -176,6 +176,7 @@ def export_pytorch(
     out: pathlib.Path | str,
     *,
     step: int = -1,
+    weights: str = 'trained',
     tokenizer: str = '',
     max_shard_bytes: int = 5 * 10**9,
     dtype: str = 'float32',
@@ -186,6 +187,7 @@ def export_pytorch(
     Args:
       workdir: of the run; @STEP, @best or @latest may follow.
       step: which checkpoint; -1: the newest that can be read.
+      weights: of checkpoint.WEIGHTS.
       tokenizer: a tokenizers json file to go with it, or a prepared directory that has one; '': that of the run's
         data.path.
       max_shard_bytes: of tensors in one file.
@@ -205,7 +207,7 @@ def export_pytorch(
         raise ConvertError(
             f'--output={out} holds a {taken[0]} already, which would be overwritten; choose another directory'
         )
-    params, config = checkpoint.find_params(workdir, step)
+    params, config = checkpoint.find_params(workdir, step, weights)
     config = config_lib.replace(config, overrides or {})
     check_exportable(config.model)
     ours, model = config.model, pytorch_model(config.model)
@@ -279,8 +281,8 @@ def _tokenizer_for_export(tokenizer: str, config: Config, notes: list[str]) -> B
 
 def _read_array(state: pathlib.Path, path: Path) -> np.ndarray:
     """One float32 array of the parameters; nothing else is read."""
-    item = nnx.traversals.unflatten_mapping({('params', *path): 0})
-    restore_args = nnx.traversals.unflatten_mapping({('params', *path): ocp.RestoreArgs(restore_type=np.ndarray)})
+    item = nnx.traversals.unflatten_mapping({(state.name, *path): 0})
+    restore_args = nnx.traversals.unflatten_mapping({(state.name, *path): ocp.RestoreArgs(restore_type=np.ndarray)})
     arguments = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
     try:
         restored = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(state, arguments)
@@ -289,7 +291,7 @@ def _read_array(state: pathlib.Path, path: Path) -> np.ndarray:
             f'{"/".join(path)} in {state} cannot be read ({str(error).splitlines()[0][:200]}); export another '
             'checkpoint with --step'
         ) from error
-    return nnx.traversals.flatten_mapping(restored)[('params', *path)]
+    return nnx.traversals.flatten_mapping(restored)[(state.name, *path)]
 
 
 def _with_memory(tensor: Tensor, array: np.ndarray, rates: dict[str, np.ndarray]) -> np.ndarray:

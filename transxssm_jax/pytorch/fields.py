@@ -206,6 +206,15 @@ def pytorch_model(model: Model) -> Model:
                 f'model.{name}={getattr(model, name)!r} has no place in the published format, where both kinds of layers '
                 'rotate; this run cannot be exported'
             )
+    for name, kinds in (
+        ('qk_norm', {'attention'}),
+        ('bc_norm', {'ssd'}),
+        ('logit_soft_cap', set(model.layer_pattern)),
+    ):
+        if getattr(model, name) and kinds & set(model.layer_pattern):
+            raise ConvertError(
+                f'model.{name}={getattr(model, name)} has no place in the published format; this run cannot be exported to it'
+            )
     if not model.d_mlp:
         raise ConvertError('model.d_mlp=0 has no place in the published format, where every layer has an MLP')
     kinds = model.layer_pattern

@@ -5,6 +5,7 @@ only when it is complete:
 
 - `params/` and `training/` (the step and the optimizer's state): plain nested dicts
   of arrays, written by Orbax; nothing of NNX is in them, so they outlive library upgrades;
+- `ema/`: the average of the parameters, where optimizer.ema_decay keeps one;
 - `config.json`: the config of the run; `data.json`: the position in its data;
 - `digests.json`: the format number, and the digest of every file above;
 - `metrics.json`: the evaluation loss, which may come later.
@@ -48,17 +49,23 @@ def check_fits(where: str, saved: Config, wanted: Config) -> None:
 # ---- reading what a run has trained ----------------------------------------
 
 
-def load_trained(workdir: pathlib.Path | str, step: int = -1) -> tuple[dict, Config]:
+WEIGHTS = ('trained', 'ema')  # of a checkpoint: the parameters, or their average
+
+
+def load_trained(workdir: pathlib.Path | str, step: int = -1, weights: str = 'trained') -> tuple[dict, Config]:
     """The parameters of a run and its config; see `load_trained_step`."""
-    return load_trained_step(workdir, step)[:2]
+    return load_trained_step(workdir, step, weights)[:2]
 
 
-def load_trained_step(workdir: pathlib.Path | str, step: int = -1) -> tuple[dict, Config, int]:
+def load_trained_step(
+    workdir: pathlib.Path | str, step: int = -1, weights: str = 'trained'
+) -> tuple[dict, Config, int]:
     """The parameters of a run; its optimizer state is not read.
 
     Args:
       workdir: directory of the run, which may be training; @STEP, @best or @latest may follow (run_reference.py).
       step: which checkpoint; -1: the newest that can be read.
+      weights: one of WEIGHTS.
 
     Returns:
       (params, config, step): float32 arrays as a nested dict, as `parameters.init_params` makes them, on the
@@ -72,8 +79,9 @@ def load_trained_step(workdir: pathlib.Path | str, step: int = -1) -> tuple[dict
     def read(path):
         digests = files.read_digests(path)
         config = files.read_config(path, digests)
-        params = files.read_group(path, 'params', {'params': step_lib.abstract_params(config)}, digests)
-        return params['params'], config, int(path.name)
+        group = _group_of(weights, config, path)
+        params = files.read_group(path, group, {group: step_lib.abstract_params(config)}, digests)
+        return params[group], config, int(path.name)
 
     return read_trained(workdir, step, read)
 
@@ -83,16 +91,26 @@ def load_config(workdir: pathlib.Path | str, step: int = -1) -> Config:
     return read_trained(workdir, step, lambda path: files.read_config(path, files.read_digests(path)))
 
 
-def find_params(workdir: pathlib.Path | str, step: int = -1) -> tuple[pathlib.Path, Config]:
-    """(directory of an Orbax tree {'params': ...} whose files were checked, config), to read array by array.
+def _group_of(weights: str, config: Config, path: pathlib.Path) -> str:
+    if weights == 'ema' and not config.optimizer.ema_decay:
+        raise CheckpointError(
+            f'checkpoint {path} has no average of the weights: the run had optimizer.ema_decay=0; use --weights=trained'
+        )
+    return 'ema' if weights == 'ema' else 'params'
+
+
+def find_params(workdir: pathlib.Path | str, step: int = -1, weights: str = 'trained') -> tuple[pathlib.Path, Config]:
+    """(directory of an Orbax tree {its name: ...} whose files were checked, config), to read array by array.
 
     Arguments and errors as `load_trained`.
     """
 
     def find(path):
         digests = files.read_digests(path)
-        digest.check(path, files.of_group(digests, 'params'))
-        return path / 'params', files.read_config(path, digests)
+        config = files.read_config(path, digests)
+        group = _group_of(weights, config, path)
+        digest.check(path, files.of_group(digests, group))
+        return path / group, config
 
     return read_trained(workdir, step, find)
 

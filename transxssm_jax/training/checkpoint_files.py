@@ -39,10 +39,10 @@ class CheckpointError(cli.UserError, RuntimeError):
 
 
 def grouped(state: dict) -> dict[str, dict]:
-    """The state in the groups that are stored apart, so that parameters are read and checked without the rest."""
-    groups = {'params': {}, 'training': {}}
+    """The state in the groups that are stored apart, so that weights are read and checked without the rest."""
+    groups = {'params': {}, 'training': {}, 'ema': {}}
     for name, value in state.items():
-        groups['params' if name == 'params' else 'training'][name] = value
+        groups[name if name in ('params', 'ema') else 'training'][name] = value
     return {group: part for group, part in groups.items() if part}
 
 

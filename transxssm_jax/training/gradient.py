@@ -110,6 +110,7 @@ def _loss_of_block(config: Config):
             batch['targets'],
             z_loss=config.optimizer.z_loss,
             chunk_tokens=config.train.loss_chunk_tokens,
+            logit_soft_cap=config.model.logit_soft_cap,
         )
 
     return loss

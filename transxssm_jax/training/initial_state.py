@@ -80,12 +80,14 @@ def create(
             shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted['opt_state'])
             opt_state = jax.jit(init, out_shardings=shardings)(params)
         step = jax.device_put(jnp.zeros((), jnp.int32), wanted['step'].sharding)
+        average = step_lib.average_in_shards(config, params)
     lines = [f'started from {config.train.init_what} of {source.reference}']
     lines += [
         f'  {path}: {rows:,} rows there, {size:,} here; the other {size - rows:,} are initialised as in a new model'
         for path, rows, size in grown
     ]
-    return {'step': step, 'params': params, 'opt_state': opt_state}, lines + _note_of_tokenizer(source.config, config)
+    state = {'step': step, 'params': params, 'opt_state': opt_state} | average
+    return state, lines + _note_of_tokenizer(source.config, config)
 
 
 # ---- what is there -----------------------------------------------------------

@@ -15,12 +15,13 @@ from transxssm_jax import config as config_lib
 from transxssm_jax.cli import ExitCode
 from transxssm_jax.config import Config, ConfigError
 from transxssm_jax.data.loader import Loader, WorkerLostError
-from transxssm_jax.data.tokenizer import load_tokenizer
 from transxssm_jax.parallel import mesh, processes
 from transxssm_jax.training import (
     announcement,
     checkpoint,
     compilation,
+    compilation_cache,
+    final_sample,
     initial_state,
     layer_health,
     lease,
@@ -28,6 +29,7 @@ from transxssm_jax.training import (
     run_directory,
     spikes,
     splits,
+    trackers,
 )
 from transxssm_jax.training import step as step_lib
 from transxssm_jax.training.evaluators import Evaluator, HeldOutLoss
@@ -35,8 +37,6 @@ from transxssm_jax.training.ledger import Ledger
 from transxssm_jax.training.profiler import ProfilerWindow
 from transxssm_jax.training.rescue import saved_if_data_fails
 from transxssm_jax.training.stopping import Stop, StopRequest
-
-PROMPT_TOKENS = 128  # of the document that the sample at the end continues
 
 log = logging.getLogger(__name__)
 
@@ -105,8 +105,10 @@ def train(
     config = initial_state.settle(config, workdir, open_weights)
     with contextlib.ExitStack() as stack:
         stack.enter_context(lease.hold(workdir))  # before anything is written there
+        where_compiled = stack.enter_context(compilation_cache.kept(config, workdir))
         run = open_run(config, workdir, stop, open_weights)
         stack.callback(close, run)
+        run.writers.print(where_compiled)
         with jax.set_mesh(run.mesh):
             compile_steps(run, fit)
             return train_to_the_end(run, sample)
@@ -118,6 +120,7 @@ def train(
 def check_input(config: Config) -> None:
     """Raises ConfigError or DataError for what can be known before the workdir is touched."""
     mesh.build(config)
+    trackers.check_installed(config)
     splits.check_data(config)
 
 
@@ -351,8 +354,9 @@ def is_evaluation_due(run: Run) -> bool:
 
 def evaluate(run: Run, evaluators: list[Evaluator]) -> None:
     """Runs the evaluators and writes one record of their metrics; nothing where the run is told to stop meanwhile."""
+    weights = step_lib.evaluated_weights(run.config, run.state)
     with saved_if_data_fails(run, save):
-        values = {name: value for evaluator in evaluators for name, value in evaluator.run(run.state['params'])}
+        values = {name: value for evaluator in evaluators for name, value in evaluator.run(weights)}
     if run.stop.exit_code:
         return
     run.evaluated_at, run.evaluation = run.step, values
@@ -411,33 +415,13 @@ def summarise(run: Run, sample: Callable) -> None:
             f'no sample: sampling takes one process; run python -m transxssm_jax.generate --workdir={run.workdir}'
         )
     elif run.config.train.sample_tokens:
-        print_sample(run, sample)
-    line = f'finished at step {run.step}'
-    if 'eval_loss' in run.evaluation:
+        final_sample.print_sample(run.config, run.mesh, run.state['params'], sample)
+    line, found = f'finished at step {run.step}', run.evaluation
+    if 'eval_loss' in found:
         line += (
-            f': evaluation loss {run.evaluation["eval_loss"]:.4f} nats a token, '
-            f'{run.evaluation["eval_bits_per_byte"]:.4f} bits a byte'
+            f': evaluation loss {found["eval_loss"]:.4f} nats a token, {found["eval_bits_per_byte"]:.4f} bits a byte'
         )
     run.writers.print(line)
-
-
-def print_sample(run: Run, sample: Callable) -> None:
-    """Continues the beginning of a split's first document."""
-    config = run.config
-    tokenizer = load_tokenizer(config.data.tokenizer_path)
-    split = next(iter(splits.eval_splits(config)), config.data.train_split)
-    with splits.open_split(config, run.mesh, split, seed=0, shuffle=False, repeat=False) as loader:
-        row = next(loader)
-    prompt = tokenizer.decode(row['tokens'][0][row['segment_ids'][0] == 1][:PROMPT_TOKENS])
-    text = sample(
-        run.state['params'],
-        config,
-        tokenizer,
-        prompt=prompt,
-        seed=config.train.seed,
-        num_tokens=config.train.sample_tokens,
-    )
-    print(f'--- from the {split} split ---\n{prompt}\n--- a sampled continuation ---\n{text[len(prompt) :]}\n---')
 
 
 def close(run: Run) -> None:

@@ -20,7 +20,7 @@ from transxssm_jax import config as config_lib
 from transxssm_jax.config import Config
 from transxssm_jax.data.manifest import Manifest
 from transxssm_jax.model import costs
-from transxssm_jax.training import health, splits
+from transxssm_jax.training import health, splits, trackers
 
 log = logging.getLogger(__name__)
 
@@ -194,7 +194,7 @@ class PendingMetrics:
 
 
 class Writers:
-    """Progress, WORKDIR/metrics.jsonl and WORKDIR/tensorboard; silent on all but process 0.
+    """Progress, WORKDIR/metrics.jsonl, WORKDIR/tensorboard and train.trackers; silent on all but process 0.
 
     Records of steps after first_step, left by a run that died beyond its last
     checkpoint, are dropped, so that metrics.jsonl and TensorBoard hold each step once.
@@ -216,6 +216,7 @@ class Writers:
         self._writers.append(records)
         if config.train.tensorboard:
             self._writers.append(TensorBoard(workdir / 'tensorboard', config, first_step))
+        self._writers += [Tracked(name, workdir, config) for name in config.train.tracker_names]
         self._progress = Progress(config, first_step)
 
     def has_evaluation(self, step: int) -> bool:
@@ -345,6 +346,19 @@ class TensorBoard:
 
     def close(self) -> None:
         self._writer.close()
+
+
+class Tracked:
+    """A service of train.trackers; it gets the metrics under TensorBoard's names."""
+
+    def __init__(self, name: str, workdir: pathlib.Path, config: Config):
+        self._tracker = trackers.InBackground(name, workdir, config)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self._tracker.write(step, {tag: value for name, value in values.items() if (tag := tensorboard_tag(name))})
+
+    def close(self) -> None:
+        self._tracker.close()
 
 
 GROUPS = {

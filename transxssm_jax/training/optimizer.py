@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import optax
 
 from transxssm_jax.config import Config
-
-DECAYED = ('kernel', 'embedding', 'head')  # matrices; never norms, biases, a_log, dt_bias or learned residuals
+from transxssm_jax.training import muon as muon_lib
+from transxssm_jax.training import parameter_groups
+from transxssm_jax.training.parameter_groups import decay_mask
 
 _COUNT = jax.tree_util.GetAttrKey('count')  # optax's field for the number of updates so far, which is the run's step
 
@@ -47,24 +48,50 @@ def by_updates(config: Config) -> optax.Schedule:
     return (lambda count: by_step(count - before)) if before else by_step
 
 
-def decay_mask(params):
-    """Tree of bool like params: whether weight decay applies."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)
-
-
 # ---- optimizers ------------------------------------------------------------
 
 
 def adamw(config: Config) -> optax.GradientTransformation:
     """Clipping by global norm, Adam, decoupled weight decay, learning rate."""
     o = config.optimizer
+    if o.of_group:
+        return optax.chain(_clip(config), optax.scale_by_adam(o.b1, o.b2, o.epsilon), *_decay_and_rate(config))
     return optax.chain(
-        optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else optax.identity(),
+        _clip(config),
         optax.adamw(by_updates(config), b1=o.b1, b2=o.b2, eps=o.epsilon, weight_decay=o.weight_decay, mask=decay_mask),
     )
 
 
-OPTIMIZERS = {'adamw': adamw}  # the choices of optimizer.name
+def muon(config: Config) -> optax.GradientTransformation:
+    """Clipping by global norm, Muon for the matrices of layers and Adam for the rest, decoupled weight decay, learning rate."""
+    o = config.optimizer
+
+    def labels(params):
+        return jax.tree_util.tree_map_with_path(lambda path, _: 'muon' if muon_lib.is_matrix(path) else 'adam', params)
+
+    parts = {'muon': muon_lib.scale_by_muon(config), 'adam': optax.scale_by_adam(o.b1, o.b2, o.epsilon)}
+    return optax.chain(_clip(config), optax.partition(parts, labels), *_decay_and_rate(config))
+
+
+OPTIMIZERS = {'adamw': adamw, 'muon': muon}  # the choices of optimizer.name
+
+
+def _clip(config: Config) -> optax.GradientTransformation:
+    norm = config.optimizer.clip_norm
+    return optax.clip_by_global_norm(norm) if norm else optax.identity()
+
+
+def _decay_and_rate(config: Config) -> tuple[optax.GradientTransformation, ...]:
+    """Weight decay, the factors of groups and the learning rate: the end of a chain."""
+    o = config.optimizer
+
+    def decay(updates, params):
+        return jax.tree.map(lambda u, p, decay: u + decay * p, updates, params, parameter_groups.decays(o, params))
+
+    def factor(updates, params):
+        return jax.tree.map(lambda u, factor: factor * u, updates, parameter_groups.factors(o, params))
+
+    return optax.stateless(decay), optax.stateless(factor), optax.scale_by_learning_rate(by_updates(config))
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:

@@ -2,7 +2,10 @@
 
 A state is a plain nested dict of arrays with stable names: {'step': int32
 scalar, 'params': {...}, 'opt_state': {...}}. What opt_state holds is the
-optimizer's own affair (optimizer.py).
+optimizer's own affair (optimizer.py). With optimizer.ema_decay there is 'ema' too, a
+tree like params: their average over steps, in which a step's weight falls by
+ema_decay with each later one; over the first steps the average is of fewer
+(`ema_decay_at`), so that it does not hold on to the initial values.
 """
 
 import functools
@@ -39,7 +42,25 @@ def init_state(config: Config, seed: int | jax.Array) -> State:
     """A fresh state; jit it with out_shardings=state_shardings(...) so that no device ever holds all of it."""
     params = init_params(config.model, seed)
     opt_state = optimizer.init(optimizer.make_optimizer(config), params)
-    return {'step': jnp.zeros((), jnp.int32), 'params': params, 'opt_state': opt_state}
+    return {'step': jnp.zeros((), jnp.int32), 'params': params, 'opt_state': opt_state} | first_average(config, params)
+
+
+def first_average(config: Config, params: dict) -> dict:
+    """{'ema': ...} of a state that begins with these parameters; {} where there is none."""
+    # Arrays of their own: a state that is donated holds none twice.
+    return {'ema': jax.tree.map(jnp.copy, params)} if config.optimizer.ema_decay else {}
+
+
+def average_in_shards(config: Config, params: dict) -> dict:
+    """`first_average` of parameters that are on the devices, in their shards."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+    shardings = {'ema': shardings} if config.optimizer.ema_decay else {}
+    return jax.jit(functools.partial(first_average, config), out_shardings=shardings)(params)
+
+
+def ema_decay_at(config: Config, step):
+    """The decay of the average at a step, counted from 0: optimizer.ema_decay, but (1 + step) / (10 + step) at most."""
+    return jnp.minimum(config.optimizer.ema_decay, (1.0 + step) / (10.0 + step))
 
 
 def create_state(config: Config, device_mesh: jax.sharding.Mesh) -> State:
@@ -54,7 +75,8 @@ def abstract_state(config: Config, device_mesh: jax.sharding.Mesh) -> State:
     shapes = jax.eval_shape(functools.partial(init_state, config), 0)
     params, replicated = param_shardings(config, device_mesh), mesh.sharding(device_mesh, ())
     opt_state = optimizer.like_params(shapes['opt_state'], shapes['params'], params, replicated)
-    return _with_shardings(shapes, {'step': replicated, 'params': params, 'opt_state': opt_state})
+    shardings = {'step': replicated, 'params': params, 'opt_state': opt_state}
+    return _with_shardings(shapes, shardings | ({'ema': params} if 'ema' in shapes else {}))
 
 
 def abstract_params(config: Config) -> dict:
@@ -113,6 +135,9 @@ def train_step(config: Config):
             'grad_norms': jax.tree_util.tree_map_with_path(_norm_by_layer, grads),
         }
         after = {'params': optax.apply_updates(params, updates), 'opt_state': opt_state}
+        if 'ema' in state:
+            decay = ema_decay_at(config, state['step'])
+            after['ema'] = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state['ema'], after['params'])
         if limits is not None:
             watched = jnp.stack([metrics['loss'], metrics['grad_norm']])
             is_good = jnp.all(jnp.isfinite(watched) & (watched <= limits))
@@ -124,6 +149,11 @@ def train_step(config: Config):
         return {'step': state['step'] + 1, **after}, metrics
 
     return step
+
+
+def evaluated_weights(config: Config, state: State) -> dict:
+    """Those that train.eval_weights names."""
+    return state['ema' if config.train.eval_weights == 'ema' else 'params']
 
 
 def _norm_by_layer(path, grad):

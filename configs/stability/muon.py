@@ -1,0 +1,9 @@
+"""Muon for the matrices of the layers; see ../stability_320m.py."""
+
+from transxssm_jax.config import start_from
+
+
+def get_config():
+    config = start_from(__file__, '../stability_320m.py')
+    config.optimizer.name = 'muon'
+    return config
