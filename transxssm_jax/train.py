@@ -22,7 +22,6 @@ if __name__ == '__main__':
 
 import contextlib
 import logging
-import pathlib
 import traceback
 
 import jax
@@ -33,7 +32,7 @@ from transxssm_jax.inference.generator import sample
 from transxssm_jax.parallel import processes
 from transxssm_jax.planning.fitting import fit
 from transxssm_jax.pytorch.conversion import open_weights
-from transxssm_jax.training import loop
+from transxssm_jax.training import loop, remote_workdir
 from transxssm_jax.training.stopping import StopRequest
 
 COMMAND = cli.Command(
@@ -43,9 +42,10 @@ COMMAND = cli.Command(
         Flag(
             'workdir',
             cli.REQUIRED,
-            'Directory of the run: config, checkpoints, metrics.',
+            'Directory of the run: config, checkpoints, metrics. s3://... and gs://... need no mount.',
             example='runs/a',
             is_path=True,
+            is_place=True,
         ),
         Flag(
             'init_from',
@@ -86,11 +86,11 @@ def _train(flags) -> int:
     try:
         flags.overrides |= {f'train.{name}': getattr(flags, name) for name in INIT_FLAGS if name in flags.given}
         config = config_lib.from_flags(flags)
-        workdir = pathlib.Path(flags.workdir)
         processes.join(**{name: getattr(flags, name) for name in HOST_FLAGS})
         if not processes.is_coordinator():
             logging.getLogger().setLevel(logging.ERROR)  # process 0 warns of what concerns all
-        exit_code = loop.train(config, workdir, stop, sample, open_weights, fit)
+        with remote_workdir.local(flags.workdir) as workdir:
+            exit_code = loop.train(config, workdir, stop, sample, open_weights, fit)
     except (Exception, KeyboardInterrupt) as error:
         exit_code = _end_all(error)
     processes.shutdown(exit_code)

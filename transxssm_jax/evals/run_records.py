@@ -35,6 +35,8 @@ WITHOUT_EFFECT = (
     'train.keep_last',
     'train.keep_best',
     'train.tensorboard',
+    'train.trackers',
+    'train.compilation_cache',
     'train.progress',
     'train.profile_start_step',
     'train.profile_steps',

@@ -4,8 +4,9 @@ import logging
 import math
 import pathlib
 
+from transxssm_jax.data import object_store
 from transxssm_jax.training import checkpoint_files as files
-from transxssm_jax.training import digest
+from transxssm_jax.training import digest, remote_workdir
 from transxssm_jax.training.checkpoint_files import CheckpointError
 
 NEWEST = -1  # as a step: the newest checkpoint that can be read
@@ -18,7 +19,7 @@ def resolve(run: pathlib.Path | str, step: int = NEWEST, flag: str = '--workdir'
 
     Args:
       run: a workdir, alone or with @STEP, @best (the lowest evaluation loss) or @latest behind it. A directory whose own
-        name ends so is taken as it is.
+        name ends so is taken as it is. Of one on an object store the checkpoint is fetched, and a local workdir returned.
       step: of a flag beside it; NEWEST: none is given.
       flag: what errors call the reference.
 
@@ -28,6 +29,8 @@ def resolve(run: pathlib.Path | str, step: int = NEWEST, flag: str = '--workdir'
     Raises:
       CheckpointError: the word behind @ is none of these, a step is given twice, or no checkpoint has an evaluation loss.
     """
+    if object_store.is_url(run):
+        return remote_workdir.fetch_checkpoint(str(run), step)
     base, at, word = str(run).rpartition('@')
     if not at or not base or pathlib.Path(run).is_dir() or not pathlib.Path(base).is_dir():
         return pathlib.Path(run), step
