@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from train_fixtures import prepare_bytes, records, train, write_config
+from train_fixtures import compiled_once, prepare_bytes, records, train, write_config
 
 from transxssm_jax import convert, generate
 from transxssm_jax.pytorch.conversion import open_weights
@@ -27,7 +27,8 @@ SETTINGS = dict(
 @pytest.fixture(scope='module')
 def config(tmp_path_factory):
     directory = tmp_path_factory.mktemp('ema')
-    return write_config(directory, prepare_bytes(directory))
+    with compiled_once(directory):
+        yield write_config(directory, prepare_bytes(directory))
 
 
 @pytest.fixture(scope='module')

@@ -9,7 +9,16 @@ import jax
 import numpy as np
 import pytest
 from store_fixtures import start_store
-from train_fixtures import before_saving, checkpoint_steps, losses, prepare_bytes, records, train, write_config
+from train_fixtures import (
+    before_saving,
+    checkpoint_steps,
+    compiled_once,
+    losses,
+    prepare_bytes,
+    records,
+    train,
+    write_config,
+)
 
 from transxssm_jax import convert, generate
 from transxssm_jax.data import object_store
@@ -28,7 +37,8 @@ def store():
 @pytest.fixture(scope='module')
 def config(tmp_path_factory):
     directory = tmp_path_factory.mktemp('remote')
-    return write_config(directory, prepare_bytes(directory))
+    with compiled_once(directory):
+        yield write_config(directory, prepare_bytes(directory))
 
 
 @pytest.fixture
@@ -49,7 +59,7 @@ def test_a_run_goes_on_from_the_store_on_another_machine(store, config, tmp_path
     result = train(config, url, **SETTINGS | dict(train__steps=4))
     assert result.code == 0, result
     names = object_store.Files(url).names()
-    assert remote_workdir.LEASE not in names and not any(name.startswith('compiled') for name in names)
+    assert remote_workdir.LEASE not in names
     assert {'config.json', 'metrics.jsonl'} <= set(names) and steps_there(url)[-1] == 4
     cache()
     result = train(config, url, **SETTINGS)
@@ -74,6 +84,8 @@ def test_what_is_saved_is_there_before_the_run_ends(store, config, cache):
     url, seen = 's3://runs/early', []
 
     def look(run):
+        (run.workdir / 'compiled').mkdir(exist_ok=True)
+        (run.workdir / 'compiled' / 'program').write_text('of this machine')
         deadline = time.monotonic() + 60
         while 2 not in steps_there(url) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -82,6 +94,7 @@ def test_what_is_saved_is_there_before_the_run_ends(store, config, cache):
     with before_saving(3, look):
         assert train(config, url, **SETTINGS).code == 0
     assert 2 in seen[0]
+    assert not [name for name in object_store.Files(url).names() if name.startswith('compiled')]
 
 
 def test_a_second_run_is_kept_out_and_a_lease_that_nobody_renews_is_not_heeded(store, config, cache):

@@ -6,7 +6,7 @@ import time
 
 import pytest
 from small import small_config
-from train_fixtures import prepare_bytes, train, write_config
+from train_fixtures import compiled_once, prepare_bytes, train, write_config
 
 from transxssm_jax import config as config_lib
 from transxssm_jax.training import metrics, trackers
@@ -40,7 +40,8 @@ def recorder(monkeypatch):
 @pytest.fixture(scope='module')
 def config(tmp_path_factory):
     directory = tmp_path_factory.mktemp('trackers')
-    return write_config(directory, prepare_bytes(directory))
+    with compiled_once(directory):
+        yield write_config(directory, prepare_bytes(directory))
 
 
 def test_a_resumed_run_goes_on_in_the_same_chart_and_sends_a_step_once(config, tmp_path, recorder):

@@ -83,6 +83,28 @@ def train(config, workdir, **settings) -> Result:
     return call(arguments(config, workdir, **settings))
 
 
+@contextlib.contextmanager
+def compiled_once(directory: pathlib.Path):
+    """Runs of this process keep what they compile in a directory, so that only the first of equal ones compiles."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    settings = {
+        'jax_compilation_cache_dir': str(directory / 'compiled'),
+        'jax_persistent_cache_min_compile_time_secs': 0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
 def call(argv: list[str]) -> Result:
     from transxssm_jax import train as train_lib
     from transxssm_jax.training import stopping

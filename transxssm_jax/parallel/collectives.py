@@ -3,7 +3,8 @@
 The programs that use parameters (train step, evaluation, prefill, decoding, scoring) are each one `shard_map`: they
 see one device's block of every array, and every collective is written out. Collectives stand where parameters are
 used (`model/layers.py`, the embedding, the loss) and where gradients leave the step; a mixer that is built from those
-layers contains none. Outside of `shard_map`, and on one device, each of them returns its argument.
+layers contains none. Those by which an optimizer comes to whole matrices are in whole_matrices.py. Outside of
+`shard_map`, and on one device, each of them returns its argument.
 """
 
 import contextlib
