@@ -116,6 +116,11 @@ class Model(Section):
     norm_epsilon: float = setting(1e-6, 'Added to the mean square in RMSNorm.', minimum=0.0)
     init_std: float = setting(0.02, 'Standard deviation of every initial matrix.', minimum=0.0)
     dtype: str = setting('bfloat16', 'Type of activations and matmul operands.', choices=('bfloat16', 'float32'))
+    quantization: str = setting(
+        'none',
+        "8-bit operands of the linear maps in training and evaluation: 'fp8' on Hopper, 'int8' on TPU v5e and v6e.",
+        choices=('none', 'fp8', 'int8'),
+    )
     remat: str = setting(
         'auto',
         "What the backward pass recomputes: nothing; all but matmul outputs ('dots': as XLA names them, 'matmuls': each once, "
@@ -274,7 +279,6 @@ class Train(Watch):
         'trained', 'Weights that are evaluated: the trained ones, or their average.', choices=('trained', 'ema')
     )
     tensorboard: bool = setting(True, 'Whether to write TensorBoard files to the workdir.')
-    trackers: str = setting('', "Services that get the metrics too, of 'wandb' and 'mlflow', with commas between.")
     compilation_cache: bool = setting(
         True, 'Whether what is compiled is kept in the workdir, so that a resumed run starts sooner.'
     )
@@ -282,11 +286,6 @@ class Train(Watch):
     profile_start_step: int = setting(0, 'First step of the profiler window.', minimum=0)
     profile_steps: int = setting(0, 'Steps in the profiler window; 0: no profile.', minimum=0)
     sample_tokens: int = setting(0, 'Tokens to sample when the run ends; 0: none.', minimum=0)
-
-    @property
-    def tracker_names(self) -> tuple[str, ...]:
-        """The services of `trackers`. ConfigError: an unknown one."""
-        return settings.words('train.trackers', self.trackers, ('wandb', 'mlflow'))
 
     @property
     def num_microbatches(self) -> int:

@@ -1,11 +1,11 @@
-"""Settings of what watches over a run: spikes, the health of its layers, and checkpoints that are kept for good.
+"""Settings of what watches over a run: spikes, the health of its layers, trackers, checkpoints that are kept for good.
 
 They are settings of the section `train` (config.py).
 """
 
 import dataclasses
 
-from transxssm_jax.settings import Section, setting
+from transxssm_jax.settings import Section, setting, words
 
 
 @dataclasses.dataclass
@@ -33,3 +33,9 @@ class Watch(Section):
     keep_every_steps: int = setting(
         0, 'A checkpoint whose step is a multiple of this is kept for good; 0: none is.', minimum=0
     )
+    trackers: str = setting('', "Services that get the metrics too, of 'wandb' and 'mlflow', with commas between.")
+
+    @property
+    def tracker_names(self) -> tuple[str, ...]:
+        """The services of `trackers`. ConfigError: an unknown one."""
+        return words('train.trackers', self.trackers, ('wandb', 'mlflow'))
