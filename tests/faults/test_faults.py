@@ -8,15 +8,17 @@ kills a run a hundred times (`--fault_kills=N` another number), strikes it withi
 """
 
 import collections
-import pathlib
+import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 from harness import BEFORE_THE_FIRST_STEP, WITHIN, Start, Strike, assert_same, kill_until_finished, run
-from train_fixtures import checkpoint_steps, prepare_bytes, write_config
+from train_fixtures import ROOT, arguments, checkpoint_steps, prepare_bytes, write_config
 
 
 @pytest.fixture(scope='module')
@@ -121,12 +123,6 @@ def test_struck_within_every_part(config, undisturbed, tmp_path, within, number)
 
 
 def test_a_signal_while_python_imports_ends_quietly(config, tmp_path):
-    import os
-    import subprocess
-    import sys
-
-    from train_fixtures import ROOT, arguments
-
     command = [
         sys.executable,
         '-X',
@@ -267,6 +263,26 @@ def test_a_loader_that_hangs_is_given_up(config, undisturbed, tmp_path):
     assert_same(tmp_path / 'run', undisturbed[0])
 
 
+def slow() -> None:
+    """The loader takes its time for every batch."""
+    from transxssm_jax.data import loader
+
+    original = loader._Batches.__getitem__
+
+    def read(self, item):
+        time.sleep(random.uniform(0, 0.2))
+        return original(self, item)
+
+    loader._Batches.__getitem__ = read
+
+
+@pytest.mark.faults
+def test_a_slow_loader_changes_no_number(config, undisturbed, tmp_path):
+    ended = run(config, tmp_path / 'run', patch=('test_faults', 'slow'))
+    assert ended.code == 0 and 'goodput' in ended.out, ended
+    assert_same(tmp_path / 'run', undisturbed[0])
+
+
 def stall() -> None:
     """Step 10 never comes back, as where another host does not enter its collective."""
     from transxssm_jax.training import metrics
@@ -290,7 +306,3 @@ def test_a_step_that_hangs_ends_the_run(config, undisturbed, tmp_path):
     assert len(errors) == 1 and 'start the same command again' in errors[0], ended
     assert run(config, tmp_path / 'run').code == 0
     assert_same(tmp_path / 'run', undisturbed[0])
-
-
-def test_the_harness_is_in_the_path_of_its_processes():
-    assert pathlib.Path(__file__).parent.name == 'faults'

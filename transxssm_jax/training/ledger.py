@@ -13,7 +13,8 @@ A line has
   batch_number: which batch of the data it was, from 0; where it is missing, the number is step - 1 (batch_order.py);
   learning_rate, loss (nats per token), grad_norm, update_norm, param_norm (before the step): of the whole run, in every
     process the same; null where not finite;
-  config, code, jax, device: digest of the config, version and digest of the code, version of jax, and the devices.
+  config, code, jax, device: digest of the config, version and digest of the code, version of jax, and the devices;
+  sum: XXH3-64 of the line before it, so that a damaged line is no line.
 
 A line is written when the metrics of its step are read, which the devices do not wait for. A run that goes on from a
 checkpoint drops the lines of later steps: they are taken again.
@@ -98,6 +99,12 @@ def circumstances(config: Config) -> dict[str, str]:
     }
 
 
+def sealed(line: dict) -> str:
+    """A line as it is written, with the digest of what is before it at its end."""
+    text = json.dumps({name: value for name, value in line.items() if name != 'sum'})
+    return f'{text[:-1]}, "sum": "{xxhash.xxh3_64_hexdigest(text.encode())}"}}\n'
+
+
 @functools.cache
 def code_version() -> str:
     """Version of the package, and a digest of its Python files, which changes with any of them."""
@@ -160,7 +167,7 @@ class Ledger:
         if scalars.get('skipped'):
             line['skipped'] = True
         with naming(self._path):
-            self._file.write(json.dumps(line) + '\n')
+            self._file.write(sealed(line))
             self._file.flush()
 
     def close(self) -> None:
@@ -254,6 +261,9 @@ def _step(raw: bytes) -> int:
 
 def _parse(raw: bytes) -> dict | None:
     """A line, or None where it is not one: the last of a killed run may be cut."""
+    text, seal, rest = raw.rpartition(b', "sum": "')
+    if not seal or xxhash.xxh3_64_hexdigest(text + b'}').encode() + b'"}\n' != rest:
+        return None
     try:
         line = json.loads(raw)
         ranges = [(first, stop) for first, stop in line['rows'] if 0 <= first < stop]

@@ -41,11 +41,13 @@ def open_workdir(workdir: pathlib.Path, config: Config) -> None:
 
 
 def saved_config(workdir: pathlib.Path) -> Config | None:
-    """The config of the run in a workdir; None where it has no checkpoint. Errors as those of `load_config`."""
+    """The config of the run in a workdir; None where it has no checkpoint. Errors as those of `load_config`.
+
+    It is that of a checkpoint, which has a digest; the workdir's own, which has none, is for people.
+    """
     if not files.steps_in(workdir / 'checkpoints'):
         return None
-    path = workdir / 'config.json'
-    return _read_config(path) if path.exists() else checkpoint.load_config(workdir)
+    return checkpoint.load_config(workdir)
 
 
 def check_same_on_all_processes(config: Config, loader: Loader) -> None:
