@@ -9,9 +9,10 @@ from process_fixtures import start_all
 from small import small_config
 from train_fixtures import arguments, losses, prepare_bytes, train, write_config
 
+from transxssm_jax import replay
 from transxssm_jax.config import replace
 from transxssm_jax.parallel import mesh
-from transxssm_jax.training import elastic, ledger
+from transxssm_jax.training import compilation, elastic, ledger
 
 # ---- microbatches ----------------------------------------------------------------
 
@@ -59,7 +60,7 @@ def config(tmp_path_factory):
     return write_config(directory, prepare_bytes(directory))
 
 
-SETTINGS = dict(data__global_batch=16, train__eval_every_steps=0, train__checkpoint_every_steps=2, train__keep_last=1)
+SETTINGS = dict(data__global_batch=16, train__eval_every_steps=0, train__checkpoint_every_steps=2, train__keep_last=3)
 
 
 def batches(workdir, process=0):
@@ -82,17 +83,19 @@ def on(devices, monkeypatch):
     monkeypatch.setattr(jax, 'device_count', lambda *args: devices)
 
 
-def test_devices_and_axes_may_change_at_every_start(config, eight, tmp_path, monkeypatch):
-    """8 -> 4 -> 1 devices over data, then fsdp -> tensor -> context."""
+DATA = [(8, dict(mesh__data=-1)), (4, dict(mesh__data=-1)), (1, dict(mesh__data=-1))]
+AXES = [
+    (8, dict(mesh__data=1, mesh__fsdp=8)),
+    (8, dict(mesh__data=4, mesh__tensor=2)),
+    (4, dict(mesh__data=1, mesh__context=4)),
+]
+
+
+@pytest.mark.parametrize(
+    'starts', [DATA, pytest.param([*DATA, *AXES], marks=pytest.mark.slow)], ids=['8 4 1', 'then fsdp tensor context']
+)
+def test_devices_and_axes_may_change_at_every_start(config, eight, tmp_path, monkeypatch, starts):
     workdir, said = tmp_path / 'run', []
-    starts = [
-        (8, dict(mesh__data=-1)),
-        (4, dict(mesh__data=-1)),
-        (1, dict(mesh__data=-1)),
-        (8, dict(mesh__data=1, mesh__fsdp=8)),
-        (8, dict(mesh__data=4, mesh__tensor=2)),
-        (4, dict(mesh__data=1, mesh__context=4)),
-    ]
     for number, (devices, axes) in enumerate(starts):
         with monkeypatch.context() as patch:
             on(devices, patch)
@@ -104,46 +107,60 @@ def test_devices_and_axes_may_change_at_every_start(config, eight, tmp_path, mon
         '8 data shards before, 4 now: the global batch stays 16 rows, in train.accumulation_steps=2 instead of 1',
         '4 data shards before, 1 now: the global batch stays 16 rows, in train.accumulation_steps=8 instead of 1',
     ]
-    assert batches(workdir) == batches(eight), 'token for token'
-    assert losses(workdir) == pytest.approx(losses(eight), rel=2e-5)
+    taken, wanted = batches(workdir), batches(eight)
+    assert taken == {step: wanted[step] for step in range(1, 2 * len(starts) + 1)}, 'token for token'
+    assert losses(workdir) == pytest.approx({step: losses(eight)[step] for step in taken}, rel=2e-5)
 
 
+def start_processes(config, workdir, processes, steps):
+    words = arguments(config, workdir, **SETTINGS, train__steps=steps, train__accumulation_steps=1)[1:]
+    ends = start_all(['-m', 'transxssm_jax.train', *words], processes, devices=1).finish()
+    assert [end.code for end in ends] == [0] * processes, ends
+    return ends[0].out
+
+
+def check_ledger(workdir, processes_of_step):
+    """Of every step there is a line of each process that the run then had; together they have read every row once."""
+    lines = ledger.read_lines(workdir, 1, len(processes_of_step))
+    assert [len(lines[step]) for step in lines] == processes_of_step
+    for step, own in lines.items():
+        rows = sorted(tuple(span) for line in own for span in line['rows'])
+        assert rows[0][0] == 0 and rows[-1][1] == 16
+        assert all(left[1] == right[0] for left, right in zip(rows, rows[1:]))
+        assert len({line['loss'] for line in own}) == 1, step
+
+
+@pytest.mark.slow
 def test_processes_may_change(config, eight, tmp_path):
     """4 processes -> 2: each reads rows of its own, and together they are those of the run with one."""
     workdir = tmp_path / 'run'
-
-    def run(processes, steps):
-        words = arguments(config, workdir, **SETTINGS, train__steps=steps, train__accumulation_steps=1)[1:]
-        ends = start_all(['-m', 'transxssm_jax.train', *words], processes, devices=1).finish()
-        assert [end.code for end in ends] == [0] * processes, ends
-        return ends[0].out
-
-    run(4, 4)
-    out = run(2, 6)
+    start_processes(config, workdir, 4, 4)
+    out = start_processes(config, workdir, 2, 6)
     assert (
         '4 data shards before, 2 now: the global batch stays 16 rows, in train.accumulation_steps=2 instead of 1' in out
     )
     assert losses(workdir) == pytest.approx({step: loss for step, loss in losses(eight).items() if step <= 6}, rel=2e-5)
-    # The ledger of several processes: of every step one line of each process that the run then had.
-    assert [sorted(batches(workdir, process)) for process in range(4)] == [[1, 2, 3, 4, 5, 6]] * 2 + [[1, 2, 3, 4]] * 2
-    lines = ledger.read_lines(workdir, 1, 6)
-    assert [len(lines[step]) for step in range(1, 7)] == [4, 4, 4, 4, 2, 2]
-    for step, own in lines.items():
-        rows = sorted(tuple(span) for line in own for span in line['rows'])
-        assert rows[0][0] == 0 and rows[-1][1] == 16
-        assert all(left[1] == right[0] for left, right in zip(rows, rows[1:])), 'each row is read by one process'
-        assert len({line['loss'] for line in own}) == 1, step
+    check_ledger(workdir, [4, 4, 4, 4, 2, 2])
     for process in range(2, 4):
         assert batches(workdir, process)[4][1] == [[4 * process, 4 * process + 4]]
 
-    from transxssm_jax import replay
 
-    words = ['--config.mesh.data=1', '--config.train.accumulation_steps=1', '--tolerance=1e-4']
-    with pytest.MonkeyPatch.context() as patch:
-        on(1, patch)
-        assert replay.main([f'--workdir={workdir}', '--step=6', *words]) == 0
-        path = workdir / 'ledger' / 'process-1.jsonl'
-        line = json.loads(path.read_text().splitlines()[4]) | {'batch': '0' * 16}
-        kept = path.read_text().splitlines(keepends=True)
-        path.write_text(''.join([*kept[:4], ledger.sealed(line), *kept[5:]]))
-        assert replay.main([f'--workdir={workdir}', '--step=6', *words]) == 4, 'the rows of every process are compared'
+def test_a_ledger_of_two_processes_is_replayed_by_one(config, tmp_path, monkeypatch):
+    workdir = tmp_path / 'run'
+    start_processes(config, workdir, 2, 4)
+    check_ledger(workdir, [2] * 4)
+    replayed = [f'--workdir={workdir}', '--step=4', '--config.mesh.data=1', '--tolerance=1e-4']
+    on(1, monkeypatch)
+    made, compile_step = [], compilation.compile_train_step
+    monkeypatch.setattr(
+        compilation,
+        'compile_train_step',
+        lambda *args: made[0] if made else made.append(compile_step(*args)) or made[0],
+    )
+    assert replay.main(replayed) == 0
+    path = workdir / 'ledger' / 'process-1.jsonl'
+    kept = path.read_text().splitlines(keepends=True)
+    path.write_text(''.join([*kept[:3], ledger.sealed(json.loads(kept[3]) | {'batch': '0' * 16})]))
+    assert replay.main(replayed) == 4, 'the rows of every process are compared'
+    path.write_text(''.join([*kept[:3], kept[3].replace('batch', 'bathc')]))
+    assert replay.main(replayed) == 0, 'a damaged line is no line; that of the other process is compared'

@@ -24,7 +24,7 @@ from transxssm_jax.training.phases import NAMES, Phases
 
 FILE = 'goodput.json'
 CAUSES = ('steps', 'lost', *NAMES[1:], 'waiting')
-_MOST_MARKS = 4096  # steps that the run may go back to
+_MOST_MARKS = 64  # the newest of the steps that the run may go back to
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,8 @@ class Goodput:
 
     def seconds(self) -> dict[str, float]:
         """Wall time by cause, over all starts."""
-        return {name: self._before[name] + self._phases.seconds().get(name, 0.0) for name in CAUSES}
+        own = self._phases.seconds()
+        return {name: self._before[name] + own.get(name, 0.0) for name in CAUSES}
 
     def record(self) -> dict[str, float]:
         """'goodput', a share, and 'time/CAUSE' in seconds, for a record of the metrics; writes the file."""

@@ -165,6 +165,8 @@ def open_run(
         wanted = step_lib.abstract_state(config, device_mesh)
         newest = max(processes.broadcast_from_0(checkpoints.steps()), default=0)
         restored = local.restore(wanted, newer_than=newest) or checkpoints.restore(wanted)
+        if restored and restored[0] < newest:  # the newest cannot be read
+            restored = local.restore(wanted, newer_than=restored[0]) or restored
     step, state, position = restored or (0, None, None)
     local.forget_after(step)
     next_batch = BatchOrder.of(position).batch(step + 1)
