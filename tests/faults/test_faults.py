@@ -176,8 +176,10 @@ def test_a_workdir_that_is_taken_away_ends_the_run_in_one_line(config, undisturb
     workdir = tmp_path / 'run'
     start = Start(config, workdir, train__steps=10**6)
     assert start.until(lambda: (workdir / 'checkpoints' / '8').exists())
-    kept = shutil.copytree(workdir, tmp_path / 'kept', ignore=shutil.ignore_patterns('*.partial', '*.tmp'))
-    shutil.rmtree(workdir, ignore_errors=True)
+    start.kill(signal.SIGSTOP)
+    kept = shutil.copytree(workdir, tmp_path / 'kept')
+    shutil.rmtree(workdir)
+    start.kill(signal.SIGCONT)
     ended = start.finish()
     assert ended.code == 2 and not ended.has_traceback, ended
     errors = [line for line in ended.err.splitlines() if line.startswith('error')]
