@@ -21,3 +21,5 @@ os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + (
 
 def pytest_addoption(parser):
     parser.addoption('--fuzz_examples', type=int, default=10_000, help='examples of each reader with -m fuzz')
+    parser.addoption('--fault_kills', type=int, default=100, help='kills of runs with -m faults')
+    parser.addoption('--fault_tries', type=int, default=1800, help='damaged files of each kind with -m faults')

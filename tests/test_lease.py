@@ -269,3 +269,13 @@ def test_a_second_trainer_is_refused_and_the_first_goes_on(tmp_path):
     assert first.code == 0, first
     assert not (tmp_path / 'w' / 'lease.json').exists()
     assert train(config, tmp_path / 'w', **settings).code == 0, 'it was released'
+
+
+def test_a_workdir_that_is_removed_ends_the_run(tmp_path):
+    lost = []
+    held = Lease(tmp_path / 'run', on_lost=lost.append, renew_seconds=0.01)
+    (tmp_path / 'run' / lease_lib.NAME).unlink()
+    (tmp_path / 'run').rmdir()
+    held._thread.join(60)
+    [message] = lost
+    assert 'was removed under the run' in message and not (tmp_path / 'run').exists()

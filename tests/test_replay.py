@@ -84,7 +84,7 @@ def lines(workdir, process=0):
 
 def write_lines(workdir, content, process=0):
     path = workdir / 'ledger' / f'process-{process}.jsonl'
-    path.write_text(''.join(json.dumps(line) + '\n' for line in content))
+    path.write_text(''.join(map(ledger.sealed, content)))
 
 
 def content(workdir):
@@ -185,12 +185,15 @@ def test_what_is_no_line_is_passed_over(run):
         b'[]',
         b'\xff',
         b'[' * 100_000,
-        *(json.dumps(good | change).encode() for change in BAD_VALUES),
-        *(json.dumps({name: value for name, value in good.items() if name != left}).encode() for left in good),
+        *(ledger.sealed(good | change).encode() for change in BAD_VALUES),
+        *(
+            ledger.sealed({name: value for name, value in good.items() if name != left}).encode()
+            for left in good.keys() - {'sum'}
+        ),
+        ledger.sealed(good).replace('batch', 'bathc').encode(),
+        json.dumps(good | {'sum': ''}).encode(),
     ]
-    (run / 'ledger' / 'process-0.jsonl').write_bytes(
-        b'\n'.join([*spoilt, json.dumps(good | {'step': 77}).encode(), b''])
-    )
+    (run / 'ledger' / 'process-0.jsonl').write_bytes(b'\n'.join([*spoilt, ledger.sealed(good | {'step': 77}).encode()]))
     assert list(ledger.read_lines(run, 77, 77)) == [77]
     with pytest.raises(ledger.LedgerError, match='no line of step 1; it has lines of steps 77 to 77$'):
         ledger.read_lines(run, 1, 1)
@@ -206,6 +209,8 @@ BAD_VALUES = [
     {'rows': 3},
     {'config': '../../x'},
     {'loss': '1'},
+    {'batch_number': -1},
+    {'batch_number': '3'},
 ]
 
 

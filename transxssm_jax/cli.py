@@ -421,12 +421,12 @@ def print_error(message, prefix: str = 'error: ') -> None:
         print(ascii(f'{prefix}{one_line(message)}')[1:-1], file=sys.stderr, flush=True)
 
 
-def start(module: str) -> None:
+def start(module: str, takes_signals: bool = False) -> None:
     """Imports a command's module by its real name, runs its main() and ends the process with its exit code.
 
-    To be called at the top of the module where it runs as __main__. During the imports, which take seconds, Ctrl-C and
-    schedulers' signals end the process at once and quietly: nothing has begun. Under its real name, classes of the module can be
-    pickled for worker processes. The environment that JAX reads when it is imported is set here, where it is not set yet.
+    To be called at the top of the module where it runs as __main__. During the imports (or until main takes_signals over) Ctrl-C
+    and schedulers' signals end the process at once and quietly: nothing has begun. Under its real name, classes of the module can
+    be pickled for worker processes. The environment that JAX reads when it is imported is set here, where it is not set yet.
     """
     # JAX takes three quarters of a GPU's memory unless it is told otherwise; a training step wants the rest too.
     os.environ.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.92')
@@ -443,6 +443,6 @@ def start(module: str) -> None:
     except UserError as error:
         print_error(error)
         sys.exit(error.exit_code)
-    for number, handler in handlers.items():
+    for number, handler in () if takes_signals else handlers.items():
         signal.signal(number, handler)
     sys.exit(main(sys.argv[1:]))

@@ -66,10 +66,16 @@ def check(config) -> None:
             f'{parts} = {optimizer.warmup_steps + decay_steps} must be at most '
             f'train.steps={train.steps}; lower {parts.split()[0]}'
         )
-    if train.spike_action == 'skip' and not train.max_spikes:
+    if train.spike_action != 'none' and not train.max_spikes:
+        does = 'skips step after step' if train.spike_action == 'skip' else 'goes back again and again'
         raise ConfigError(
-            "train.spike_action='skip' needs train.max_spikes of at least 1, so that a run that skips step after step "
+            f'train.spike_action={train.spike_action!r} needs train.max_spikes of at least 1, so that a run that {does} '
             f'ends; try {train.spike_window // 8}'
+        )
+    if bool(train.checkpoint_local_dir) != bool(train.checkpoint_local_every_steps):
+        raise ConfigError(
+            f'train.checkpoint_local_dir={train.checkpoint_local_dir!r} and train.checkpoint_local_every_steps='
+            f'{train.checkpoint_local_every_steps} need each other; set both, or neither'
         )
     if train.keep_every_steps % train.checkpoint_every_steps:
         raise ConfigError(

@@ -23,14 +23,22 @@ import pathlib
 
 from transxssm_jax import config as config_lib
 from transxssm_jax.cli import ExitCode, Flag
+from transxssm_jax.training import checkpoint_files as files
 from transxssm_jax.training import replay as replay_lib
+from transxssm_jax.training import run_reference
 
 COMMAND = cli.Command(
     'transxssm_jax.replay',
     __doc__,
     [
-        Flag('workdir', cli.REQUIRED, 'Directory of the run.', example='runs/a', is_path=True),
-        Flag('step', cli.REQUIRED, 'Step to take again, from 1.', kind=int, example='1200', minimum=1),
+        Flag(
+            'workdir',
+            cli.REQUIRED,
+            'Run: a directory, alone or with @STEP, @best or @latest.',
+            example='runs/a',
+            is_path=True,
+        ),
+        Flag('step', -1, 'Step to take again, from 1; -1: the one that --workdir names.', minimum=1),
         Flag('documents', False, 'Whether to print which documents the batch of the step held.'),
         Flag('tolerance', 0.0, 'Largest relative difference of a number that counts as equal.', minimum=0.0),
     ],
@@ -46,16 +54,27 @@ def main(argv: list[str] | None = None) -> int:
 
 def _replay(flags) -> int:
     logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
-    workdir = pathlib.Path(flags.workdir)
+    workdir, step = _step(flags.workdir, flags.step)
     if flags.documents:
-        print('\n'.join(replay_lib.describe_documents(workdir, flags.step, flags.overrides)), flush=True)
-    difference = replay_lib.replay(workdir, flags.step, flags.overrides, flags.tolerance, _print)
+        print('\n'.join(replay_lib.describe_documents(workdir, step, flags.overrides)), flush=True)
+    difference = replay_lib.replay(workdir, step, flags.overrides, flags.tolerance, _print)
     if difference:
         print(difference)
         return ExitCode.DIFFERS
     how = f'within {flags.tolerance:g}' if flags.tolerance else 'bit for bit'
-    print(f'equal: batches, and {how} the learning rate, the loss and the norms, up to step {flags.step}')
+    print(f'equal: batches, and {how} the learning rate, the loss and the norms, up to step {step}')
     return ExitCode.FINISHED
+
+
+def _step(given: str, step: int) -> tuple[pathlib.Path, int]:
+    """The workdir and the step to take again; @latest is the newest checkpoint's."""
+    workdir, step = run_reference.resolve(given, step)
+    if step == run_reference.NEWEST:
+        steps = files.steps_in(workdir / 'checkpoints') if str(workdir) != given else []
+        if not steps:
+            raise cli.UsageError(f'--step is missing, e.g. --step=1200, or --workdir={workdir}@STEP')
+        step = steps[-1]
+    return workdir, step
 
 
 def _print(line: str) -> None:

@@ -1,10 +1,10 @@
 """Trains a model: python -m transxssm_jax.train --config=configs/1p3b.py --workdir=DIR [--config.a.b=value].
 
 Exit codes: 0 finished; 2 wrong input or a failed write, with one line; 3 the
-loss is not finite; 69 another process of the run is gone or did not come; 75
-stopped by SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2, or because a loader process was
-killed, and 130 by Ctrl-C, all after saving. After 69, 75 and 130 the same
-command goes on from the last checkpoint.
+loss is not finite; 69 another process of the run is gone or did not come, or
+this one hung; 75 stopped by SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2, or because a
+loader process was killed or gave nothing, and 130 by Ctrl-C, all after saving.
+After 69, 75 and 130 the same command goes on from the last checkpoint.
 
 --init_from=RUN@best starts a new workdir from the weights of another run, or of a directory in the published format,
 with other data, lengths, batch and schedule. Called again, the run goes on from its own checkpoints.
@@ -18,10 +18,12 @@ JAX_PROCESS_ID, number the processes.
 from transxssm_jax import cli
 
 if __name__ == '__main__':
-    cli.start('transxssm_jax.train')
+    cli.start('transxssm_jax.train', takes_signals=True)
 
 import contextlib
 import logging
+import os
+import sys
 import traceback
 
 import jax
@@ -34,6 +36,7 @@ from transxssm_jax.planning.fitting import fit
 from transxssm_jax.pytorch.conversion import open_weights
 from transxssm_jax.training import loop, remote_workdir
 from transxssm_jax.training.stopping import StopRequest
+from transxssm_jax.training.watchdog import StalledLoaderError
 
 COMMAND = cli.Command(
     'transxssm_jax.train',
@@ -83,6 +86,13 @@ def _train(flags) -> int:
     logging.getLogger('absl').addFilter(_not_of_orbax)
     stop = StopRequest()
     stop.install()
+    with stop.watch():
+        exit_code = _run(flags, stop)
+    processes.shutdown(exit_code)
+    return exit_code
+
+
+def _run(flags, stop: StopRequest) -> int:
     try:
         flags.overrides |= {f'train.{name}': getattr(flags, name) for name in INIT_FLAGS if name in flags.given}
         config = config_lib.from_flags(flags)
@@ -90,11 +100,9 @@ def _train(flags) -> int:
         if not processes.is_coordinator():
             logging.getLogger().setLevel(logging.ERROR)  # process 0 warns of what concerns all
         with remote_workdir.local(flags.workdir) as workdir:
-            exit_code = loop.train(config, workdir, stop, sample, open_weights, fit)
+            return loop.train(config, workdir, stop, sample, open_weights, fit)
     except (Exception, KeyboardInterrupt) as error:
-        exit_code = _end_all(error)
-    processes.shutdown(exit_code)
-    return exit_code
+        return _end_all(error)
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:
@@ -120,6 +128,9 @@ def _end_all(error: BaseException) -> int:
     exit_code, message = explained
     cli.print_error(message, prefix=f'error{processes.process_label()}: ')
     processes.abort_all(exit_code, message)
+    if isinstance(error, StalledLoaderError):  # its threads may wait for ever, and the end of Python for them
+        sys.stdout.flush()
+        os._exit(exit_code)
     return exit_code
 
 

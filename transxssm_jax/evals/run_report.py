@@ -16,6 +16,7 @@ CHARTS = [
     ('loss_by_time', 'Training loss by time', 'loss', 'seconds'),
     ('tokens_per_second', 'Throughput', 'tokens_per_second', 'tokens'),
     ('mfu', 'Model FLOPs utilisation', 'mfu', 'tokens'),
+    ('goodput', 'Share of the wall time in steps that count', 'goodput', 'tokens'),
     ('learning_rate', 'Learning rate', 'learning_rate', 'tokens'),
     ('grad_norm', 'Gradient norm before clipping', 'grad_norm', 'tokens'),
     ('update_norm', 'Norm of the updates', 'update_norm', 'tokens'),
@@ -66,6 +67,7 @@ COLUMNS: list[tuple[str, Callable[[RunRecords], float | None], str]] = [
     ('tokens/s', lambda run: run.usual('tokens_per_second'), ',.0f'),
     ('steps/s', lambda run: 1 / run.usual('step_seconds') if run.usual('step_seconds') else None, '.3g'),
     ('MFU', lambda run: run.usual('mfu'), '.1%'),
+    ('goodput', lambda run: run.last('goodput'), '.1%'),
     ('hours', lambda run: run.training[-1].get('seconds', 0) / 3600 if run.training else None, '.2f'),
 ]
 

@@ -372,6 +372,21 @@ class Checkpoints:
             )
         return None
 
+    def forget_after(self, step: int) -> None:
+        """Removes the checkpoints of later steps: those that the run takes from here on are others. All processes call it.
+
+        Raises:
+          CheckpointError: one cannot be removed.
+        """
+        self._settle()  # the step that was being written may be one of them
+        for later in [other for other in files.steps_in(self.directory) if other > step]:
+            if processes.is_coordinator():
+                path = self.directory / str(later)
+                with files.one_line_errors(self.directory):
+                    path.rename(path.with_suffix(REMOVED))
+                shutil.rmtree(path.with_suffix(REMOVED), ignore_errors=True)
+        processes.all_gather_json('forgotten')
+
     def _restore_step(self, path: pathlib.Path, abstract_state: dict) -> tuple[dict, dict]:
         """(state, data position), read without a message to the other processes, who may fail to read theirs."""
         state, position, self.restored_config = read_whole(path, self.config, abstract_state)
@@ -394,6 +409,8 @@ class Checkpoints:
         kept = {*steps[-train.keep_last :], *sorted(losses, key=losses.get)[: train.keep_best]}
         if train.keep_every_steps:
             kept |= {step for step in steps if step % train.keep_every_steps == 0}
+        if train.spike_action == 'rollback':  # from any step after the newest the run can go back
+            kept |= set([step for step in steps if step <= steps[-1] - train.rollback_steps][-1:])
         for step in set(steps) - kept:
             path = self.directory / str(step)
             aside = path.with_suffix(REMOVED)

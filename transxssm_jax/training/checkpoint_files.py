@@ -262,8 +262,9 @@ class Save:
         return ''
 
     def _make_directory(self, texts: dict, eval_loss: float | None) -> None:
+        self._partial.mkdir()  # without parents: a workdir that was removed under the run is not made anew
         for group in self._groups:
-            (self._partial / group).mkdir(parents=True)
+            (self._partial / group).mkdir()
         for name, text in texts.items():
             (self._partial / name).write_text(text)
         if eval_loss is not None:

@@ -102,7 +102,8 @@ class Lease:
         self._thread.start()
 
     def renew(self) -> bool:
-        """Changes the counter. Returns whether the lease is still held; raises OSError where that cannot be known now."""
+        """Changes the counter. Returns whether the lease is still held; raises OSError where that cannot be known now, or
+        FileNotFoundError where the workdir is no more."""
         self._renewals += 1
         try:
             # In place: it needs no free space, and never replaces a lease that another run has put there meanwhile.
@@ -126,6 +127,13 @@ class Lease:
         while not self._stop.wait(self._renew_seconds):
             try:
                 held = self.renew()
+            except FileNotFoundError:
+                if self._stop.is_set() or pathlib.Path(self._workdir).exists():
+                    continue
+                return self._on_lost(
+                    f'--workdir={self._workdir} was removed under the run, which ends here; its checkpoints are gone, unless '
+                    'they are put back from a copy'
+                )
             except OSError:  # it may pass; another run that takes the lease meanwhile is seen afterwards
                 continue
             if not held and not self._stop.is_set():

@@ -10,9 +10,11 @@ A line has
   batch: XXH3-64 of the rows that this process read, see `batch_digest`; rows: which of the global batch they are, as
     [first, past last] ranges. Processes do not wait for each other to combine them;
   skipped: true where the update was left out (train.spike_action='skip');
+  batch_number: which batch of the data it was, from 0; where it is missing, the number is step - 1 (batch_order.py);
   learning_rate, loss (nats per token), grad_norm, update_norm, param_norm (before the step): of the whole run, in every
     process the same; null where not finite;
-  config, code, jax, device: digest of the config, version and digest of the code, version of jax, and the devices.
+  config, code, jax, device: digest of the config, version and digest of the code, version of jax, and the devices;
+  sum: XXH3-64 of the line before it, so that a damaged line is no line.
 
 A line is written when the metrics of its step are read, which the devices do not wait for. A run that goes on from a
 checkpoint drops the lines of later steps: they are taken again.
@@ -97,6 +99,12 @@ def circumstances(config: Config) -> dict[str, str]:
     }
 
 
+def sealed(line: dict) -> str:
+    """A line as it is written, with the digest of what is before it at its end."""
+    text = json.dumps({name: value for name, value in line.items() if name != 'sum'})
+    return f'{text[:-1]}, "sum": "{xxhash.xxh3_64_hexdigest(text.encode())}"}}\n'
+
+
 @functools.cache
 def code_version() -> str:
     """Version of the package, and a digest of its Python files, which changes with any of them."""
@@ -134,7 +142,7 @@ class Ledger:
         path = directory / f'process-{jax.process_index()}.jsonl'
         rows = mesh.rows_of_this_process(device_mesh, config.data.global_batch)
         self._always = circumstances(config) | {'rows': as_ranges(rows)}
-        self._batches = {}  # step -> digest of its batch, until its metrics are read
+        self._batches = {}  # step -> what its line tells of its batch, until its metrics are read
         self._path = path
         with naming(directory):
             directory.mkdir(exist_ok=True)
@@ -149,17 +157,17 @@ class Ledger:
         with naming(path):
             self._file = path.open('a', encoding='ascii')
 
-    def read_batch(self, step: int, batch: dict[str, np.ndarray]) -> None:
-        """Notes the rows that this process read for a step."""
-        self._batches[step] = batch_digest(batch)
+    def read_batch(self, step: int, number: int, batch: dict[str, np.ndarray]) -> None:
+        """Notes the rows that this process read for a step. number: of the batch in the data."""
+        self._batches[step] = {'batch': batch_digest(batch)} | ({'batch_number': number} if number != step - 1 else {})
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Writes the line of a step, of which `step.train_step` returned the scalars. Raises OSError naming the file."""
-        line = {'step': step, 'batch': self._batches.pop(step), **numbers(scalars), **self._always}
+        line = {'step': step, **self._batches.pop(step), **numbers(scalars), **self._always}
         if scalars.get('skipped'):
             line['skipped'] = True
         with naming(self._path):
-            self._file.write(json.dumps(line) + '\n')
+            self._file.write(sealed(line))
             self._file.flush()
 
     def close(self) -> None:
@@ -223,6 +231,11 @@ def read_config(workdir: pathlib.Path, wanted: str) -> Config:
     return config_lib.from_json(text)
 
 
+def batch_number(line: dict) -> int:
+    """Which batch of the data the step of a line took, from 0."""
+    return line.get('batch_number', line['step'] - 1)
+
+
 def _config_path(workdir: pathlib.Path, config_digest: str) -> pathlib.Path:
     return workdir / DIRECTORY / f'config-{config_digest}.json'
 
@@ -248,6 +261,9 @@ def _step(raw: bytes) -> int:
 
 def _parse(raw: bytes) -> dict | None:
     """A line, or None where it is not one: the last of a killed run may be cut."""
+    text, seal, rest = raw.rpartition(b', "sum": "')
+    if not seal or xxhash.xxh3_64_hexdigest(text + b'}').encode() + b'"}\n' != rest:
+        return None
     try:
         line = json.loads(raw)
         ranges = [(first, stop) for first, stop in line['rows'] if 0 <= first < stop]
@@ -257,6 +273,8 @@ def _parse(raw: bytes) -> dict | None:
             and all(type(bound) is int for bounds in ranges for bound in bounds)
             and all(type(line[name]) is str for name in TEXTS)
             and set(line['config']) <= set('0123456789abcdef')
+            and type(line.get('batch_number', 0)) is int
+            and 0 <= line.get('batch_number', 0) <= LARGEST_INT
             and all(line[name] is None or type(line[name]) is float for name in NUMBERS)
         )
     except (ValueError, TypeError, KeyError, RecursionError):

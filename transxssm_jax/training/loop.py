@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import logging
 import pathlib
 import time
@@ -11,17 +10,18 @@ from collections.abc import Callable
 
 import jax
 
-from transxssm_jax import config as config_lib
 from transxssm_jax.cli import ExitCode
-from transxssm_jax.config import Config, ConfigError
+from transxssm_jax.config import Config
 from transxssm_jax.data.loader import Loader, WorkerLostError
+from transxssm_jax.data.manifest import DataError
 from transxssm_jax.parallel import mesh, processes
 from transxssm_jax.training import (
     announcement,
     checkpoint,
     compilation,
     compilation_cache,
-    final_sample,
+    elastic,
+    going_back,
     initial_state,
     layer_health,
     lease,
@@ -32,11 +32,18 @@ from transxssm_jax.training import (
     trackers,
 )
 from transxssm_jax.training import step as step_lib
+from transxssm_jax.training.batch_order import BatchOrder
+from transxssm_jax.training.ending import summarise
 from transxssm_jax.training.evaluators import Evaluator, HeldOutLoss
+from transxssm_jax.training.goodput import Goodput
 from transxssm_jax.training.ledger import Ledger
+from transxssm_jax.training.local_checkpoint import LocalCheckpoints
+from transxssm_jax.training.phases import Phases
 from transxssm_jax.training.profiler import ProfilerWindow
 from transxssm_jax.training.rescue import saved_if_data_fails
+from transxssm_jax.training.saving import is_among_best, save, save_and_stop, save_locally
 from transxssm_jax.training.stopping import Stop, StopRequest
+from transxssm_jax.training.watchdog import Pace, Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +60,8 @@ class Run:
       evaluation: metrics of the evaluation at `evaluated_at`, the newest one; empty before the first.
       started_from: the step of the checkpoint that this run goes on from; 0 for a new run.
       attended: mean tokens that a token of the training split attends to, see `metrics.mean_attended`.
+      local: checkpoints on the own disks of the hosts.
+      next_batch: number of the batch that the loader gives next.
       ledger: of the steps that are taken; None where none are.
       train_step, eval_step: compiled by `compile_steps`; None before, and train_step where the run is finished already.
     """
@@ -69,6 +78,11 @@ class Run:
     started_from: int
     attended: float
     health: layer_health.LayerHealth
+    local: LocalCheckpoints
+    phases: Phases
+    goodput: Goodput
+    watchdog: Watchdog
+    next_batch: int
     train_step: Callable | None = None
     eval_step: Callable | None = None
     ledger: Ledger | None = None
@@ -76,6 +90,8 @@ class Run:
     evaluation: dict[str, float] = dataclasses.field(default_factory=dict)
     clock: metrics.Clock = dataclasses.field(default_factory=metrics.Clock)
     pending: metrics.PendingMetrics = dataclasses.field(default_factory=metrics.PendingMetrics)
+    pace: Pace = dataclasses.field(default_factory=Pace)
+    began: float = dataclasses.field(default_factory=time.perf_counter)
 
 
 def train(
@@ -101,17 +117,34 @@ def train(
       OSError: a file cannot be written; the message names it.
       KeyboardInterrupt: a Ctrl-C after the first request to stop.
     """
+    phases = Phases()
     check_input(config)
     config = initial_state.settle(config, workdir, open_weights)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(lease.hold(workdir))  # before anything is written there
+        held = stack.enter_context(lease.hold(workdir))  # before anything is written there
+        stop.last_acts += [held.release] if held else []
         where_compiled = stack.enter_context(compilation_cache.kept(config, workdir))
-        run = open_run(config, workdir, stop, open_weights)
+        run = open_run(config, workdir, stop, open_weights, phases)
         stack.callback(close, run)
         run.writers.print(where_compiled)
         with jax.set_mesh(run.mesh):
-            compile_steps(run, fit)
-            return train_to_the_end(run, sample)
+            with phases.within('compile'):
+                compile_steps(run, fit)
+            run.began = time.perf_counter()
+            run.watchdog.start()
+            while True:
+                try:
+                    with stop.saves_first():
+                        train_to_the_end(run)
+                    break
+                except spikes.RollBack as back:
+                    with phases.within('restore'):
+                        going_back.go_back(run, back, open_weights)
+            if run.stop.exit_code:
+                return run.stop.exit_code
+            summarise(run, sample)
+            stop.finish()
+            return ExitCode.FINISHED
 
 
 # ---- open, restore or create -------------------------------------------------
@@ -124,19 +157,28 @@ def check_input(config: Config) -> None:
     splits.check_data(config)
 
 
-def open_run(config: Config, workdir: pathlib.Path, stop: StopRequest, open_weights: initial_state.OpenWeights) -> Run:
+def open_run(
+    config: Config, workdir: pathlib.Path, stop: StopRequest, open_weights: initial_state.OpenWeights, phases: Phases
+) -> Run:
     """Opens the workdir and the data, restores or creates the state, and prints what the run is. Raises as `train`."""
     device_mesh = mesh.build(config)
     run_directory.open_workdir(workdir, config)
 
     # The state, and the data at the step where it stands.
-    checkpoints = checkpoint.Checkpoints(workdir, config)
-    restored = checkpoints.restore(step_lib.abstract_state(config, device_mesh))
+    checkpoints, local = checkpoint.Checkpoints(workdir, config), LocalCheckpoints(workdir, config)
+    with phases.within('restore'):
+        wanted = step_lib.abstract_state(config, device_mesh)
+        newest = max(processes.broadcast_from_0(checkpoints.steps()), default=0)
+        restored = local.restore(wanted, newer_than=newest) or checkpoints.restore(wanted)
+        if restored and restored[0] < newest:  # the newest cannot be read
+            restored = local.restore(wanted, newer_than=restored[0]) or restored
     step, state, position = restored or (0, None, None)
-    loader = splits.open_train_split(config, device_mesh, step)
+    local.forget_after(step)
+    next_batch = BatchOrder.of(position).batch(step + 1)
+    loader = splits.open_train_split(config, device_mesh, next_batch)
     if position is not None:
         splits.check_position(config, loader, step, position, workdir)
-    check_same_on_all_processes(config, loader)
+    run_directory.check_same_on_all_processes(config, loader)
     for split in splits.eval_splits(config):
         splits.open_eval_split(config, device_mesh, split).close()  # so that a missing split is reported at the start
     origin = []
@@ -148,8 +190,10 @@ def open_run(config: Config, workdir: pathlib.Path, stop: StopRequest, open_weig
     for line in [*announcement.describe(config, device_mesh, loader, workdir, attended), *origin]:
         writers.print(line)
     if restored is not None:
-        for line in announcement.describe_resumption(checkpoints.restored_config, config, step):
-            writers.print(line)
+        before = local.restored_config or checkpoints.restored_config
+        given, (config, lines) = config, elastic.keep_batch(config, device_mesh, before, position)
+        for line in [*announcement.describe_resumption(before, given, step), *lines]:
+            writers.print(line + (', local' if local.restored_config and line == f'resuming from step {step}' else ''))
     return Run(
         config=config,
         workdir=workdir,
@@ -164,6 +208,11 @@ def open_run(config: Config, workdir: pathlib.Path, stop: StopRequest, open_weig
         stop=Stop(stop),
         writers=writers,
         pending=metrics.PendingMetrics(spikes.Spikes(config, workdir, loader, step, position)),
+        local=local,
+        phases=phases,
+        goodput=Goodput(workdir, phases, step),
+        watchdog=Watchdog(config, phases, stop.request),
+        next_batch=next_batch,
     )
 
 
@@ -187,26 +236,15 @@ def compile_steps(run: Run, fit: Callable) -> None:
         processes.all_gather_json('compiled')  # compile times differ
 
 
-def check_same_on_all_processes(config: Config, loader: Loader) -> None:
-    """Raises ConfigError where processes were started with different settings or see different data."""
-    own = {'settings': config_lib.to_json(config), 'data.path or data.sources': loader.fingerprint}
-    digests = {name: hashlib.sha256(str(value).encode()).hexdigest() for name, value in own.items()}
-    all_digests = processes.all_gather_json(digests)
-    for name in own:
-        others = [process for process, theirs in enumerate(all_digests) if theirs[name] != all_digests[0][name]]
-        if others:
-            raise ConfigError(
-                f'{name}: those of process {others[0]} are not those of process 0; start the same command '
-                'on every host, with the same files'
-            )
-
-
 # ---- the loop ----------------------------------------------------------------
 
 
 def next_batch(run: Run) -> dict[str, jax.Array]:
     """The next global batch on the devices. Where a worker process of the loader was killed, asks the run to stop."""
-    with run.clock.input():
+    with run.clock.input(), run.phases.within('input'):
+        number = run.pending.spikes.order.batch(run.step + 1)
+        if number != run.next_batch:  # the batches between are left out
+            reopen_loader(run, number)
         try:
             batch = next(run.loader)
         except WorkerLostError as error:
@@ -218,28 +256,43 @@ def next_batch(run: Run) -> dict[str, jax.Array]:
                 ExitCode.TERMINATED,
             )
             run.stop.request.request(ExitCode.TERMINATED)
-            with contextlib.suppress(Exception):  # what is left of its workers
-                run.loader.close()
             # The processes of a run stop after the same step, which may be one or two further: read those here.
-            run.loader = splits.open_train_split(run.config, run.mesh, run.step, num_workers=0)
+            reopen_loader(run, number, num_workers=0)
             batch = next(run.loader)
-        run.ledger.read_batch(run.step + 1, batch)
+        except StopIteration:
+            raise DataError(
+                f'the data ends before step {run.step + 1}, because batches were left out; lower train.steps, or raise '
+                'data.max_epochs'
+            ) from None
+        run.next_batch = number + 1
+        run.ledger.read_batch(run.step + 1, number, batch)
     return to_devices(run, batch)
+
+
+def reopen_loader(run: Run, number: int, **options) -> None:
+    """Opens the training split anew, at the batch with a number."""
+    with contextlib.suppress(Exception):  # what is left of its workers
+        run.loader.close()
+    run.loader, run.next_batch = splits.open_train_split(run.config, run.mesh, number, **options), number
 
 
 def to_devices(run: Run, batch: dict) -> dict[str, jax.Array]:
     return mesh.global_batch(run.mesh, batch, run.config.data.global_batch)
 
 
-def train_to_the_end(run: Run, sample: Callable) -> int:
-    """The loop. Returns the exit code."""
+def train_to_the_end(run: Run) -> None:
+    """The loop: until all is trained, evaluated and saved, or, with run.stop.exit_code, until it is asked to stop.
+
+    Raises:
+      spikes.RollBack: the run is to go back, and come here again.
+    """
     train = run.config.train
-    clock, pending, writers, stop = run.clock, run.pending, run.writers, run.stop
+    clock, pending, writers, stop, phases = run.clock, run.pending, run.writers, run.stop, run.phases
     profiler = ProfilerWindow(train, run.workdir / 'profile')
     evaluators = make_evaluators(run)
     if run.step >= train.steps:
         writers.print(f'already finished: step {run.step} of train.steps={train.steps}; raise it to go on')
-    started = time.perf_counter()
+    phases.begin('steps')
     clock.restart()
     window_start = run.step  # the first step of the window that the clock measures
 
@@ -260,21 +313,26 @@ def train_to_the_end(run: Run, sample: Callable) -> int:
         pending.push(run.step, step_metrics)
         run.health.write_if_due(run.step, run.state['params'], step_metrics['grad_norms'])
         writers.advance()
-        if run.step in run.loader.events:
-            writers.print(f'step {run.step}: {run.loader.events[run.step]}')
+        phases.took_step(run.step)
+        if run.next_batch in run.loader.events:
+            writers.print(f'step {run.step}: {run.loader.events[run.next_batch]}')
 
         is_first = run.step == run.started_from + 1
         is_last = run.step == train.steps
         log_now = is_last or run.step % train.log_every_steps == 0
         if is_first:
             pending.flush()
-            writers.print(f'first step after {time.perf_counter() - started:.1f} s')
+            writers.print(f'first step after {time.perf_counter() - run.began:.1f} s')
+            phases.forget_steps()
         if log_now:
             record = pending.record()
             # The first step's time is compilation, which tells nothing about speed.
             rates = {} if is_first else metrics.rates(run.config, run.step - window_start, clock, run.attended)
-            write_training_record(run, record, rates, time.perf_counter() - started)
+            write_training_record(run, record, rates)
+            if slow := run.pace.compare(clock.seconds - pending.waited_seconds, clock.seconds, run.step - window_start):
+                log.warning('step %d: %s', run.step, slow)
         if is_first or log_now:
+            pending.waited_seconds = 0.0
             clock.restart()
             window_start = run.step
         for callback in after_step_callbacks:
@@ -289,29 +347,27 @@ def train_to_the_end(run: Run, sample: Callable) -> int:
                     evaluate(run, evaluators)
                 if save_now or is_among_best(run):
                     save(run)
+        elif run.local.is_due(run.step):
+            save_locally(run)
 
     if profiler.is_tracing:
         pending.flush()
         writers.print(profiler.stop())
+    if not stop.exit_code:
+        with phases.within('save'):
+            run.checkpoints.wait(save_again)
+        if evaluators and run.evaluated_at != run.step:
+            evaluate(run, evaluators)
     if stop.exit_code:
-        return save_and_stop(run)
-    run.checkpoints.wait(save_again)
-    if evaluators and run.evaluated_at != run.step:
-        evaluate(run, evaluators)
-        if stop.exit_code:
-            return save_and_stop(run)
-    summarise(run, sample)
-    stop.request.finish()
-    return ExitCode.FINISHED
+        save_and_stop(run)
 
 
-def write_training_record(run: Run, record: dict, rates: dict, seconds: float) -> None:
+def write_training_record(run: Run, record: dict, rates: dict) -> None:
     """Writes the metrics of the steps since the last record.
 
     Args:
       record: from `metrics.PendingMetrics.record`.
       rates: from `metrics.rates`, or empty.
-      seconds: since this start of the run.
     """
     run.writers.write(
         run.step,
@@ -320,7 +376,8 @@ def write_training_record(run: Run, record: dict, rates: dict, seconds: float) -
             **record,
             **rates,
             **metrics.memory(),
-            'seconds': run.writers.seconds_before + seconds,
+            **run.goodput.record(),
+            'seconds': run.writers.seconds_before + time.perf_counter() - run.began,
             'tokens': run.step * run.config.tokens_per_step,
         },
     )
@@ -333,6 +390,7 @@ def make_evaluators(run: Run) -> list[Evaluator]:
     """One evaluator for each split of data.eval_splits. The first also yields the metrics eval_loss, ..."""
 
     def eval_step(params, batch):
+        run.phases.beat()
         return run.eval_step(params, to_devices(run, batch))
 
     return [
@@ -355,7 +413,7 @@ def is_evaluation_due(run: Run) -> bool:
 def evaluate(run: Run, evaluators: list[Evaluator]) -> None:
     """Runs the evaluators and writes one record of their metrics; nothing where the run is told to stop meanwhile."""
     weights = step_lib.evaluated_weights(run.config, run.state)
-    with saved_if_data_fails(run, save):
+    with saved_if_data_fails(run, save), run.phases.within('evaluation'):
         values = {name: value for evaluator in evaluators for name, value in evaluator.run(weights)}
     if run.stop.exit_code:
         return
@@ -363,12 +421,6 @@ def evaluate(run: Run, evaluators: list[Evaluator]) -> None:
     run.writers.write(run.step, values)
     if run.step < run.config.train.steps and 'eval_loss' in values:
         run.writers.print(f'step {run.step}: evaluation loss {values["eval_loss"]:.4f}')
-
-
-def is_among_best(run: Run) -> bool:
-    """Whether this step was evaluated, with a loss that is among the train.keep_best lowest of the run's checkpoints."""
-    loss = run.evaluation.get('eval_loss') if run.evaluated_at == run.step else None
-    return loss is not None and run.checkpoints.is_among_best(loss)
 
 
 def make_up_evaluation(run: Run, evaluators: list[Evaluator]) -> None:
@@ -380,55 +432,17 @@ def make_up_evaluation(run: Run, evaluators: list[Evaluator]) -> None:
             run.checkpoints.evaluated(run.step, run.evaluation['eval_loss'])
 
 
-# ---- save, stop ----------------------------------------------------------------
-
-
-def save(run: Run) -> None:
-    """Starts writing a checkpoint, where there is none of this step."""
-    run.pending.flush()  # a step that is not finite is not saved
-    # All processes save or none: a listing of the directory may come late to one of them.
-    if run.step in processes.broadcast_from_0(run.checkpoints.steps()):
-        return
-    eval_loss = run.evaluation.get('eval_loss') if run.evaluated_at == run.step else None
-    position = splits.data_position(run.config, run.loader, run.step) | run.pending.spikes.saved()
-    run.checkpoints.save(run.step, run.state, position, eval_loss)
-
-
-def save_and_stop(run: Run) -> int:
-    """Saves what was trained and returns the exit code that was asked for."""
-    if run.step == 0:  # a checkpoint of it would hold a workdir to settings that nothing was trained with
-        line = 'stopped before the first step; nothing was saved'
-    else:
-        save(run)
-        run.checkpoints.wait(functools.partial(save, run))
-        line = f'stopped at step {run.step} and saved; the same command goes on from there'
-    run.stop.request.finish()
-    run.writers.print(line)
-    return run.stop.exit_code
-
-
-def summarise(run: Run, sample: Callable) -> None:
-    """Prints a sampled continuation, where settings ask for one, and the last line."""
-    run.writers.close()
-    if run.config.train.sample_tokens and processes.is_multiprocess():
-        run.writers.print(
-            f'no sample: sampling takes one process; run python -m transxssm_jax.generate --workdir={run.workdir}'
-        )
-    elif run.config.train.sample_tokens:
-        final_sample.print_sample(run.config, run.mesh, run.state['params'], sample)
-    line, found = f'finished at step {run.step}', run.evaluation
-    if 'eval_loss' in found:
-        line += (
-            f': evaluation loss {found["eval_loss"]:.4f} nats a token, {found["eval_bits_per_byte"]:.4f} bits a byte'
-        )
-    run.writers.print(line)
+# ---- close ---------------------------------------------------------------------
 
 
 def close(run: Run) -> None:
     """Ends threads and open files. `wait` or `save` has reported a checkpoint that could not be written."""
+    run.watchdog.close()
     run.writers.close()
     if run.ledger:
         run.ledger.close()
-    run.loader.close()
+    if not run.watchdog.has_interrupted:  # its threads may never end
+        run.loader.close()
+    run.local.wait()
     with contextlib.suppress(checkpoint.CheckpointError):
         run.checkpoints.close()

@@ -137,11 +137,13 @@ class PendingMetrics:
 
     Attributes:
       on_read: called with each step and its scalars when they are read, finite or not; None: nothing is.
+      waited_seconds: for the devices, in all.
     """
 
     def __init__(self, spikes=None):
         self.spikes = spikes
         self.on_read: Callable[[int, dict[str, float]], None] | None = None
+        self.waited_seconds = 0.0
         self._newest = None  # (step, metrics on the devices)
         self._nll = self._tokens = 0.0  # sums since the last record
         self._scalars = {}  # of the last step that was read
@@ -177,11 +179,14 @@ class PendingMetrics:
         if pending is None:
             return
         step, values = pending
+        began = time.perf_counter()
         scalars = jax.device_get({name: value for name, value in values.items() if name != 'grad_norms'})
+        self.waited_seconds += time.perf_counter() - began
         self._scalars = {name: float(value) for name, value in scalars.items()}
         if self.on_read:
             self.on_read(step, self._scalars)
-        if not self._scalars.get('skipped'):
+        goes_back = self.spikes is not None and self.spikes.goes_back
+        if not self._scalars.get('skipped') and not goes_back:
             health.check_finite(step, self._scalars, values['grad_norms'])
         if self.spikes:
             self.spikes.observe(step, self._scalars)
@@ -301,13 +306,18 @@ class Progress:
 class JsonLines:
     """A file with one JSON record per line.
 
+    Args:
+      path: of the file.
+      first_step: records of later steps, left by an earlier start of the run, are dropped.
+      stays: whether a record of a later step stays all the same.
+
     Attributes:
-      kept: the records of earlier starts of the run, up to first_step.
+      kept: the records of earlier starts of the run.
     """
 
-    def __init__(self, path: pathlib.Path, first_step: int):
+    def __init__(self, path: pathlib.Path, first_step: int, stays: Callable[[dict], bool] = lambda record: False):
         self._path = path
-        self.kept, damaged = _read_records(path, first_step)
+        self.kept, damaged = _read_records(path, first_step, stays)
         if damaged:
             log.warning('%s: dropped %d lines that are not records', path, damaged)
         partial = path.with_suffix('.tmp')
@@ -366,7 +376,7 @@ GROUPS = {
     'optimizer': ('learning_rate', 'grad_norm', 'update_norm', 'param_norm'),
     'speed': ('tokens_per_second', 'step_seconds', 'input_fraction', 'model_tflops_per_second', 'mfu'),
     'memory': ('device_memory_gib', 'host_memory_gib'),
-    'run': ('seconds', 'tokens'),
+    'run': ('seconds', 'tokens', 'goodput'),
 }
 
 
@@ -416,8 +426,8 @@ def naming(path: pathlib.Path):
         ) from error
 
 
-def _read_records(path: pathlib.Path, last_step: int) -> tuple[list[dict], int]:
-    """(records of steps up to last_step, number of lines that are not records)."""
+def _read_records(path: pathlib.Path, last_step: int, stays=lambda record: False) -> tuple[list[dict], int]:
+    """(records of steps up to last_step, and of later ones that stay; number of lines that are not records)."""
     kept, damaged = [], 0
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
@@ -426,6 +436,6 @@ def _read_records(path: pathlib.Path, last_step: int) -> tuple[list[dict], int]:
             record = None
         if not isinstance(record, dict) or type(record.get('step')) is not int:
             damaged += 1
-        elif record['step'] <= last_step:
+        elif record['step'] <= last_step or stays(record):
             kept.append(record)
     return kept, damaged

@@ -84,7 +84,12 @@ def replay(
     start, state, lines = _restore(workdir, step, overrides)
     show(f'from the checkpoint of step {start}: steps {start + 1} to {step}')
     told = set()
-    for _, group in itertools.groupby(lines.items(), key=lambda item: item[1][0]['config']):
+
+    def conditions(item):  # what holds for a stretch of steps: the config, and how many batches were left out before
+        number, own = item
+        return own[0]['config'], ledger.batch_number(own[0]) - number
+
+    for _, group in itertools.groupby(lines.items(), key=conditions):
         group = dict(group)
         first = min(group)
         config = _config(workdir, group[first][0], overrides)
@@ -96,7 +101,8 @@ def replay(
         if first > start + 1:  # the mesh may be another
             state = jax.device_put(state, step_lib.state_shardings(config, device_mesh))
         rows = mesh.rows_of_this_process(device_mesh, config.data.global_batch)
-        with jax.set_mesh(device_mesh), splits.open_train_split(config, device_mesh, first - 1) as loader:
+        batch_number = ledger.batch_number(group[first][0])
+        with jax.set_mesh(device_mesh), splits.open_train_split(config, device_mesh, batch_number) as loader:
             train_step = compilation.compile_train_step(config, device_mesh)
             for number, own in group.items():
                 batch = next(loader)
@@ -121,8 +127,9 @@ def describe_documents(workdir: pathlib.Path, step: int, overrides: dict[str, st
     [own] = ledger.read_lines(workdir, step, step).values()
     config = _config(workdir, own[0], overrides)
     tokenizer = load_tokenizer(config.data.tokenizer_path)
-    with splits.open_train_split(config, mesh.build(config), step - 1, num_workers=0) as loader:
-        return list(batch_documents.describe(loader, step - 1, tokenizer))
+    number = ledger.batch_number(own[0])
+    with splits.open_train_split(config, mesh.build(config), number, num_workers=0) as loader:
+        return list(batch_documents.describe(loader, number, tokenizer))
 
 
 # ---- what the run was --------------------------------------------------------

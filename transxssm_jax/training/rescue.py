@@ -8,6 +8,7 @@ from transxssm_jax.data.manifest import DataError
 from transxssm_jax.parallel import processes
 from transxssm_jax.training.checkpoint_files import CheckpointError
 from transxssm_jax.training.health import NotFiniteError
+from transxssm_jax.training.spikes import RollBack
 
 
 @contextlib.contextmanager
@@ -19,12 +20,12 @@ def saved_if_data_fails(run, save: Callable) -> Iterator[None]:
       save: starts writing a checkpoint of a run.
 
     Raises:
-      DataError: that of within; it also tells what is saved, or why it is not.
+      DataError: that of within, of its class; it also tells what is saved, or why it is not.
     """
     try:
         yield
     except DataError as error:
-        raise DataError(f'{error}; {_save(run, save)}') from error
+        raise type(error)(f'{error}; {_save(run, save)}') from error
 
 
 def _save(run, save: Callable) -> str:
@@ -38,6 +39,6 @@ def _save(run, save: Callable) -> str:
     try:
         save(run)
         run.checkpoints.wait(functools.partial(save, run))
-    except (CheckpointError, NotFiniteError) as error:
+    except (CheckpointError, NotFiniteError, RollBack) as error:
         return f'step {run.step} is not saved ({error}); {kept}'
     return f'step {run.step} is saved, and the same command goes on from there'

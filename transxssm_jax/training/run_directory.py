@@ -1,11 +1,13 @@
 """The workdir of a run: made, or found to be of the same run, and seen alike by every process."""
 
+import hashlib
 import pathlib
 import secrets
 import time
 
 from transxssm_jax import config as config_lib
-from transxssm_jax.config import Config
+from transxssm_jax.config import Config, ConfigError
+from transxssm_jax.data.loader import Loader
 from transxssm_jax.data.manifest import write_file
 from transxssm_jax.parallel import processes
 from transxssm_jax.training import checkpoint
@@ -39,11 +41,27 @@ def open_workdir(workdir: pathlib.Path, config: Config) -> None:
 
 
 def saved_config(workdir: pathlib.Path) -> Config | None:
-    """The config of the run in a workdir; None where it has no checkpoint. Errors as those of `load_config`."""
+    """The config of the run in a workdir; None where it has no checkpoint. Errors as those of `load_config`.
+
+    It is that of a checkpoint, which has a digest; the workdir's own, which has none, is for people.
+    """
     if not files.steps_in(workdir / 'checkpoints'):
         return None
-    path = workdir / 'config.json'
-    return _read_config(path) if path.exists() else checkpoint.load_config(workdir)
+    return checkpoint.load_config(workdir)
+
+
+def check_same_on_all_processes(config: Config, loader: Loader) -> None:
+    """Raises ConfigError where processes were started with different settings or see different data."""
+    own = {'settings': config_lib.to_json(config), 'data.path or data.sources': loader.fingerprint}
+    digests = {name: hashlib.sha256(str(value).encode()).hexdigest() for name, value in own.items()}
+    all_digests = processes.all_gather_json(digests)
+    for name in own:
+        others = [process for process, theirs in enumerate(all_digests) if theirs[name] != all_digests[0][name]]
+        if others:
+            raise ConfigError(
+                f'{name}: those of process {others[0]} are not those of process 0; start the same command '
+                'on every host, with the same files'
+            )
 
 
 def _check_shared(workdir: pathlib.Path, patience_seconds: float = 20.0) -> None:

@@ -9,6 +9,7 @@ from transxssm_jax.data.loader import Loader, check_batch, check_vocab, make_loa
 from transxssm_jax.data.manifest import DataError, finished_splits, read_manifest
 from transxssm_jax.data.sources import make_mixed_loader, open_batches
 from transxssm_jax.parallel import mesh
+from transxssm_jax.training.batch_order import BatchOrder
 from transxssm_jax.training.checkpoint_files import CheckpointError
 
 # ---- what is there -----------------------------------------------------------
@@ -103,10 +104,10 @@ def eval_splits(config: Config) -> tuple[str, ...]:
 # ---- loaders -----------------------------------------------------------------
 
 
-def open_train_split(config: Config, device_mesh: jax.sharding.Mesh, step: int, **options) -> Loader:
-    """Batches of the train split from a step on."""
+def open_train_split(config: Config, device_mesh: jax.sharding.Mesh, batch: int, **options) -> Loader:
+    """Batches of the train split from a number on; that of the first step is 0."""
     data = config.data
-    options = dict(num_workers=data.num_workers, prefetch=data.prefetch_batches, start_step=step) | options
+    options = dict(num_workers=data.num_workers, prefetch=data.prefetch_batches, start_step=batch) | options
     if data.path:
         return open_split(config, device_mesh, data.train_split, seed=data.seed, **options)
     rows = mesh.rows_of_this_process(device_mesh, data.global_batch)
@@ -161,14 +162,14 @@ def mean_over_parts(loader: Loader, value: Callable) -> float:
 # ---- where a run stands ------------------------------------------------------
 
 
-def data_position(config: Config, loader: Loader, step: int) -> dict:
+def data_position(config: Config, loader: Loader, step: int, order: BatchOrder) -> dict:
     """What a checkpoint keeps of the data: from where a run goes on, and in what."""
-    return {'next_step': step, 'split': config.data.train_split, **loader.position(step)}
+    return {'next_step': step, 'split': config.data.train_split, **loader.position(order.batches_before(step))}
 
 
 def check_position(config: Config, loader: Loader, step: int, saved: dict, workdir) -> None:
     """Raises CheckpointError where the data before a step is not what a checkpoint of that step was trained on."""
-    found = data_position(config, loader, step)
+    found = data_position(config, loader, step, BatchOrder.of(saved))
     if {name: saved.get(name) for name in found} == found:  # beside it others may keep theirs
         return
     remedy = 'point it to the same data or use another --workdir'
