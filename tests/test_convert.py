@@ -200,6 +200,11 @@ def run(*argv):
     return convert.main([*map(str, argv)])
 
 
+def publish(*argv):
+    """An export in the published format."""
+    return run('export', '--layout=published', *argv)
+
+
 def same_bytes(tensors, others):
     assert tensors.keys() == others.keys()
     for name, value in tensors.items():
@@ -229,11 +234,9 @@ def test_logits(tmp_path, name):
 def test_import_then_export_gives_the_same_bytes(tmp_path, name, capsys):
     tensors = write(tmp_path / 'published', files=3, num_attention_heads=4, seed=5, **VARIANTS[name])
     assert run('import', f'--source={tmp_path / "published"}', f'--workdir={tmp_path / "run"}') == 0
-    assert run('export', f'--workdir={tmp_path / "run"}', f'--output={tmp_path / "single"}') == 0
+    assert publish(f'--workdir={tmp_path / "run"}', f'--output={tmp_path / "single"}') == 0
     same_bytes(tensors, load_file(tmp_path / 'single' / 'model.safetensors'))
-    assert (
-        run('export', f'--workdir={tmp_path / "run"}', f'--output={tmp_path / "sharded"}', '--max_shard_size=50KB') == 0
-    )
+    assert publish(f'--workdir={tmp_path / "run"}', f'--output={tmp_path / "sharded"}', '--max_shard_size=50KB') == 0
     index = json.loads((tmp_path / 'sharded' / 'model.safetensors.index.json').read_text())
     paths = sorted((tmp_path / 'sharded').glob('*.safetensors'))
     assert len(paths) > 3 and {path.name for path in paths} == set(index['weight_map'].values())
@@ -370,8 +373,7 @@ def test_tokenizer_files(tmp_path, capsys):
     assert config.data.path == str(workdir / 'tokenizer.json')
     assert 'data.path' not in (workdir / 'config.py').read_text()
     assert (
-        run(
-            'export',
+        publish(
             f'--workdir={workdir}',
             f'--output={tmp_path / "out"}',
             f'--tokenizer={workdir / "tokenizer.json"}',
@@ -381,8 +383,7 @@ def test_tokenizer_files(tmp_path, capsys):
     for name in ('tokenizer.json', 'tokenizer_config.json'):
         assert (tmp_path / 'out' / name).read_bytes() == (tmp_path / 'published' / name).read_bytes()
     assert (
-        run(
-            'export',
+        publish(
             f'--workdir={workdir}',
             f'--output={tmp_path / "made"}',
             f'--tokenizer={tmp_path / "tokenizer.json"}',
@@ -433,7 +434,7 @@ REFUSED = {
         dict(changes={'lm_head.weight': np.ones((264, 64), np.float32)}),
         'lm_head.weight differs from model.word_embed.weight',
     ),
-    'another model': (dict(model_type='llama'), 'model_type="llama" is another model'),
+    'another model': (dict(model_type='gpt2'), 'model_type="gpt2" is another model'),
     'a number for a model': (dict(model_type=3), 'model_type=3 is another model'),
     'absurd depth': (dict(num_hidden_layers=2**63), 'model.num_layers=9223372036854775808 must be at most 4096'),
     'absurd period': (dict(num_hidden_layers=10**10, attn_layer_period=10**10), 'must be at most 4096'),
@@ -505,10 +506,10 @@ def test_files_that_are_not_there_or_broken_are_refused(tmp_path, capsys):
     assert not workdir.exists()
     shutil.rmtree(source)
     write(source)
-    refused('does not exist', 'export', f'--workdir={workdir}', f'--output={tmp_path / "out"}')
+    refused('does not exist', 'export', '--layout=published', f'--workdir={workdir}', f'--output={tmp_path / "out"}')
     assert run(*imports) == 0
     refused('holds checkpoints already', *imports)
-    export = ('export', f'--workdir={workdir}', f'--output={tmp_path / "out"}')
+    export = ('export', f'--workdir={workdir}', '--layout=published', f'--output={tmp_path / "out"}')
     refused('has no checkpoint of step 5; it has 0', *export, '--step=5')
     refused('--max_shard_size=much', *export, '--max_shard_size=much')
     refused('byte tokenizer', *export, '--tokenizer=byte')
@@ -519,7 +520,7 @@ def test_files_that_are_not_there_or_broken_are_refused(tmp_path, capsys):
     for path in (workdir / 'checkpoints' / '0' / 'params').rglob('*'):
         if path.is_file() and path.parent.name == 'd':
             path.write_bytes(b'')
-    refused('can be read', *export[:2], f'--output={tmp_path / "damaged"}')
+    refused('can be read', *export[:3], f'--output={tmp_path / "damaged"}')
     assert not (tmp_path / 'damaged').exists()
 
 
@@ -579,7 +580,7 @@ def test_layers_of_one_kind_only(tmp_path):
 
 def test_what_fails_while_it_is_written_leaves_no_file(tmp_path):
     tensors = list(tensors_lib.tensors_of(small_config(model_use_dt_bias=False).model).values())
-    with pytest.raises(ZeroDivisionError), files.Writer(tmp_path, tensors, 10**6, 'float32') as writer:
+    with pytest.raises(ZeroDivisionError), files.Writer(tmp_path, tensors, 10**6, 'float32', 'float32') as writer:
         writer.write(tensors[0], np.zeros(tensors[0].shape, np.float32))
         raise ZeroDivisionError
     assert not list(tmp_path.iterdir())
@@ -599,12 +600,12 @@ def test_an_import_and_an_export_hold_one_tensor_or_array_at_a_time(tmp_path, mo
             yield index, watch('import', layer)
             del layer
 
-    def read(*args, original=conversion._read_array):
+    def read(*args, original=conversion.read_array):
         return watch('export', original(*args))
 
     write(tmp_path / 'published', files=2)
     monkeypatch.setattr(files.PytorchCheckpoint, 'layers', layers)
-    monkeypatch.setattr(conversion, '_read_array', read)
+    monkeypatch.setattr(conversion, 'read_array', read)
     conversion.import_pytorch(tmp_path / 'published', tmp_path / 'run')
     assert not alive
     conversion.export_pytorch(tmp_path / 'run', tmp_path / 'out')
@@ -678,7 +679,7 @@ def test_no_file_of_a_run_or_of_a_source_is_overwritten(tmp_path, capsys):
     assert run('import', f'--source={tmp_path / "published"}', f'--workdir={tmp_path / "run"}') == 0
     before = (tmp_path / 'run' / 'config.json').read_bytes()
     capsys.readouterr()
-    assert run('export', f'--workdir={tmp_path / "run"}', f'--output={tmp_path / "run"}') == 2
+    assert publish(f'--workdir={tmp_path / "run"}', f'--output={tmp_path / "run"}') == 2
     assert 'holds a config.json already, which would be overwritten' in capsys.readouterr().err
     assert (tmp_path / 'run' / 'config.json').read_bytes() == before
     assert not list((tmp_path / 'run').glob('*.safetensors'))
@@ -865,7 +866,7 @@ def test_an_import_takes_the_lease_of_the_workdir(tmp_path, capsys):
 def test_a_model_that_the_format_has_not_is_named(tmp_path, capsys, settings, message):
     config = small_config(**settings)
     save_run(tmp_path / 'run', config, {5: random_params(config)})
-    assert run('export', f'--workdir={tmp_path / "run"}', f'--output={tmp_path / "out"}') == 2
+    assert publish(f'--workdir={tmp_path / "run"}', f'--output={tmp_path / "out"}') == 2
     error = capsys.readouterr().err
     assert message in error
     assert len(error.splitlines()) == 1 and not (tmp_path / 'out').exists()
@@ -897,7 +898,7 @@ def test_tokens_of_the_tokenizer_go_with_an_export(tmp_path, prepared, capsys):
 
     def exported(name, *arguments, **settings):
         save_run(tmp_path / name, config_lib.replace(config, settings), {5: params})
-        assert run('export', f'--workdir={tmp_path / name}', f'--output={tmp_path / name}/out', *arguments) == 0
+        assert publish(f'--workdir={tmp_path / name}', f'--output={tmp_path / name}/out', *arguments) == 0
         fields = json.loads((tmp_path / name / 'out' / 'config.json').read_text())
         return fields['bos_token_id'], fields['eos_token_id'], (tmp_path / name / 'out' / 'tokenizer.json').exists()
 
@@ -917,6 +918,6 @@ def test_a_damaged_memory_of_the_import_is_refused(tmp_path, capsys):
     write(tmp_path / 'published')
     conversion.import_pytorch(tmp_path / 'published', tmp_path / 'run')
     (tmp_path / 'run' / 'published.json').write_text('[]')
-    assert run('export', f'--workdir={tmp_path / "run"}', f'--output={tmp_path / "out"}') == 2
+    assert publish(f'--workdir={tmp_path / "run"}', f'--output={tmp_path / "out"}') == 2
     error = capsys.readouterr().err
     assert 'published.json is damaged' in error and len(error.splitlines()) == 1

@@ -5,6 +5,7 @@ import struct
 
 import numpy as np
 import pyarrow
+import pyarrow.feather
 import pyarrow.ipc
 import pyarrow.parquet
 import pytest
@@ -87,8 +88,21 @@ def as_directory(root):
     return root
 
 
+def as_megatron_in_upper_case(root):
+    for path in (as_megatron(root), root / 'a.idx'):
+        path.rename(path.with_suffix(path.suffix.upper()))
+    return root  # a directory of A.BIN and A.IDX
+
+
+def as_feather_in_upper_case(root):
+    pyarrow.feather.write_feather(pyarrow.table({'input_ids': IDS}), root / 'a.FEATHER', compression='zstd')
+    return root / 'a.FEATHER'
+
+
 WRITERS = [
     as_megatron,
+    as_megatron_in_upper_case,
+    as_feather_in_upper_case,
     as_megatron_in_sequences,
     as_stream,
     as_arrow_file,

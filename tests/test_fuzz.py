@@ -20,6 +20,7 @@ import pytest
 from data_fixtures import run_prepare, texts, train_tokenizer, write_jsonl
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from small import small_config
 
 from transxssm_jax import cli, generate
 from transxssm_jax import config as config_lib
@@ -233,6 +234,29 @@ def pytorch_files(directory, name, change):
     return change(path.read_bytes()), read, (ConvertError,)
 
 
+def export_config(directory, layout):
+    from test_convert import random_params, save_run
+
+    from transxssm_jax.pytorch.transformers_export import export_transformers
+
+    config = small_config(model_num_layers=1, model_pattern='attention' if layout == 'llama' else 'mamba2')
+    params = random_params(config)
+    for kind in params['layers'].values():
+        for name in ('mixer_residual', 'mlp_residual'):
+            kind[name]['weight'] = np.ones_like(kind[name]['weight'])
+    save_run(directory / 'run', config, {1: params})
+    export_transformers(directory / 'run', directory / 'out', layout=layout)
+    path = directory / 'out' / 'config.json'
+
+    def read(damaged):
+        path.write_bytes(damaged)
+        checkpoint = conversion.open_checkpoint(directory / 'out')
+        for name in checkpoint.tensors:
+            checkpoint.read(name)
+
+    return damaged_json(path.read_bytes()), read, (ConvertError,)
+
+
 def memory_of_an_import(directory):
     path, tensor = directory / conversion.MEMORY, types.SimpleNamespace(name='a.A', index=(), from_ours=np.exp)
     array = np.zeros(3, np.float32)
@@ -437,6 +461,8 @@ READERS = {
     'published config': functools.partial(pytorch_files, name='config.json', change=damaged_json),
     'published index': functools.partial(pytorch_files, name='model.safetensors.index.json', change=damaged_json),
     'safetensors': functools.partial(pytorch_files, name='model.safetensors', change=safetensors_header),
+    'config of an export': functools.partial(export_config, layout='transformers'),
+    'config of a Llama': functools.partial(export_config, layout='llama'),
     'memory of an import': memory_of_an_import,
     'digests of a checkpoint': of_checkpoint('digests.json', damaged_json),
     'config of a checkpoint': of_checkpoint('config.json', damaged_json),

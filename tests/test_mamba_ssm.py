@@ -173,8 +173,13 @@ def test_an_import_is_a_run(tmp_path, capsys):
     tokens = np.random.default_rng(1).integers(0, 43, (1, 9))
     wanted = oracle.logits(tensors, tokens, head_dim=16, groups=1, state=16)
     np.testing.assert_allclose(logits_of(params, config, tokens), wanted, atol=1e-4)
-    assert convert.main(['export', f'--workdir={tmp_path / "run"}', f'--output={tmp_path / "out"}']) == 2
+    export = ['export', f'--workdir={tmp_path / "run"}', f'--output={tmp_path / "out"}']
+    assert convert.main([*export, '--layout=published']) == 2
     assert "a layer of kind 'mamba2' has no place in the published" in capsys.readouterr().err
+    assert convert.main(export) == 0
+    again, loaded = conversion.load_pytorch(tmp_path / 'out')
+    assert loaded.model == config.model
+    assert jax.tree.all(jax.tree.map(np.array_equal, again, params))
 
 
 def without(name):

@@ -1,6 +1,8 @@
 """`python -m transxssm_jax.bench`: every mode is measured, and what is reported adds up."""
 
 import json
+import os
+import sys
 
 import numpy as np
 import pytest
@@ -86,6 +88,7 @@ def test_the_command_writes_its_results(tmp_path, capsys):
     [
         (['--tokens=100'], '--tokens=100 must be a multiple of --lengths=64'),
         (['--documents_per_row=65'], '--documents_per_row=65 must be at most --lengths=64'),
+        (['--peers', '--documents_per_row=2'], '--documents_per_row=2 must be 1 with --peers'),
         (['--modes=trian'], 'did you mean train?'),
     ],
 )
@@ -93,3 +96,30 @@ def test_wrong_input_is_one_line(flags, message, capsys):
     assert bench.main([*TINY, *flags]) == ExitCode.WRONG_INPUT
     error = capsys.readouterr().err
     assert message in error and error.count('\n') == 1
+
+
+# ---- peers in PyTorch --------------------------------------------------------
+
+
+def test_a_peer_that_cannot_run_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv('PYTHONPATH', os.pathsep.join([str(tmp_path), *sys.path]))
+    (tmp_path / 'torch.py').write_text('raise ImportError("no torch here")\n')
+    assert bench.main([*TINY, '--peers']) == ExitCode.WRONG_INPUT
+    error = capsys.readouterr().err
+    assert '--peers needs torch and transformers (no torch here): pip install' in error and error.count('\n') == 1
+    (tmp_path / 'torch.py').write_text('')
+    (tmp_path / 'transformers.py').write_text('')  # neither has what the model needs
+    assert bench.main([*TINY, '--peers']) == ExitCode.WRONG_INPUT
+    error = capsys.readouterr().err
+    assert '--peers: PyTorch could not run the model (' in error and error.count('\n') == 1
+
+
+@pytest.mark.torch
+def test_the_model_is_measured_in_pytorch_too(tmp_path, capsys):
+    arguments = [*TINY, '--peers', '--modes=train,forward', '--calls=1', '--repeats=1', f'--output={tmp_path}']
+    assert bench.main(arguments) == ExitCode.FINISHED
+    assert 'times the speed of pytorch' in capsys.readouterr().out
+    results = json.loads((tmp_path / 'bench.json').read_text())['results']
+    peers = [r for r in results if r['model'] == 'pytorch']
+    assert [r['mode'] for r in peers] == ['train', 'forward'] and all(r['scan'] == 'plain' for r in peers)
+    assert all(r['tokens_per_second'] > 0 and r['torch'] for r in peers)

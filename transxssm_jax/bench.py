@@ -5,7 +5,9 @@
   python -m transxssm_jax.bench --config=configs/1p3b.py --against=attention --lengths=2048,16384,65536 --tokens=65536
 
 Rows: with --tokens, as many as make that many tokens over all devices; otherwise data.global_batch, with any length.
-'attention' is the config with attention in every layer; 'attention-xla' the same without fused attention.
+'attention' is the config with attention in every layer; 'attention-xla' the same without fused attention. With --peers
+the same model in PyTorch is measured too, in training and forward, on one GPU (pip install torch transformers; with
+mamba_ssm its scan is Triton's).
 
 Columns: ms is the median time of a call (a training step, a forward pass with the loss, a prefill, one decoded token per
 row) over --repeats blocks of --calls calls; least and most are of the blocks. MFU counts the model's own work, HFU also
@@ -31,7 +33,7 @@ from transxssm_jax import config as config_lib
 from transxssm_jax.cli import ExitCode, Flag
 from transxssm_jax.config import Config, ConfigError
 from transxssm_jax.data.manifest import write_file
-from transxssm_jax.evals import charts, speed
+from transxssm_jax.evals import charts, pytorch_peer, speed
 from transxssm_jax.evals import results as results_lib
 from transxssm_jax.evals.decode_speed import transformer_of
 
@@ -41,6 +43,7 @@ AGAINST = {
         transformer_of(config), {'model.attention_implementation': 'xla'}
     ),
 }
+PEER = 'pytorch'
 
 COMMAND = cli.Command(
     'transxssm_jax.bench',
@@ -48,6 +51,7 @@ COMMAND = cli.Command(
     [
         Flag('modes', ('train',), 'What is measured.', choices=speed.MODES),
         Flag('against', (), 'Other models to measure beside the config.', choices=tuple(AGAINST)),
+        Flag('peers', False, 'Whether to measure the model in PyTorch too.'),
         Flag('lengths', (0,), 'Tokens per row; 0: data.seq_len.', minimum=0),
         Flag(
             'tokens',
@@ -97,11 +101,15 @@ def _bench(flags) -> int:
     output = pathlib.Path(flags.output) if flags.output else None
     if output:
         output.mkdir(parents=True, exist_ok=True)
+    to_measure = cases(config, flags)
+    if flags.peers and flags.documents_per_row > 1:
+        raise ConfigError(f'--documents_per_row={flags.documents_per_row} must be 1 with --peers, which do not pack')
+    # PyTorch first: once JAX has looked at a GPU, most of its memory is JAX's.
+    results = _peers(to_measure, flags) if flags.peers else []
     made_by = results_lib.of_command(config, 'transxssm_jax.bench', sys.argv[1:])
     title = f'{jax.device_count()} x {made_by["device"]}, jax {jax.__version__}, {made_by["date"][:10]}'
     print(title, flush=True)
-    results = []
-    for case in cases(config, flags):
+    for case in to_measure:
         results.append(speed.measure(case, flags.calls, flags.repeats))
         print(_line(results[-1]), flush=True)
         if output:  # after every case: a measurement that is stopped keeps what it has
@@ -110,7 +118,7 @@ def _bench(flags) -> int:
     print(table)
     lines = [
         f'{mode}, {length:,} tokens per row: {ratio:.2f} times the speed of {other}'
-        for other in flags.against
+        for other in (*flags.against, *([PEER] if flags.peers else []))
         for mode, length, ratio in speed.ratios(results, 'config', other)
     ]
     print('\n'.join(lines))
@@ -120,6 +128,19 @@ def _bench(flags) -> int:
             charts.write_pngs(output, [speed.chart(results, title)])
     fitted = any('does_not_fit' not in result for result in results)
     return ExitCode.FINISHED if fitted else ExitCode.DOES_NOT_FIT
+
+
+def _peers(to_measure: list[speed.Case], flags) -> list[dict]:
+    """The cases of the config itself that PyTorch can take, measured there."""
+    results = []
+    for case in to_measure:
+        if case.model != 'config' or case.mode not in pytorch_peer.MODES:
+            continue
+        asked = {'mode': case.mode, 'length': case.length, 'rows': case.rows}
+        given = asked | {'config': config_lib.to_json(case.config), 'calls': flags.calls, 'repeats': flags.repeats}
+        results.append({'model': PEER, **asked, 'documents': 1, 'devices': 1, **pytorch_peer.measure(given)})
+        print(_line(results[-1]), flush=True)
+    return results
 
 
 def _line(result: dict) -> str:

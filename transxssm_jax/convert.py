@@ -1,12 +1,17 @@
-"""Weights in the published PyTorch format, to and from checkpoints.
+"""Weights for PyTorch, to and from checkpoints.
 
     python -m transxssm_jax.convert import --source=DIR --workdir=DIR [--tokenizer=FILE] [--config.a.b=VALUE]
-    python -m transxssm_jax.convert export --workdir=DIR --output=DIR [--step=N] [--tokenizer=FILE]
-                                           [--max_shard_size=5GB] [--dtype=float32|bfloat16]
+    python -m transxssm_jax.convert export --workdir=DIR --output=DIR [--layout=transformers|llama|published] [--step=N]
+                                           [--tokenizer=FILE] [--max_shard_size=5GB] [--dtype=float32|bfloat16]
 
-An import also takes Mamba-2 as it is published in the format of mamba_ssm
-(state-spaces/mamba2-*), with safetensors or pytorch_model.bin; there is no
-export to that format.
+An export is a directory that AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True) of the transformers library
+loads: every model of ours, with code in plain PyTorch beside the weights. --layout=llama writes a model of attention alone as a
+LlamaForCausalLM, which needs no code; its learned residuals must be 1. --layout=published writes the published format, for what
+has a place in it.
+
+An import takes any of the three, any Llama, and Mamba-2 as it is published in
+the format of mamba_ssm (state-spaces/mamba2-*), with safetensors or
+pytorch_model.bin. There is no export to that format.
 
 An imported workdir is a run at step 0: generate, the evaluations and train take
 it. Its config.py is the config file to train on with; settings that a
@@ -27,6 +32,7 @@ from transxssm_jax import cli
 if __name__ == '__main__':
     cli.start('transxssm_jax.convert')
 
+import functools
 import logging
 import pathlib
 import re
@@ -37,11 +43,12 @@ from transxssm_jax.model import parameters
 from transxssm_jax.pytorch.conversion import export_pytorch, import_pytorch
 from transxssm_jax.pytorch.fields import ConvertError
 from transxssm_jax.pytorch.files import DTYPES
+from transxssm_jax.pytorch.transformers_export import LAYOUTS, export_transformers
 from transxssm_jax.training.checkpoint import WEIGHTS
 
 IMPORT = cli.Command(
     'transxssm_jax.convert import',
-    'Published format -> workdir.',
+    'Weights for PyTorch -> workdir.',
     [
         Flag('source', cli.REQUIRED, 'Directory with config.json and the weights.', example='DIR', is_path=True),
         Flag('workdir', cli.REQUIRED, 'Directory of the run to make.', example='runs/a', is_path=True),
@@ -57,7 +64,7 @@ IMPORT = cli.Command(
 )
 EXPORT = cli.Command(
     'transxssm_jax.convert export',
-    'Workdir -> published format.',
+    'Workdir -> weights for PyTorch.',
     [
         Flag(
             'workdir',
@@ -68,11 +75,22 @@ EXPORT = cli.Command(
             is_place=True,
         ),
         Flag('output', cli.REQUIRED, 'Directory to make.', example='DIR', is_path=True),
+        Flag(
+            'layout',
+            LAYOUTS[0],
+            'transformers: with code that AutoModelForCausalLM loads; llama: as LlamaForCausalLM; or the published format.',
+            choices=(*LAYOUTS, 'published'),
+        ),
         Flag('step', -1, 'Step of the checkpoint; -1: the newest.', minimum=-1),
         Flag('weights', 'trained', 'Which weights of it: the trained ones, or their average.', choices=WEIGHTS),
         Flag('tokenizer', '', 'A JSON file or a prepared directory; empty: that of the run.', is_path=True),
         Flag('max_shard_size', '5GB', 'Most bytes of a file, e.g. 500MB or 2GiB.'),
-        Flag('dtype', 'float32', 'Type of the weights.', choices=tuple(DTYPES)),
+        Flag(
+            'dtype',
+            'float32',
+            'Type of the matrices; all else is float32, but in the published format.',
+            choices=tuple(DTYPES),
+        ),
     ],
     settings=config_lib.describe,
     takes_file=False,
@@ -97,7 +115,9 @@ def _import(flags) -> None:
 
 def _export(flags) -> None:
     logging.getLogger('absl').setLevel(logging.ERROR)
-    notes = export_pytorch(
+    published = flags.layout == 'published'
+    export = export_pytorch if published else functools.partial(export_transformers, layout=flags.layout)
+    notes = export(
         flags.workdir,
         flags.output,
         step=flags.step,

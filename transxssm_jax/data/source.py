@@ -6,6 +6,7 @@
     DIR                               the parquet files below DIR, or else the jsonl files, or else every text file
     'DIR/**/*.py'                     the files that match, each read by its ending
     tfds:NAME_OR_DIR/SPLIT            a TFDS data set in ArrayRecord files, its text in feature --text_field
+    hf:NAME[/CONFIG]:SPLIT            the parquet files of a data set of a Hugging Face hub, see hub.py
 
 Text and jsonl may be compressed by gzip (.gz) or Zstandard (.zst). Where every
 parquet or jsonl file of DIR names its split (data/train-00000-of-00010.parquet,
@@ -37,7 +38,7 @@ from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
-from transxssm_jax.data import source_files, token_files
+from transxssm_jax.data import hub, source_files, token_files
 from transxssm_jax.data.manifest import DataError, first_line
 from transxssm_jax.data.tokenizer import replace_surrogates
 
@@ -93,7 +94,7 @@ def parse_source(argument: str) -> tuple[str, str]:
         return argument, ''
     if not Fraction(weight):
         raise DataError(f'--source={argument}: the weight must be above 0; leave the source out instead')
-    if not spec.startswith('tfds:') and not os.path.exists(spec) and not glob.has_magic(spec):
+    if not spec.startswith(('tfds:', hub.PREFIX)) and not os.path.exists(spec) and not glob.has_magic(spec):
         raise DataError(f'--source={argument}: no such file or directory: {spec}, with weight {weight}; {explain}')
     return spec, weight
 
@@ -114,6 +115,8 @@ def list_files(
     if spec.startswith('tfds:'):
         data, size = _open_tfds(spec)
         return [Piece('tfds', spec, 0, len(data), size)]
+    if spec.startswith(hub.PREFIX):
+        return [_whole_file(path, explicit=False) for path in hub.fetch(spec)]
     if os.path.isfile(spec):
         return [_whole_file(spec, explicit=True, ids=ids)]
     kind = ''

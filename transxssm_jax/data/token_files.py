@@ -37,13 +37,19 @@ class BadIds(cli.UserError, ValueError):
 
 def kind_of(path: str) -> str:
     """The kind of a file of ids by the ending of its name; '' for what source.py reads."""
-    return ENDINGS.get(os.path.splitext(path)[1], '')
+    return ENDINGS.get(os.path.splitext(path)[1].lower(), '')
 
 
 def without_indexes(paths: list[str]) -> list[str]:
     """Without the .idx that stands beside its .bin."""
     here = set(paths)
-    return [path for path in paths if not (path.endswith('.idx') and f'{path.removesuffix(".idx")}.bin' in here)]
+    return [path for path in paths if not (path.lower().endswith('.idx') and str(_pair(path)[0]) in here)]
+
+
+def _pair(path: str) -> tuple[Path, Path]:
+    """The .bin and the .idx of a data set of Megatron-LM, of which one is given; in upper case where that is."""
+    endings = ('.BIN', '.IDX') if Path(path).suffix.isupper() else ('.bin', '.idx')
+    return Path(path).with_suffix(endings[0]), Path(path).with_suffix(endings[1])
 
 
 def measure(kind: str, path: str) -> tuple[str, int, int]:
@@ -53,7 +59,7 @@ def measure(kind: str, path: str) -> tuple[str, int, int]:
     """
     if kind == 'megatron':
         index = _open_megatron(path)
-        return str(Path(path).with_suffix('.bin')), len(index.first_sequence) - 1, index.num_tokens * BYTES_PER_TOKEN
+        return str(_pair(path)[0]), len(index.first_sequence) - 1, index.num_tokens * BYTES_PER_TOKEN
     if kind == 'npy':
         array = _open_npy(path)
         return path, len(array), array.size * BYTES_PER_TOKEN
@@ -161,8 +167,7 @@ class _Megatron:
 
 
 def _open_megatron(path: str) -> _Megatron:
-    stem = Path(path).with_suffix('')
-    binary, index = stem.with_suffix('.bin'), stem.with_suffix('.idx')
+    binary, index = _pair(path)
     for here, other in ((binary, index), (index, binary)):
         if not here.exists():
             raise DataError(

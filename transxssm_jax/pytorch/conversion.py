@@ -1,8 +1,10 @@
-"""Import of published PyTorch checkpoints into a workdir, and export from one. Mamba-2's are imported only.
+"""Import of PyTorch checkpoints into a workdir, and export of one in the published format. Mamba-2's are imported only.
+
+What the transformers library loads is read here too, and written by transformers_export.py.
 
 One stacked array of ours is in memory at a time, and one tensor; no PyTorch.
 
-An import of what this exported gives the same model back: the settings stand in config.json (fields.py), groups of B and
+An import of what `export_pytorch` wrote gives the same model back: the settings stand in config.json (fields.py), groups of B and
 C that were repeated are recognised, and so are biases that are 0 because only dt has one. All parameters have their
 bits again, but for a_log, of which the file holds -exp(a_log): it is rounded, and where both use_bias and use_dt_bias
 are set the two biases of dt come back as their sum, in dt_bias.
@@ -20,17 +22,20 @@ from flax import nnx
 from transxssm_jax import config as config_lib
 from transxssm_jax.config import Config
 from transxssm_jax.data.manifest import DataError
-from transxssm_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, load_tokenizer
+from transxssm_jax.data.tokenizer import JsonTokenizer, load_tokenizer
 from transxssm_jax.data.vocabulary import check_tokenizer
 from transxssm_jax.pytorch import arrays
 from transxssm_jax.pytorch.fields import ConvertError, fields_of, pytorch_model
-from transxssm_jax.pytorch.files import PytorchCheckpoint, Writer
-from transxssm_jax.pytorch.mamba_ssm import MambaCheckpoint, open_checkpoint
+from transxssm_jax.pytorch.files import PytorchCheckpoint, TensorFiles, Writer
+from transxssm_jax.pytorch.mamba_ssm import MARK, MambaCheckpoint
 from transxssm_jax.pytorch.tensors import Path, Tensor, check_exportable, shapes_of, spell_out, tensors_of
+from transxssm_jax.pytorch.tokenizer_files import TOKENIZER_FILES, byte_tokenizer, tokenizer_files, tokenizer_for_export
+from transxssm_jax.pytorch.transformers_checkpoint import LLAMA, TransformersCheckpoint
+from transxssm_jax.pytorch.transformers_fields import MODEL_TYPE
 from transxssm_jax.training import checkpoint, checkpoint_files, lease, run_directory, run_reference
 
 MEMORY = 'published.json'  # in a workdir: what of its import a checkpoint has no place for
-TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json')
+AnyCheckpoint = PytorchCheckpoint | MambaCheckpoint | TransformersCheckpoint
 
 
 def load_pytorch(directory: pathlib.Path | str) -> tuple[dict, Config]:
@@ -53,7 +58,21 @@ def open_weights(directory: pathlib.Path | str) -> tuple[dict[Path, arrays.LazyA
     return _lazy_params(source), source.config
 
 
-def _lazy_params(source: PytorchCheckpoint | MambaCheckpoint, advance=lambda: None) -> dict[Path, arrays.LazyArray]:
+def open_checkpoint(directory: pathlib.Path | str) -> AnyCheckpoint:
+    """The checkpoint in a directory, of the format that its config.json is of.
+
+    Raises:
+      ConvertError: see the classes.
+    """
+    fields = TensorFiles(directory).read_json('config.json')
+    if MARK in fields:
+        return MambaCheckpoint(directory)
+    if fields.get('model_type') in (MODEL_TYPE, LLAMA):
+        return TransformersCheckpoint(directory)
+    return PytorchCheckpoint(directory)
+
+
+def _lazy_params(source: AnyCheckpoint, advance=lambda: None) -> dict[Path, arrays.LazyArray]:
     return {
         path: arrays.LazyArray(shape, np.dtype(np.float32), functools.partial(source.layers, path, shape, advance))
         for path, shape in shapes_of(source.config.model).items()
@@ -69,7 +88,7 @@ def import_pytorch(
     *,
     tokenizer: str = '',
     overrides: dict[str, str] | None = None,
-) -> PytorchCheckpoint | MambaCheckpoint:
+) -> AnyCheckpoint:
     """Makes `workdir` a run at step 0 with the published weights, a fresh optimizer state and no position in any data.
 
     Args:
@@ -102,7 +121,8 @@ def import_pytorch(
         data_path = config.data.path if pathlib.Path(config.data.path).is_dir() else ''  # a tokenizer alone is no data
         to_train = config_lib.replace(config, {'data.path': data_path})
         (workdir / 'config.py').write_text(_config_file(to_train, 'Goes on training imported weights.'))
-        memory = {'config': source.fields, 'A': {name: a_H.tolist() for name, a_H in source.rates.items()}}
+        fields = source.fields if isinstance(source, PytorchCheckpoint) else {}  # of the published format
+        memory = {'config': fields, 'A': {name: a_H.tolist() for name, a_H in source.rates.items()}}
         (workdir / MEMORY).write_text(json.dumps(memory, indent=1) + '\n')
         with tqdm.tqdm(total=len(source.tensors), desc='import', unit=' tensors', disable=None) as bar:
             try:
@@ -123,13 +143,13 @@ def _check_unused(workdir: pathlib.Path) -> None:
         raise ConvertError(f'--workdir={workdir} holds checkpoints already; choose another')
 
 
-def _tokenizer_for_import(
-    source: PytorchCheckpoint | MambaCheckpoint, tokenizer: str, workdir: pathlib.Path
-) -> tuple[str, dict[str, bytes]]:
+def _tokenizer_for_import(source: AnyCheckpoint, tokenizer: str, workdir: pathlib.Path) -> tuple[str, dict[str, bytes]]:
     """(data.path, files to put into the workdir)."""
     own = source.directory / TOKENIZER_FILES[0]
     if not tokenizer and not own.exists():
         return '', {}
+    if not tokenizer and own.read_bytes() == byte_tokenizer():
+        return 'byte', {}
     path = tokenizer or str(own)
     try:
         loaded = load_tokenizer(path)
@@ -141,21 +161,7 @@ def _tokenizer_for_import(
     check_tokenizer(loaded, source.config.model.vocab_size, f'tokenizer {path}')
     if path == 'byte' or pathlib.Path(path).is_dir():
         return path if path == 'byte' else str(pathlib.Path(path).absolute()), {}
-    return str(workdir / TOKENIZER_FILES[0]), _tokenizer_files(path, loaded)
-
-
-def _tokenizer_files(path: str, tokenizer: JsonTokenizer) -> dict[str, bytes]:
-    """What transformers' AutoTokenizer reads: the tokenizer, and the settings that stand beside it or are made here."""
-    path = pathlib.Path(path)
-    beside = (path if path.is_dir() else path.parent) / TOKENIZER_FILES[1]
-    settings = {
-        'tokenizer_class': 'PreTrainedTokenizerFast',
-        'bos_token': tokenizer.begin_token,
-        'eos_token': tokenizer.eos_token,
-        'clean_up_tokenization_spaces': False,
-    }
-    content = beside.read_bytes() if beside.exists() else (json.dumps(settings, indent=2) + '\n').encode()
-    return dict(zip(TOKENIZER_FILES, (tokenizer.content, content)))
+    return str(workdir / TOKENIZER_FILES[0]), tokenizer_files(path, loaded)
 
 
 def _config_file(config: Config, title: str) -> str:
@@ -201,12 +207,7 @@ def export_pytorch(
       ConvertError, ConfigError, DataError, checkpoint.CheckpointError: one line.
     """
     (workdir, step), out = run_reference.resolve(workdir, step), pathlib.Path(out)
-    if any(out.glob('model*.safetensors*')):
-        raise ConvertError(f'--output={out} holds weights already; choose another directory')
-    if taken := [name for name in ('config.json', *TOKENIZER_FILES) if (out / name).exists()]:
-        raise ConvertError(
-            f'--output={out} holds a {taken[0]} already, which would be overwritten; choose another directory'
-        )
+    check_output(out)
     params, config = checkpoint.find_params(workdir, step, weights)
     config = config_lib.replace(config, overrides or {})
     check_exportable(config.model)
@@ -214,14 +215,14 @@ def export_pytorch(
     tensors, notes = tensors_of(model), []
     memory = _read_memory(workdir)
     fields = fields_of(config, memory['config'], dtype)
-    loaded = _tokenizer_for_export(tokenizer, config, notes)
+    loaded = tokenizer_for_export(tokenizer, config, notes)
     files = {}
     if loaded:
         name = tokenizer or config.data.tokenizer_path
         check_tokenizer(loaded, model.vocab_size, f'tokenizer {name}')
         fields |= {'bos_token_id': loaded.begin_id, 'eos_token_id': loaded.eos_id}
         if isinstance(loaded, JsonTokenizer):
-            files = _tokenizer_files(name, loaded)
+            files = tokenizer_files(name, loaded)
     files['config.json'] = (json.dumps(fields, indent=2, sort_keys=True) + '\n').encode()
     if ours.num_ssd_groups != model.num_ssd_groups:
         notes.append(f'B and C of {ours.num_ssd_groups} groups are repeated for each of {model.num_heads} heads')
@@ -231,11 +232,11 @@ def export_pytorch(
         )
     out.mkdir(parents=True, exist_ok=True)
     with (
-        Writer(out, list(tensors.values()), max_shard_bytes, dtype) as writer,
+        Writer(out, list(tensors.values()), max_shard_bytes, dtype, dtype) as writer,
         tqdm.tqdm(total=len(tensors), desc='export', unit=' tensors', disable=None) as bar,
     ):
         for path, shape in shapes_of(model).items():
-            array = spell_out(path, shape, ours, functools.partial(_read_array, params))
+            array = spell_out(path, shape, ours, functools.partial(read_array, params))
             for tensor in tensors.values():
                 if tensor.path == path:
                     writer.write(tensor, _with_memory(tensor, array, memory['A']))
@@ -243,6 +244,16 @@ def export_pytorch(
     for name, content in files.items():
         (out / name).write_bytes(content)
     return notes
+
+
+def check_output(out: pathlib.Path, names: tuple[str, ...] = ()) -> None:
+    """Raises ConvertError where a directory holds weights, or a file of these names or of those that every export has."""
+    if any(out.glob('model*.safetensors*')):
+        raise ConvertError(f'--output={out} holds weights already; choose another directory')
+    if taken := [name for name in ('config.json', *TOKENIZER_FILES, *names) if (out / name).exists()]:
+        raise ConvertError(
+            f'--output={out} holds a {taken[0]} already, which would be overwritten; choose another directory'
+        )
 
 
 def _read_memory(workdir: pathlib.Path) -> dict:
@@ -261,25 +272,7 @@ def _read_memory(workdir: pathlib.Path) -> dict:
         ) from error
 
 
-def _tokenizer_for_export(tokenizer: str, config: Config, notes: list[str]) -> ByteTokenizer | JsonTokenizer | None:
-    """The tokenizer that is named, or that of the run; None where the run has none that can be read, which is noted."""
-    if tokenizer:
-        loaded = load_tokenizer(tokenizer)
-        if not isinstance(loaded, JsonTokenizer):
-            raise ConvertError(
-                f'--tokenizer={tokenizer} is the byte tokenizer, which has no file to export; leave it out'
-            )
-        return loaded
-    if not config.data.tokenizer_path:
-        return None
-    try:
-        return load_tokenizer(config.data.tokenizer_path)
-    except DataError as error:
-        notes.append(f'no tokenizer is exported ({error}); name one with --tokenizer')
-        return None
-
-
-def _read_array(state: pathlib.Path, path: Path) -> np.ndarray:
+def read_array(state: pathlib.Path, path: Path) -> np.ndarray:
     """One float32 array of the parameters; nothing else is read."""
     item = nnx.traversals.unflatten_mapping({(state.name, *path): 0})
     restore_args = nnx.traversals.unflatten_mapping({(state.name, *path): ocp.RestoreArgs(restore_type=np.ndarray)})

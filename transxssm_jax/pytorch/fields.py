@@ -267,10 +267,15 @@ def fields_of(config: Config, memory: dict, dtype: str) -> dict:
     if model.rope_scaling == 'dynamic':
         fields['max_position_embeddings'] = model.rope_original_length
         fields['rope_scaling']['original_max_position_embeddings'] = model.rope_original_length
+    own = {'model_type': 'TransXSSM', 'architectures': ['TransXSSMForCausalLM'], 'torch_dtype': dtype}
+    return fields | own | {SETTINGS: saved_settings(config)}
+
+
+def saved_settings(config: Config) -> dict:
+    """The settings of a run that go with its weights: without paths, the mesh, and what the optimizer had seen."""
     settings = json.loads(config_lib.to_json(config))
     del settings['mesh'], settings['train']['init_from']  # of a machine
     for name in ('path', 'sources', 'weights', 'max_epochs'):
         del settings['data'][name]
     del settings['optimizer']['updates_before']  # an export holds no optimizer state
-    own = {'model_type': 'TransXSSM', 'architectures': ['TransXSSMForCausalLM'], 'torch_dtype': dtype}
-    return fields | own | {SETTINGS: settings}
+    return settings

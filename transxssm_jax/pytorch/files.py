@@ -33,9 +33,16 @@ DTYPES = {'float32': (np.dtype(np.float32), 'F32'), 'bfloat16': (np.dtype(ml_dty
 class TensorFiles:
     """The tensors in the files of a directory, by name, read one at a time.
 
+    Attributes (of those that have checked the names):
+      tensors: name -> what is known of it.
+      unused: a phrase for each field and tensor that has no effect.
+
     Raises:
       ConvertError: a file is missing, cannot be read, or lacks a tensor that it is said to hold.
     """
+
+    tensors: dict
+    unused: list[str]
 
     def __init__(self, directory: pathlib.Path | str):
         self.directory = pathlib.Path(directory)
@@ -96,6 +103,33 @@ class TensorFiles:
             except TorchFileError as error:
                 raise ConvertError(f'{self.directory / self._files[name]}: {error}; fetch it again') from error
 
+    def _check_names(self, head: str, embedding: str, field: str, is_tied: bool) -> None:
+        """Raises ConvertError unless the files hold `tensors` and no others, but for what is noted as unused.
+
+        Args:
+          head, embedding: names of two tensors, which are equal where is_tied, which is what `field` of config.json says.
+        """
+        missing = [name for name in self.tensors if name not in self._files]
+        if missing:
+            raise ConvertError(f'{self.directory} lacks tensor {_some(missing)}, which its config.json calls for')
+        extra = [name for name in self._files if name not in self.tensors]
+        for name in [name for name in extra if name.endswith('rotary_emb.inv_freq')]:
+            extra.remove(name)
+            self.unused.append(f'{name} (computed from rope_theta)')
+        if head in extra and is_tied:
+            values = self.read(head), self.read(embedding)
+            if values[0].shape != values[1].shape or values[0].tobytes() != values[1].tobytes():
+                raise ConvertError(
+                    f'{self.directory}: {head} differs from {embedding}, although {field} is true (its default); set it to '
+                    'false in config.json, or remove one'
+                )
+            extra.remove(head)
+            self.unused.append(f'{head} (tied, equal to {embedding})')
+        if extra:
+            raise ConvertError(
+                f'{self.directory} has unexpected tensor {_some(extra)}, which its config.json has no place for'
+            )
+
     def _check_tensor(self, name: str, wanted: tuple[int, ...]) -> None:
         """Raises ConvertError unless a tensor has this shape and a floating-point type."""
         with self._open(self._files[name]) as handle:
@@ -135,7 +169,11 @@ class PytorchCheckpoint(TensorFiles):
             raise ConvertError(f'{where}: {error}') from error
         self.tensors = tensors.tensors_of(self._published)
         self._files = self._find_tensors()
-        self._check_names_and_shapes()
+        self._check_names(
+            'lm_head.weight', 'model.word_embed.weight', 'tie_word_embeddings', self._published.tie_embeddings
+        )
+        for name, tensor in self.tensors.items():
+            self._check_tensor(name, tensor.shape)
         self.rates = {
             name: self.read(name).astype(np.float64)
             for name, tensor in self.tensors.items()
@@ -144,30 +182,6 @@ class PytorchCheckpoint(TensorFiles):
         self._check_rates()
         if fields.SETTINGS in self.fields:
             self._restore_settings()
-
-    def _check_names_and_shapes(self) -> None:
-        missing = [name for name in self.tensors if name not in self._files]
-        if missing:
-            raise ConvertError(f'{self.directory} lacks tensor {_some(missing)}, which its config.json calls for')
-        extra = [name for name in self._files if name not in self.tensors]
-        for name in [name for name in extra if name.endswith('rotary_emb.inv_freq')]:
-            extra.remove(name)
-            self.unused.append(f'{name} (computed from rope_theta)')
-        if 'lm_head.weight' in extra and self._published.tie_embeddings:
-            head, embedding = self.read('lm_head.weight'), self.read('model.word_embed.weight')
-            if head.shape != embedding.shape or head.tobytes() != embedding.tobytes():
-                raise ConvertError(
-                    f'{self.directory}: lm_head.weight differs from model.word_embed.weight, although '
-                    'tie_word_embeddings is true (its default); set it to false in config.json, or remove one'
-                )
-            extra.remove('lm_head.weight')
-            self.unused.append('lm_head.weight (tied, equal to model.word_embed.weight)')
-        if extra:
-            raise ConvertError(
-                f'{self.directory} has unexpected tensor {_some(extra)}, which its config.json has no place for'
-            )
-        for name, tensor in self.tensors.items():
-            self._check_tensor(name, tensor.shape)
 
     def _check_rates(self) -> None:
         bad = {
@@ -254,12 +268,15 @@ class Writer:
       directory: exists.
       tensors: what will be written, in the order of the files.
       max_shard_bytes: of tensors in one file; a larger tensor has a file of its own.
-      dtype: 'float32' or 'bfloat16', of every tensor.
+      dtype: 'float32' or 'bfloat16', of the matrices.
+      other_dtype: of all else, vectors and filters [C, 1, W].
     """
 
-    def __init__(self, directory: pathlib.Path, tensors: list[Tensor], max_shard_bytes: int, dtype: str):
+    def __init__(
+        self, directory: pathlib.Path, tensors: list[Tensor], max_shard_bytes: int, dtype: str, other_dtype: str
+    ):
         self._directory, self._tensors, self._max_shard_bytes = directory, tensors, max_shard_bytes
-        self._dtype, self._dtype_name = DTYPES[dtype]
+        self._dtype, self._other_dtype = dtype, other_dtype
 
     def __enter__(self) -> 'Writer':
         self._files, self._offsets = {}, {}
@@ -270,7 +287,7 @@ class Writer:
             for tensor in shard:
                 start, end = end, end + self._size(tensor)
                 header[tensor.name] = {
-                    'dtype': self._dtype_name,
+                    'dtype': self._dtype_of(tensor)[1],
                     'shape': list(tensor.shape),
                     'data_offsets': [start, end],
                 }
@@ -283,10 +300,10 @@ class Writer:
         return self
 
     def write(self, tensor: Tensor, value: np.ndarray) -> None:
-        """Rounds a tensor to the files' dtype and writes it where its file has it."""
+        """Rounds a tensor to its dtype and writes it where its file has it."""
         name, offset = self._offsets[tensor.name]
         self._files[name].seek(offset)
-        self._files[name].write(np.ascontiguousarray(value, self._dtype).view(np.uint8))
+        self._files[name].write(np.ascontiguousarray(value, self._dtype_of(tensor)[0]).view(np.uint8))
 
     def __exit__(self, kind, error, traceback) -> None:
         for name, file in self._files.items():
@@ -307,7 +324,11 @@ class Writer:
         return self._directory / f'.{name}.tmp'
 
     def _size(self, tensor: Tensor) -> int:
-        return math.prod(tensor.shape) * self._dtype.itemsize
+        return math.prod(tensor.shape) * self._dtype_of(tensor)[0].itemsize
+
+    def _dtype_of(self, tensor: Tensor) -> tuple[np.dtype, str]:
+        """(dtype, its name in the file) of a tensor."""
+        return DTYPES[self._dtype if len(tensor.shape) == 2 else self._other_dtype]
 
     def _cut(self) -> list[list[Tensor]]:
         shards, room = [[]], self._max_shard_bytes

@@ -18,7 +18,7 @@ from transxssm_jax import cli
 from transxssm_jax import config as config_lib
 from transxssm_jax.config import Config, ConfigError, Data, Model
 from transxssm_jax.pytorch.fields import ConvertError
-from transxssm_jax.pytorch.files import PytorchCheckpoint, TensorFiles
+from transxssm_jax.pytorch.files import TensorFiles
 from transxssm_jax.pytorch.tensors import Path, shapes_of
 
 MARK = 'ssm_cfg'  # the field by which such a config.json is known
@@ -74,16 +74,6 @@ TOP_FIELDS = {
     'd_model', 'd_intermediate', 'n_layer', 'vocab_size', MARK, 'attn_layer_idx', 'attn_cfg', 'rms_norm',
     'residual_in_fp32', 'fused_add_norm', 'pad_vocab_size_multiple', 'tie_embeddings',
 }  # fmt: skip
-
-
-def open_checkpoint(directory: pathlib.Path | str) -> 'PytorchCheckpoint | MambaCheckpoint':
-    """The checkpoint in a directory, of the format that its config.json is of.
-
-    Raises:
-      ConvertError: see the two classes.
-    """
-    fields = TensorFiles(directory).read_json('config.json')
-    return MambaCheckpoint(directory) if MARK in fields else PytorchCheckpoint(directory)
 
 
 def model_of(published: dict, where: str) -> tuple[Model, list[str]]:
@@ -177,7 +167,7 @@ class MambaCheckpoint(TensorFiles):
         self._shapes = shapes_of(self.config.model)
         self.tensors = self._published_shapes()
         self._files = self._find_tensors()
-        self._check_names(model)
+        self._check_names('lm_head.weight', 'backbone.embedding.weight', 'tie_embeddings', model.tie_embeddings)
         for name, shape in self.tensors.items():
             self._check_tensor(name, shape)
 
@@ -212,25 +202,6 @@ class MambaCheckpoint(TensorFiles):
             return [model.d_mlp, model.d_mlp]
         convolved = [inner, groups, groups]
         return [inner, *convolved, model.num_mamba_heads] if published == 'mixer.in_proj.weight' else convolved
-
-    def _check_names(self, model: Model) -> None:
-        missing = [name for name in self.tensors if name not in self._files]
-        if missing:
-            raise ConvertError(f'{self.directory} lacks tensor {missing[0]}, which its config.json calls for')
-        extra = [name for name in self._files if name not in self.tensors]
-        if 'lm_head.weight' in extra and model.tie_embeddings:
-            head, embedding = self.read('lm_head.weight'), self.read('backbone.embedding.weight')
-            if head.shape != embedding.shape or head.tobytes() != embedding.tobytes():
-                raise ConvertError(
-                    f'{self.directory}: lm_head.weight differs from backbone.embedding.weight, although tie_embeddings is '
-                    'true (its default); set it to false in config.json'
-                )
-            extra.remove('lm_head.weight')
-            self.unused.append('lm_head.weight (tied, equal to backbone.embedding.weight)')
-        if extra:
-            raise ConvertError(
-                f'{self.directory} has unexpected tensor {extra[0]}, which its config.json has no place for'
-            )
 
     def layers(
         self, path: Path, shape: tuple[int, ...], advance: Callable = lambda: None
