@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -31,6 +32,9 @@ CHUNK = 128  # tokens of the scan that are computed at a time
 # How this version of transformers calls what a model keeps between calls.
 _NAMES = inspect.signature(vars(GenerationMixin)['prepare_inputs_for_generation']).parameters
 CACHE = 'cache' if 'cache' in _NAMES else 'past_key_values'
+# What stays float32 in a model of 16 bits; transformers 4 takes no 'bias' here.
+_BIAS = () if transformers.__version__.startswith('4.') else ('bias',)
+FLOAT32 = ('norm', 'final_norm', 'mixer_residual', 'mlp_residual', 'conv', 'a_log', 'dt_bias', 'd_skip', *_BIAS)
 
 
 class TransXSSMConfig(PretrainedConfig):
@@ -140,14 +144,12 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
-        mean_square = wide.square().mean(-1, keepdim=True)
-        return (wide * torch.rsqrt(mean_square + self.epsilon) * self.weight.float()).to(x.dtype)
+        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)
+        return (wide * inverse * self.weight.float()).to(x.dtype)
 
 
 class Linear(nn.Linear):
-    """nn.Linear whose bias may be wider than its weight."""
-
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # whose bias may be wider than the weight
         y = F.linear(input, self.weight.to(input.dtype))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -168,8 +170,6 @@ class InputProjections(nn.Module):
 
 
 class Residual(nn.Module):
-    """weight * x + branch, one weight per channel."""
-
     def __init__(self, features: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(features))
@@ -308,8 +308,7 @@ class Attention(nn.Module):
             mask = (order[None] <= order[S - L :, None])[None, None]
             if at.keys is not None:  # padding sees itself, so that no row of scores is empty
                 mask = mask & (at.keys[:, None, None] | (order[None] == order[S - L :, None]))
-        is_causal = mask is None and L > 1
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=gqa)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and L > 1, enable_gqa=gqa)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -336,9 +335,11 @@ class TransXSSMPreTrainedModel(PreTrainedModel):
     _no_split_modules = ['Block']
     _supports_sdpa = True
     _is_stateful = True  # a state cannot go back to fewer tokens
-    _keep_in_fp32_modules_strict = [
-        'norm', 'final_norm', 'mixer_residual', 'mlp_residual', 'conv', 'bias', 'a_log', 'dt_bias', 'd_skip',
-    ]  # fmt: skip
+
+    def post_init(self) -> None:
+        names = {part for name, _ in self.named_parameters() for part in name.split('.')}
+        self._keep_in_fp32_modules_strict = [name for name in FLOAT32 if name in names]
+        super().post_init()
 
 
 class TransXSSMModel(TransXSSMPreTrainedModel):
@@ -390,9 +391,8 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
             kind: rope_tables(config, positions, width, rows['rope_length']) if encodings[kind] == 'rope' else None
             for kind, width in widths.items()
         }
-        scale = None
+        n, scale = positions.float() + 1, None
         if config.rotary_scaling == 'length':
-            n = positions.float() + 1
             scale = (n.log() / math.log(config.rotary_original_length)).clamp(min=1)[..., None, None]
         return Positions(rope, scale, *(None if v is None or bool(v.all()) else v for v in (valid, keys)))
 

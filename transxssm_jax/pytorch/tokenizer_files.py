@@ -56,6 +56,7 @@ def files_for_transformers(path: str, tokenizer: ByteTokenizer | JsonTokenizer, 
       length: tokens of a row in training.
     """
     settings: dict = {'padding_side': 'left', 'model_max_length': length}
+    settings['model_input_names'] = ['input_ids', 'attention_mask']  # transformers 4 would add token types
     if isinstance(tokenizer, ByteTokenizer):
         made = _settings(BYTE_EOS, BYTE_EOS) | settings | {'pad_token': BYTE_EOS}
         files = dict(zip(TOKENIZER_FILES, (byte_tokenizer(), _as_json(made))))

@@ -38,6 +38,7 @@ SAME = {  # field of modeling_transxssm.py -> the setting of ours that means the
     'initializer_range': 'init_std',
     'tie_word_embeddings': 'tie_embeddings',
 }
+LEFT_OUT = {'tie_word_embeddings': True}  # a default of transformers 4, which does not save it
 PLACED = {'pattern', 'attention_period', 'attention_offset'}  # what layer_kinds says
 # What a trained model does not depend on.
 WITHOUT_EFFECT = {
@@ -163,6 +164,7 @@ def model_of(fields: dict) -> Model:
     Raises:
       ConfigError: one is missing or has a value that is not computed here.
     """
+    fields = LEFT_OUT | fields
     missing = [name for name in (*SAME, 'layer_kinds') if name not in fields]
     if missing:
         raise ConfigError(f'{missing[0]} is missing')
