@@ -141,7 +141,7 @@ def test_a_run_of_other_length_has_the_same_shape():
 @pytest.mark.parametrize(
     'arguments, message',
     [
-        (('--configs=nowhere',), '--configs=nowhere has no config files'),
+        (('--configs=nowhere',), '--configs=nowhere: no such file'),
         (('--only=hybrid_rop',), '--only=hybrid_rop is no file of --configs; did you mean hybrid_rope?'),
         (('--seeds=1,1',), '--seeds=1,1 must be one or more seeds, each once'),
         (('--evaluate=perplexty',), "--evaluate='perplexty' must begin with an evaluation; did you mean perplexity?"),

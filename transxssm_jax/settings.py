@@ -240,25 +240,48 @@ def describe(root: type[Section]) -> str:
     )
 
 
+def shipped() -> pathlib.Path:
+    """The directory of the config files that come with this project: inside the installed package, or the checkout's."""
+    package = pathlib.Path(__file__).parent
+    return next((folder for folder in (package / 'configs', package.parent / 'configs') if folder.is_dir()), package)
+
+
+def find_file(path: str, flag: str = '--config', folder: str = '') -> pathlib.Path:
+    """The file or directory of a path, or of the name of one that comes with this project: '1p3b', 'pods/1p3b_v5e_256'.
+
+    Args:
+      path: what was typed; one that is here goes first.
+      flag: how errors call it.
+      folder: of the shipped configs, where the name is looked for.
+
+    Raises:
+      ConfigError: it is neither.
+    """
+    file = pathlib.Path(path).expanduser()
+    shipped_folder = shipped() / folder
+    try:
+        if file.exists():
+            return file
+        for candidate in (shipped_folder / f'{path}.py', shipped_folder / path):
+            if path and not file.is_absolute() and '..' not in file.parts and candidate.exists():
+                return candidate
+    except OSError as error:
+        raise ConfigError(f'{flag}={cli.shorten(path)}: {error.strerror}') from None
+    near = [str(p) for place in {file.parent, pathlib.Path('configs')} for p in place.glob('*.py')]
+    names = [str(p.relative_to(shipped_folder).with_suffix('')) for p in shipped_folder.rglob('*.py')]
+    raise ConfigError(f'{flag}={path}: no such file{cli.nearest(path, near + names) if near + names else ""}')
+
+
 def read_file(section: type[Section], path: str):
     """The settings that a Python file's get_config() returns: a `section`, or an ml_collections.ConfigDict of its settings.
 
     Raises:
       ConfigError: no such file, or whatever the file raises, with the line.
     """
-    file = pathlib.Path(path).expanduser()
-    try:
-        found = file.is_file()
-        if file.is_dir():
-            inside = ', '.join(sorted(str(p) for p in file.glob('*.py'))[:5])
-            raise ConfigError(
-                f'--config={path} is a directory; name a config file{f", such as {inside}" * bool(inside)}'
-            )
-    except OSError as error:
-        raise ConfigError(f'--config={cli.shorten(path)}: {error.strerror}') from None
-    if not found:
-        near = [str(p) for folder in {file.parent, pathlib.Path('configs')} for p in folder.glob('*.py')]
-        raise ConfigError(f'--config={path}: no such file{cli.nearest(path, near) if near else ""}')
+    file = find_file(path)
+    if file.is_dir():
+        inside = ', '.join(sorted(str(p) for p in file.glob('*.py'))[:5])
+        raise ConfigError(f'--config={path} is a directory; name a config file{f", such as {inside}" * bool(inside)}')
     path = str(file)
     try:
         config = runpy.run_path(path).get('get_config', lambda: None)()

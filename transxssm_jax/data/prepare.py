@@ -120,10 +120,11 @@ COMMAND = cli.Command(
 
 def main(argv: list[str] | None = None) -> int:
     """The command; see --help. Returns its exit code."""
-    return cli.run(COMMAND, _prepare, argv)
+    return cli.run(COMMAND, prepare_split, argv)
 
 
-def _prepare(flags: types.SimpleNamespace) -> None:
+def prepare_split(flags: types.SimpleNamespace) -> None:
+    """Checks the flags of the command and prepares the split. Raises DataError, in one line."""
     flags.output = Path(flags.output)
     if not re.fullmatch(r'[A-Za-z]\w*', flags.split):
         raise DataError(f'--split={flags.split} must be a word such as train or validation')
