@@ -284,16 +284,28 @@ def read_file(section: type[Section], path: str):
         raise ConfigError(f'--config={path} is a directory; name a config file{f", such as {inside}" * bool(inside)}')
     path = str(file)
     try:
-        config = runpy.run_path(path).get('get_config', lambda: None)()
+        config = call_in_file(path, 'get_config')
         if hasattr(config, 'to_dict'):
             config = from_tree(section, config.to_dict())
-    except (Exception, SystemExit) as error:  # whatever a file with a mistake raises
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        kind = '' if isinstance(error, ConfigError | SyntaxError) else f'{type(error).__name__}: '
-        where = f'{path}, line {lines[-1]}' if lines else path
-        raise ConfigError(f'{where}: {kind}{cli.one_line(error)}') from error
+    except ConfigError as error:
+        raise ConfigError(str(error) if str(error).startswith(path) else f'{path}: {error}') from error
     if not isinstance(config, section):
         raise ConfigError(
             f'{path}: must have a function get_config() that returns a {section.__module__}.{section.__name__}'
         )
     return config
+
+
+def call_in_file(path: str, function: str):
+    """What a function of a Python file returns; None where the file has no such function.
+
+    Raises:
+      ConfigError: whatever the file raises, with the line.
+    """
+    try:
+        return runpy.run_path(path).get(function, lambda: None)()
+    except (Exception, SystemExit) as error:  # whatever a file with a mistake raises
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        kind = '' if isinstance(error, ConfigError | SyntaxError) else f'{type(error).__name__}: '
+        where = f'{path}, line {lines[-1]}' if lines else path
+        raise ConfigError(f'{where}: {kind}{cli.one_line(error)}') from error

@@ -39,6 +39,8 @@ class Chart:
       title, x, y: of the chart and its axes.
       curves: what is drawn.
       skips_start: whether the values of the first twentieth of the axis may lie above the frame (a loss falls fast).
+      dots: whether points are drawn without the lines between them.
+      x_ticks: (x, label) of the axis where x is a place and no number; empty: round numbers.
     """
 
     file: str
@@ -47,6 +49,8 @@ class Chart:
     y: str
     curves: list[Curve]
     skips_start: bool = False
+    dots: bool = False
+    x_ticks: tuple[tuple[float, str], ...] = ()
 
     def ranges(self) -> tuple[float, float, float, float]:
         """x and y that the frame spans: (least x, largest x, least y, largest y)."""
@@ -56,6 +60,10 @@ class Chart:
         skips = self.skips_start and all(len(curve.points) >= 20 for curve in self.curves)
         start = low + (high - low) / 20 if skips else low
         ys = [y for x, y in points if x >= start] or [y for _, y in points]
+        if self.x_ticks:
+            low, high = min(low, self.x_ticks[0][0]), max(high, self.x_ticks[-1][0])
+        if self.dots:  # none is cut by the frame
+            low, high = low - (high - low) * 0.04, high + (high - low) * 0.04
         return low, high if high > low else low + 1, *_widened(min(ys), max(ys))
 
 
@@ -98,13 +106,24 @@ def svg(chart: Chart) -> str:
         _, y = at(x_low, tick)
         parts.append(f'<line x1="{LEFT}" x2="{LEFT + width}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{label(tick)}</text>')
-    for tick in ticks(x_low, x_high):
+    for tick, text in chart.x_ticks or [(tick, label(tick)) for tick in ticks(x_low, x_high)]:
         x, _ = at(tick, y_low)
+        anchor = 'middle' if LEFT + 40 < x < LEFT + width - 40 else 'start' if x < WIDTH / 2 else 'end'
         parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{TOP + height}" class="grid"/>')
-        parts.append(f'<text x="{x:.1f}" y="{TOP + height + 16}" text-anchor="middle">{label(tick)}</text>')
+        parts.append(
+            f'<text x="{x:.1f}" y="{TOP + height + 16}" text-anchor="{anchor if chart.x_ticks else "middle"}">'
+            f'{html.escape(text)}</text>'
+        )
     parts.append(f'<text x="{LEFT + width}" y="{HEIGHT - 8}" text-anchor="end">{html.escape(chart.x)}</text>')
     parts.append(f'<text x="{LEFT}" y="{HEIGHT - 8}">{html.escape(chart.y)}</text>')
     for curve in chart.curves:
+        if chart.dots:
+            for point in curve.points:
+                x, y = at(*point)
+                fill = f'fill="var(--c{curve.color % len(COLORS)})"'
+                name = f'<title>{html.escape(curve.name)}</title>'
+                parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" {fill}>{name}</circle>')
+            continue
         points = ' '.join('{:.1f},{:.1f}'.format(*at(*point)) for point in _thinned(curve.points))
         color, dash = curve.color % len(COLORS), DASHES[curve.dash % len(DASHES)]
         style = f' stroke-dasharray="{dash}"' if dash else ''
@@ -137,13 +156,16 @@ def write_png(path: pathlib.Path, chart: Chart) -> None:
     for curve in chart.curves:
         xs, ys = zip(*_thinned(curve.points))
         color, style = COLORS[curve.color % len(COLORS)], styles[curve.dash % len(styles)]
-        marker = 'o' if len(xs) == 1 else None
+        marker = 'o' if len(xs) == 1 or chart.dots else None
+        style = '' if chart.dots else style
         axes.plot(xs, ys, color=color, linestyle=style, marker=marker, linewidth=1.4, label=curve.name)
     x_low, x_high, y_low, y_high = chart.ranges()
     axes.set(xlabel=chart.x, ylabel=chart.y, title=chart.title, xlim=(x_low, x_high), ylim=(y_low, y_high))
-    axes.set_xticks(ticks(x_low, x_high), [label(tick) for tick in ticks(x_low, x_high)])
+    x_ticks = chart.x_ticks or [(tick, label(tick)) for tick in ticks(x_low, x_high)]
+    axes.set_xticks([x for x, _ in x_ticks], [text for _, text in x_ticks])
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    if len(chart.curves) <= 24 and not chart.dots:
+        axes.legend(fontsize=7)
     figure.savefig(path, dpi=150)
 
 

@@ -123,9 +123,22 @@ li svg { width: 2.2rem; height: .7rem; margin-right: .4rem; }
 """
 
 
-def page(title: str, runs: Sequence[RunRecords], drawn: Sequence[Chart], note: str = '') -> str:
-    """One HTML file with the table, the charts and the settings that differ; it loads nothing."""
-    headings, rows = rows_of(runs)
+def page(
+    title: str,
+    runs: Sequence[RunRecords],
+    drawn: Sequence[Chart],
+    note: str = '',
+    table: tuple[list[str], list[list[str]]] | None = None,
+    more: Sequence[Chart] = (),
+) -> str:
+    """One HTML file with the table, the charts and the settings that differ; it loads nothing.
+
+    Args:
+      drawn: curves of the runs, which share one legend.
+      table: (headings, rows) in place of `rows_of(runs)`.
+      more: charts to come first.
+    """
+    headings, rows = table or rows_of(runs)
     names, settings = settings_of(runs)
     evaluations = table_of(runs)
     legend = []
@@ -143,17 +156,21 @@ def page(title: str, runs: Sequence[RunRecords], drawn: Sequence[Chart], note: s
             f'<h1>{html.escape(title)}</h1>',
             f'<p>{html.escape(note)}</p>' if note else '',
             _table(headings, rows),
+            *(['<h2>Settings and what was reached</h2>', _figures(more)] if more else []),
             '<h2>Curves</h2>',
             f'<ul>{"".join(legend)}</ul>',
-            '<div class="charts">',
-            *(f'<figure style="margin:0">{charts.svg(chart)}</figure>' for chart in drawn),
-            '</div>',
+            _figures(drawn),
             *(['<h2>Evaluations</h2>', _table(*evaluations)] if evaluations[1] else []),
             '<h2>What differs between the configs</h2>',
             _table(names, settings) if settings else '<p>Nothing.</p>',
             '</body></html>\n',
         ]
     )
+
+
+def _figures(drawn: Sequence[Chart]) -> str:
+    figures = ''.join(f'<figure style="margin:0">{charts.svg(chart)}</figure>\n' for chart in drawn)
+    return f'<div class="charts">{figures}</div>'
 
 
 def _table(headings: list[str], rows: list[list[str]]) -> str:
