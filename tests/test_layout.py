@@ -73,7 +73,9 @@ def test_imports_run_one_way(path):
 
 
 def test_the_package_imports_nothing_of_its_own():
-    program = "import sys, transxssm_jax; print([n for n in sys.modules if n.startswith(('transxssm_jax.', 'jax', 'numpy'))])"
+    program = (
+        "import sys, transxssm_jax; print([n for n in sys.modules if n.startswith(('transxssm_jax.', 'jax', 'numpy'))])"
+    )
     result = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, cwd=ROOT, check=True)
     assert result.stdout == '[]\n'
 

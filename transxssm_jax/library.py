@@ -14,7 +14,7 @@ import contextlib
 import functools
 import itertools
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ from transxssm_jax import config as config_lib
 from transxssm_jax import settings
 from transxssm_jax.config import Config
 from transxssm_jax.data import prepare as prepare_lib
+from transxssm_jax.data.loader import Loader
 from transxssm_jax.data.tokenizer import load_tokenizer
 from transxssm_jax.inference.generator import Generator
 from transxssm_jax.inference.generator import sample as sample_text
@@ -104,8 +105,10 @@ class Trainer:
         self.config, self.mesh, self.step = config, mesh.build(config), 0
         if batches is None:
             splits.check_data(config)
-        self._batches = None if batches is None else iter(batches)
-        self._loader = self._train_step = self._eval_step = None
+        self._batches: Iterator[dict] | None = None if batches is None else iter(batches)
+        self._loader: Loader | None = None
+        self._train_step: Callable | None = None
+        self._eval_step: Callable | None = None
         self._eval_loss: tuple[int, float] | None = None  # the newest, and the step of it
 
     @classmethod
@@ -136,8 +139,8 @@ class Trainer:
             raise CheckpointError(f'{workdir} has no checkpoint')
         trainer.step, trainer.state, position = restored
         if batches is None:
-            trainer._open_loader()
-            splits.check_position(config, trainer._loader, trainer.step, position, workdir)
+            loader = trainer._opened_loader()
+            splits.check_position(config, loader, trainer.step, position, workdir)
         return trainer
 
     @property
@@ -165,13 +168,11 @@ class Trainer:
           NotFiniteError: the loss or a gradient is not finite.
         """
         last = self.step + steps if steps else self.config.train.steps
-        if self._batches is None:
-            self._open_loader()
-        if self._train_step is None:
-            self._compile()
-        for batch in itertools.islice(self._batches, max(last - self.step, 0)):
+        batches = self._opened_loader() if self._batches is None else self._batches
+        train_step = self._train_step or self._compiled()
+        for batch in itertools.islice(batches, max(last - self.step, 0)):
             with jax.set_mesh(self.mesh):
-                self.state, metrics = self._train_step(self.state, self._on_devices(batch))
+                self.state, metrics = train_step(self.state, self._on_devices(batch))
             self.step += 1
             norms = metrics.pop('grad_norms')
             scalars = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -192,12 +193,12 @@ class Trainer:
           DataError: there is no such split.
         """
         chosen = split or next(iter(splits.eval_splits(self.config)), 'validation')
-        if self._eval_step is None:
-            with jax.set_mesh(self.mesh):
-                self._eval_step = compilation.jit_eval_step(self.config, self.mesh)
+        with jax.set_mesh(self.mesh):
+            eval_step = self._eval_step or compilation.jit_eval_step(self.config, self.mesh)
+        self._eval_step = eval_step
         evaluator = HeldOutLoss(
             functools.partial(splits.open_eval_split, self.config, self.mesh, chosen),
-            lambda params, batch: self._eval_step(params, self._on_devices(batch)),
+            lambda params, batch: eval_step(params, self._on_devices(batch)),
             max_batches=batches or self.config.train.eval_batches,
             prefixes=[''],
         )
@@ -254,16 +255,20 @@ class Trainer:
             self._loader.close()
             self._loader = self._batches = None
 
-    def _open_loader(self) -> None:
+    def _opened_loader(self) -> Loader:
         if self._loader is None:
             self._loader = splits.open_train_split(self.config, self.mesh, self.step)
             self._batches = self._loader
+        return self._loader
 
-    def _compile(self) -> None:
+    def _compiled(self) -> Callable:
         config = config_lib.replace(self.config, {'train.spike_action': 'none'})
+        compile_step = functools.partial(compilation.compile_train_step, device_mesh=self.mesh)
         with jax.set_mesh(self.mesh):
-            fitted = fit(config, self.mesh, functools.partial(compilation.compile_train_step, device_mesh=self.mesh))
+            fitted = fit(config, self.mesh, compile_step)
+        assert fitted.step is not None
         self.config, self._train_step = fitted.config, fitted.step
+        return fitted.step
 
     def _on_devices(self, batch: dict) -> dict:
         return mesh.global_batch(self.mesh, batch, self.config.data.global_batch)

@@ -48,6 +48,7 @@ def setting(default, meaning: str, *, choices=(), minimum=None, maximum=None, is
     return dataclasses.field(default=default, metadata=metadata)
 
 
+@dataclasses.dataclass
 class Section:
     """A group of settings, or of sections, that refuses unknown names, wrong types and, once locked, any change."""
 
@@ -82,7 +83,7 @@ def checked(name: str, field: dataclasses.Field, value):
     Raises:
       ConfigError: wrong type, not one of the choices, or out of bounds.
     """
-    kind = field.type
+    kind = _kind(field)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     try:
         if kind is float and is_number:
@@ -101,7 +102,11 @@ def checked(name: str, field: dataclasses.Field, value):
         cli.check_range(name, value, field.metadata.get('minimum'), field.metadata.get('maximum'), ConfigError)
     if isinstance(value, str) and '\0' in value:
         raise ConfigError(f'{name}={cli.shorten(_shown(value))} must not hold a null character')
-    return cli.expand_path(name, value, ConfigError) if field.metadata.get('is_path') else value
+    return cli.expand_path(name, str(value), ConfigError) if field.metadata.get('is_path') else value
+
+
+def _kind(field: dataclasses.Field) -> type:
+    return field.type  # type: ignore[return-value]  # no annotation of a section is a string
 
 
 def named_paths(name: str, text: str) -> dict[str, str]:
@@ -148,7 +153,7 @@ def walk(section: type[Section], prefix: str = '') -> Iterator[tuple[str, datacl
     """Yields (dotted name, field) of every setting, in the order of the tree."""
     for field in dataclasses.fields(section):
         if dataclasses.is_dataclass(field.type):
-            yield from walk(field.type, f'{prefix}{field.name}.')
+            yield from walk(_kind(field), f'{prefix}{field.name}.')
         else:
             yield prefix + field.name, field
 
@@ -169,12 +174,12 @@ def change(root: Section, changes: dict[str, Any]) -> None:
         if name not in fields:
             raise ConfigError(f'unknown setting {cli.shorten(str(name))}{_nearest_path(str(name), fields)}')
         if isinstance(value, str):
-            value = cli.parse_value(name, value, fields[name].type, ConfigError)
+            value = cli.parse_value(name, value, _kind(fields[name]), ConfigError)
         *sections, leaf = name.split('.')
         setattr(functools.reduce(getattr, sections, root), leaf, value)
 
 
-def copy(root: Section) -> Section:
+def copy[S: Section](root: S) -> S:
     """The same settings, not locked."""
     return type(root)(
         **{
@@ -192,7 +197,7 @@ def lock(root: Section) -> None:
     object.__setattr__(root, '_locked', True)
 
 
-def from_tree(root: type[Section], tree: Any) -> Section:
+def from_tree[S: Section](root: type[S], tree: Any) -> S:
     """Sections from nested dicts; what they do not hold keeps its default.
 
     Raises:
@@ -206,12 +211,12 @@ def from_tree(root: type[Section], tree: Any) -> Section:
         if name in fields and dataclasses.is_dataclass(fields[name].type):
             if not isinstance(value, dict):
                 raise ConfigError(f'{name} must be an object of settings, not {type(value).__name__}')
-            value = from_tree(fields[name].type, value)
+            value = from_tree(_kind(fields[name]), value)
         setattr(made, name, value)  # which refuses what is no field
     return made
 
 
-def from_json(root: type[Section], text: str | bytes) -> Section:
+def from_json[S: Section](root: type[S], text: str | bytes) -> S:
     """Sections from JSON, see `from_tree`.
 
     Raises:
@@ -272,7 +277,7 @@ def find_file(path: str, flag: str = '--config', folder: str = '') -> pathlib.Pa
     raise ConfigError(f'{flag}={path}: no such file{cli.nearest(path, near + names) if near + names else ""}')
 
 
-def read_file(section: type[Section], path: str):
+def read_file[S: Section](section: type[S], path: str) -> S:
     """The settings that a Python file's get_config() returns: a `section`, or an ml_collections.ConfigDict of its settings.
 
     Raises:

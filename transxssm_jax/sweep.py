@@ -41,7 +41,7 @@ from transxssm_jax.evals.sweep_places import Here, OnRay
 from transxssm_jax.evals.sweep_report import Results, best_command
 from transxssm_jax.evals.sweep_run import Sweep, Table, counts
 from transxssm_jax.evals.sweep_study import PRUNERS, Study
-from transxssm_jax.evals.sweep_trials import FAILED, FINISHED, WAITING, State, Trial
+from transxssm_jax.evals.sweep_trials import DONE, FAILED, WAITING, State, Trial
 
 COMMAND = cli.Command(
     'transxssm_jax.sweep',
@@ -247,7 +247,7 @@ def _run_one(flags, output: pathlib.Path) -> int:
 
 def _queue(flags, state: State, kind: str) -> int:
     """Hands the trials that are not finished to SLURM or GKE."""
-    trials = [t for t, fate in zip(state.trials, state.fates, strict=True) if fate.status != FINISHED]
+    trials = [t for t, fate in zip(state.trials, state.fates, strict=True) if fate.status != DONE]
     if not trials:
         return _finish(flags, state)
     if not flags.dry_run:

@@ -6,6 +6,7 @@ import pathlib
 import re
 import signal
 import subprocess
+import time
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -178,8 +179,9 @@ def _call(command: list[str], directory: str, environment: dict[str, str], log: 
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    while True:
+    while process.poll() is None:
         try:
-            return process.wait()
+            time.sleep(0.1)  # a wait for the process would not be interrupted
         except KeyboardInterrupt:  # the sweep stops this trial, which saves first
             process.send_signal(signal.SIGTERM)
+    return process.returncode

@@ -11,7 +11,7 @@ from transxssm_jax.data.manifest import write_file
 from transxssm_jax.evals import charts, run_report
 from transxssm_jax.evals.charts import Chart, Curve
 from transxssm_jax.evals.run_records import RunRecords
-from transxssm_jax.evals.sweep_trials import FINISHED, PRUNED, Fate, State, Trial
+from transxssm_jax.evals.sweep_trials import DONE, PRUNED, Fate, State, Trial
 
 BEST, OTHER = 0, 7  # colors
 LOG_RATIO = 30.0  # of the largest to the least value of a setting, from which its axis is logarithmic
@@ -38,7 +38,7 @@ class Results:
 
     def _rank(self, row):
         trial, fate, _, value = row
-        order = {FINISHED: 0, PRUNED: 1}.get(fate.status, 2)
+        order = {DONE: 0, PRUNED: 1}.get(fate.status, 2)
         missing = value is None or not math.isfinite(value)
         return order, missing, 0.0 if missing else value if self.goal == 'min' else -value, trial.number
 
@@ -46,7 +46,7 @@ class Results:
     def best(self) -> Trial | None:
         """The finished trial with the best value; None before there is one."""
         trial, fate, _, value = self.rows[0] if self.rows else (None, Fate(), None, None)
-        return trial if fate.status == FINISHED and value is not None else None
+        return trial if fate.status == DONE and value is not None else None
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """(headings, a row per trial): number, the varied settings, the metric, the loss, the status and why."""
@@ -65,7 +65,7 @@ class Results:
             status = fate.status if fate.status != PRUNED else 'stopped early'
             rows.append(
                 [str(trial.number), *settings, _number(value), _number(records.last('loss') if records else None), step]
-                + [f'{status}: {fate.reason}' if fate.reason and fate.status not in (FINISHED, PRUNED) else status]
+                + [f'{status}: {fate.reason}' if fate.reason and fate.status not in (DONE, PRUNED) else status]
             )
         return headings, rows
 
@@ -128,7 +128,7 @@ class Results:
         for name in self._settings():
             place, ticks = _axis([trial.varied.get(name) for trial, *_ in rows])
             curves = [
-                Curve(trial.name, [(place(trial.varied.get(name)), value)], BEST if fate.status == FINISHED else OTHER)
+                Curve(trial.name, [(place(trial.varied.get(name)), value)], BEST if fate.status == DONE else OTHER)
                 for trial, fate, _, value in rows
             ]
             title = f'{self.metric} by {name}'

@@ -14,7 +14,7 @@ from transxssm_jax.config_sweep import Search, SweepError
 from transxssm_jax.evals.experiment import STOPS
 from transxssm_jax.evals.sweep_places import Place, Started
 from transxssm_jax.evals.sweep_study import Study
-from transxssm_jax.evals.sweep_trials import FAILED, FINISHED, PRUNED, RUNNING, WAITING, Fate, State, Trial, name_of
+from transxssm_jax.evals.sweep_trials import DONE, FAILED, PRUNED, RUNNING, WAITING, Fate, State, Trial, name_of
 
 # Exit codes that the same trial would end with again: they are not tried again.
 FOREVER = (ExitCode.WRONG_INPUT, ExitCode.NOT_FINITE)
@@ -154,7 +154,7 @@ class Sweep:
         trial, fate = self._state.trials[index], self._state.fates[index]
         value = self._value(index)
         if code == 0:
-            fate.status, fate.reason = FINISHED, ''
+            fate.status, fate.reason = DONE, ''
             if value is None:
                 fate.status, fate.reason = FAILED, f'metrics.jsonl has no {self._metric}'
             self._show.line(f'{trial.name}: finished, {self._metric} {value if value is None else f"{value:.5g}"}')
@@ -282,7 +282,7 @@ def counts(state: State) -> str:
     """'3 finished, 1 running, 4 waiting'."""
     of = {
         status: sum(fate.status == status for fate in state.fates)
-        for status in (FINISHED, RUNNING, WAITING, PRUNED, FAILED)
+        for status in (DONE, RUNNING, WAITING, PRUNED, FAILED)
     }
     return ', '.join(
         f'{count} {"stopped early" if status == PRUNED else status}' for status, count in of.items() if count

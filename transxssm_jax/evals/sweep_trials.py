@@ -18,7 +18,7 @@ from transxssm_jax.evals.training_process import Training, read_json
 LONGEST_NAME = 180  # characters of a directory's name; file systems take 255 bytes
 STATE_FILE = 'sweep.json'
 
-WAITING, RUNNING, FINISHED, PRUNED, FAILED = 'waiting', 'running', 'finished', 'pruned', 'failed'
+WAITING, RUNNING, DONE, PRUNED, FAILED = 'waiting', 'running', 'finished', 'pruned', 'failed'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Fate:
     """What became of a trial; it is kept in STATE_FILE.
 
     Attributes:
-      status: WAITING, RUNNING, FINISHED, PRUNED or FAILED.
+      status: WAITING, RUNNING, DONE, PRUNED or FAILED.
       starts: how often it was started, in all calls of the command.
       reason: why it failed or was pruned, a line.
       study_number: of the trial in Optuna's study; -1 without one.
@@ -160,8 +160,8 @@ def with_fates(state: State, saved: dict | None) -> None:
                 fate.status, fate.reason = WAITING, ''
             state.fates[i] = fate
         if trial.is_finished():
-            state.fates[i].status = FINISHED
-        elif state.fates[i].status == FINISHED:  # its directory is gone
+            state.fates[i].status = DONE
+        elif state.fates[i].status == DONE:  # its directory is gone
             state.fates[i].status = WAITING
 
 
