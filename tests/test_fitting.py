@@ -91,7 +91,7 @@ def test_settings_that_are_set_are_kept(monkeypatch):
 
 
 def test_the_time_that_a_run_should_take_is_told(monkeypatch):
-    config = small_config(train_steps=1000)
+    config = small_config(train_steps=1000, train_accumulation_steps=1)
     choice = fitting.Choice(config, 0.0, 0.0)
 
     class Device:
