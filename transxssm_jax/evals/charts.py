@@ -40,7 +40,8 @@ class Chart:
       curves: what is drawn.
       skips_start: whether the values of the first twentieth of the axis may lie above the frame (a loss falls fast).
       dots: whether points are drawn without the lines between them.
-      x_ticks: (x, label) of the axis where x is a place and no number; empty: round numbers.
+      x_ticks: (x, label) of the axis where x is a place and no number; a label may have two lines. Empty: round numbers.
+      is_wide: whether the chart is as wide as two; its lines have no legend, and with y='' no numbers stand beside it.
     """
 
     file: str
@@ -51,6 +52,7 @@ class Chart:
     skips_start: bool = False
     dots: bool = False
     x_ticks: tuple[tuple[float, str], ...] = ()
+    is_wide: bool = False
 
     def ranges(self) -> tuple[float, float, float, float]:
         """x and y that the frame spans: (least x, largest x, least y, largest y)."""
@@ -92,28 +94,30 @@ def label(value: float) -> str:
 def svg(chart: Chart) -> str:
     """The chart as an SVG element whose colors are CSS variables: --ink, --grid and --c0 to --c7."""
     x_low, x_high, y_low, y_high = chart.ranges()
-    width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+    full = 2 * WIDTH if chart.is_wide else WIDTH
+    width, height = full - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
 
     def at(x, y):
         return LEFT + (x - x_low) / (x_high - x_low) * width, TOP + (y_high - y) / (y_high - y_low) * height
 
     parts = [
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(chart.title)}">',
+        f'<svg viewBox="0 0 {full} {HEIGHT}" role="img" aria-label="{html.escape(chart.title)}">',
         f'<clipPath id="{chart.file}"><rect x="{LEFT}" y="{TOP}" width="{width}" height="{height}"/></clipPath>',
         f'<text x="{LEFT}" y="18" class="title">{html.escape(chart.title)}</text>',
     ]
-    for tick in ticks(y_low, y_high):
+    for tick in ticks(y_low, y_high) if chart.y else []:
         _, y = at(x_low, tick)
         parts.append(f'<line x1="{LEFT}" x2="{LEFT + width}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{label(tick)}</text>')
     for tick, text in chart.x_ticks or [(tick, label(tick)) for tick in ticks(x_low, x_high)]:
         x, _ = at(tick, y_low)
-        anchor = 'middle' if LEFT + 40 < x < LEFT + width - 40 else 'start' if x < WIDTH / 2 else 'end'
         parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{TOP + height}" class="grid"/>')
-        parts.append(
-            f'<text x="{x:.1f}" y="{TOP + height + 16}" text-anchor="{anchor if chart.x_ticks else "middle"}">'
-            f'{html.escape(text)}</text>'
-        )
+        # What is wider than a number must not reach over the edge.
+        near_edge = len(text) > 6 and not LEFT + 40 < x < LEFT + width - 40
+        anchor = ('start' if x < full / 2 else 'end') if near_edge else 'middle'
+        for row, line in enumerate(text.splitlines()):
+            place = f'x="{x:.1f}" y="{TOP + height + 16 + 14 * row}" text-anchor="{anchor}"'
+            parts.append(f'<text {place}>{html.escape(line)}</text>')
     parts.append(f'<text x="{LEFT + width}" y="{HEIGHT - 8}" text-anchor="end">{html.escape(chart.x)}</text>')
     parts.append(f'<text x="{LEFT}" y="{HEIGHT - 8}">{html.escape(chart.y)}</text>')
     for curve in chart.curves:
@@ -149,7 +153,7 @@ def write_png(path: pathlib.Path, chart: Chart) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.2), layout='constrained')
+    figure = Figure(figsize=(14 if chart.is_wide else 7, 4.2), layout='constrained')
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     styles = ('-', '--', ':', '-.')
@@ -164,7 +168,9 @@ def write_png(path: pathlib.Path, chart: Chart) -> None:
     x_ticks = chart.x_ticks or [(tick, label(tick)) for tick in ticks(x_low, x_high)]
     axes.set_xticks([x for x, _ in x_ticks], [text for _, text in x_ticks])
     axes.grid(alpha=0.3)
-    if len(chart.curves) <= 24 and not chart.dots:
+    if not chart.y:
+        axes.set_yticks([])
+    if len(chart.curves) <= 24 and not (chart.dots or chart.is_wide):
         axes.legend(fontsize=7)
     figure.savefig(path, dpi=150)
 

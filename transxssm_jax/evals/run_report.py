@@ -110,7 +110,7 @@ STYLE = """
   --c0: #4fb0ea; --c1: #f5863a; --c2: #2fc596; --c3: #e79cc6; --c4: #e0b445; --c5: #8fd0f5; --c6: #b3a0f2; --c7: #b0b0b0; } }
 body { margin: 0 auto; max-width: 76rem; padding: 1rem; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; } p { color: var(--soft); }
+h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; } p { color: var(--soft); overflow-wrap: anywhere; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; }
 svg { width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 12px; }
 svg .title { fill: var(--ink); font-size: 14px; font-weight: 600; }
@@ -169,7 +169,8 @@ def page(
 
 
 def _figures(drawn: Sequence[Chart]) -> str:
-    figures = ''.join(f'<figure style="margin:0">{charts.svg(chart)}</figure>\n' for chart in drawn)
+    style = {True: 'margin:0;grid-column:1/-1', False: 'margin:0'}
+    figures = ''.join(f'<figure style="{style[chart.is_wide]}">{charts.svg(chart)}</figure>\n' for chart in drawn)
     return f'<div class="charts">{figures}</div>'
 
 

@@ -14,7 +14,7 @@ from transxssm_jax.evals.run_records import RunRecords
 from transxssm_jax.evals.sweep_trials import DONE, PRUNED, Fate, State, Trial
 
 BEST, OTHER = 0, 7  # colors
-LOG_RATIO = 30.0  # of the largest to the least value of a setting, from which its axis is logarithmic
+LOG_RATIO = 10.0  # of the largest to the least value of a setting, from which its axis is logarithmic
 
 
 class Results:
@@ -150,23 +150,20 @@ class Results:
             low, high = min(at), max(at)
             columns.append([(x - low) / (high - low) if high > low else 0.5 for x in at])
             short = name.rpartition('.')[2]
-            labels.append(f'{short}: {ticks[0][1]} to {ticks[-1][1]}')
+            ends = (
+                (charts.label(min(values)), charts.label(max(values)))
+                if _are_numbers(values)
+                else (ticks[0][1], ticks[-1][1])
+            )
+            labels.append(f'{short}\n{ends[0]} to {ends[1]}')
         best = max(1, len(rows) // 4)
         curves = [
             Curve(row[0].name, [(axis, column[i]) for axis, column in enumerate(columns)], BEST if i < best else OTHER)
             for i, row in reversed(list(enumerate(rows)))  # the best are drawn last, above the others
         ]
         x_ticks = tuple(enumerate(labels))
-        return [
-            Chart(
-                'parallel_coordinates',
-                'Settings of the trials, the best quarter in color',
-                '',
-                '',
-                curves,
-                x_ticks=x_ticks,
-            )
-        ]
+        title = 'Settings of the trials and what they reached, the best quarter in color'
+        return [Chart('parallel_coordinates', title, '', '', curves, x_ticks=x_ticks, is_wide=True)]
 
 
 def best_command(trial: Trial) -> str:
@@ -174,25 +171,28 @@ def best_command(trial: Trial) -> str:
     return shlex.join(['python', '-m', 'transxssm_jax.train', *trial.arguments()])
 
 
+def _are_numbers(values: Sequence) -> bool:
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+
+
 def _axis(values: Sequence):
     """(value -> place on an axis, its ticks): logarithmic for numbers of many sizes; words stand one beside another."""
-    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
-    if len(numbers) < len(values):
+    if not _are_numbers(values):
         words = sorted({str(value) for value in values})
         return lambda value: float(words.index(str(value))), tuple(enumerate(words))
-    positive = [number for number in numbers if number > 0]
-    is_log = len(positive) == len(numbers) and max(numbers) > LOG_RATIO * min(numbers)
+    low, high = min(values), max(values)
+    is_log = low > 0 and high > LOG_RATIO * low
     place = math.log10 if is_log else float
-    distinct = sorted(set(numbers))
-    shown = distinct if len(distinct) <= 6 else _spread(distinct, is_log)
+    distinct = sorted(set(values))
+    if len(distinct) <= 6:
+        shown = distinct
+    elif is_log:
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        few = high / low < 300
+        shown = [f * 10.0**d for d in decades for f in ((1, 2, 5) if few else (1,)) if low <= f * 10.0**d <= high]
+    else:
+        shown = charts.ticks(low, high)
     return place, tuple((place(number), charts.label(number)) for number in shown)
-
-
-def _spread(distinct: list, is_log: bool) -> list:
-    low, high = distinct[0], distinct[-1]
-    if not is_log:
-        return [low + (high - low) * i / 4 for i in range(5)]
-    return [10 ** (math.log10(low) + (math.log10(high) - math.log10(low)) * i / 4) for i in range(5)]
 
 
 def _number(value: float | None) -> str:

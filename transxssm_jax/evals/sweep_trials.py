@@ -33,6 +33,10 @@ class Trial(Training):
     number: int
     varied: dict[str, Any]
 
+    @property
+    def title(self) -> str:
+        return f'trial {self.number}'
+
 
 @dataclasses.dataclass
 class Fate:
