@@ -18,7 +18,7 @@ lint: .venv/installed
 types: .venv/evaluation
 	.venv/bin/python -m mypy
 
-docs: .venv/documentation
+docs: .venv/evaluation
 	.venv/bin/python -m mkdocs build --strict --quiet
 
 # The environment is made anew when the pinned set changes; a half-made one is finished by the next call.
@@ -29,12 +29,9 @@ docs: .venv/documentation
 	@touch $@
 
 # What only evaluation needs, so that the demo does without.
-.venv/evaluation: .venv/installed requirements-eval.txt
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-eval.txt
-	@touch $@
-
-.venv/documentation: .venv/installed pyproject.toml
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e .[docs]
+.venv/evaluation: .venv/installed requirements-eval.txt requirements-tools.txt
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-eval.txt \
+		-r requirements-tools.txt
 	@touch $@
 
 clean:

@@ -9,16 +9,18 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from transxssm_jax import cli
 from transxssm_jax import config as config_lib
 from transxssm_jax.config import ConfigError
 from transxssm_jax.config_sweep import SweepError
 from transxssm_jax.data.manifest import write_file
-from transxssm_jax.evals.training_process import Training, read_json
+from transxssm_jax.evals.training_process import Training
 
 LONGEST_NAME = 180  # characters of a directory's name; file systems take 255 bytes
 STATE_FILE = 'sweep.json'
 
-WAITING, RUNNING, DONE, PRUNED, FAILED = 'waiting', 'running', 'finished', 'pruned', 'failed'
+WAITING, RUNNING, DONE, PRUNED, FAILED = STATUSES = 'waiting', 'running', 'finished', 'pruned', 'failed'
+SAFE_NAME = r'\w[\w.,=+\-]*'  # of a directory: one part of a path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,8 +152,38 @@ class State:
 
 
 def read_state(directory: pathlib.Path) -> dict | None:
-    """What STATE_FILE holds; None where a sweep has not begun."""
-    return read_json(directory / STATE_FILE)
+    """What STATE_FILE holds, checked: {'settings': {...}, 'trials': [{'name', 'varied', ...}]}; None where no sweep has begun.
+
+    Raises:
+      SweepError: the file is damaged.
+    """
+    path = directory / STATE_FILE
+    try:
+        saved = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, cli.one_line(error)) from None
+    kinds = {'name': str, 'varied': dict} | {field.name: field.type for field in dataclasses.fields(Fate)}
+    try:
+        kept = saved['settings']
+        if not isinstance(kept['config'], str) or not isinstance(kept['overrides'], dict):
+            raise TypeError('settings')
+        for record in saved['trials']:
+            for name, kind in kinds.items():
+                if type(record[name]) is not kind:
+                    raise TypeError(name)
+            if not re.fullmatch(SAFE_NAME, record['name']) or record['status'] not in STATUSES:
+                raise TypeError('name')
+    except (KeyError, TypeError, IndexError) as error:
+        raise _damaged(path, cli.one_line(error)) from None
+    return saved
+
+
+def _damaged(path: pathlib.Path, why: str) -> SweepError:
+    return SweepError(
+        f'{path} is damaged ({cli.shorten(why, 80)}); delete it: trials that are finished are found by their directories'
+    )
 
 
 def with_fates(state: State, saved: dict | None) -> None:

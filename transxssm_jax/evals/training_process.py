@@ -1,7 +1,6 @@
 """One training that another command starts: its config, its command line, and what it has left in its workdir."""
 
 import dataclasses
-import json
 import pathlib
 import sys
 
@@ -68,17 +67,3 @@ class Training:
     def command(self) -> list[str]:
         """The command that trains it, or goes on with it."""
         return [sys.executable, '-m', 'transxssm_jax.train', *self.arguments()]
-
-
-def check_data_is_named(config: Config, flag: str) -> None:
-    """Raises RunError where the config names no data."""
-    if not config.data.tokenizer_path:
-        raise RunError(f'{flag}=DIR is missing; prepare data with python -m transxssm_jax.data.prepare')
-
-
-def read_json(path: pathlib.Path) -> dict | None:
-    """What a file of this project's own holds; None where there is none, or it is cut."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
