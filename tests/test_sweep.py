@@ -340,6 +340,14 @@ def test_a_trial_gets_its_own_gpus(tmp_path, monkeypatch):
     assert log.read_text() == '4,5\n6,7\n'
 
 
+def test_a_mesh_that_the_gpus_do_not_make_is_refused_at_once(tmp_path, prepared, stand_in, monkeypatch, capsys):
+    monkeypatch.delenv('JAX_PLATFORMS')
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '0,1,2,3')
+    path = write_sweep(tmp_path, "vary('mesh.fsdp', [2, 3])")
+    code, _, err = call(capsys, prepared, path, tmp_path / 'runs', '--devices_per_trial=2')
+    assert code == 2 and 'must multiply to the 2 devices' in err and not (tmp_path / 'runs').exists()
+
+
 def test_slurm_gets_an_array(tmp_path, prepared, stand_in, monkeypatch, capsys):
     path, output = write_sweep(tmp_path, RATES), tmp_path / 'My runs'
     slurm = ['--slurm=--time=1:00:00 --gpus-per-node=8', '--parallel=2', '--retries=3']

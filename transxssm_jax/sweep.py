@@ -37,7 +37,7 @@ from transxssm_jax.cli import ExitCode, Flag
 from transxssm_jax.config import ConfigError
 from transxssm_jax.config_sweep import Search, SweepError
 from transxssm_jax.evals import run_report, sweep_clusters, sweep_trials
-from transxssm_jax.evals.sweep_places import Here, OnRay
+from transxssm_jax.evals.sweep_places import Here, OnRay, visible_gpus
 from transxssm_jax.evals.sweep_report import Results, best_command
 from transxssm_jax.evals.sweep_run import Sweep, Table, counts
 from transxssm_jax.evals.sweep_study import PRUNERS, Study
@@ -143,6 +143,7 @@ def _check(flags, state: State, search: Search | None) -> None:
         if not trial.config.data.tokenizer_path:
             raise SweepError('data.path is empty; give --config.data.path=DIR, which transxssm_jax.data.prepare wrote')
         trial.check()
+        _check_mesh(trial, flags)
     from transxssm_jax.training import splits  # it imports jax
 
     _leave_accelerators()
@@ -150,6 +151,14 @@ def _check(flags, state: State, search: Search | None) -> None:
         splits.check_data(config)
     if flags.plan:
         _compile(flags, trials)
+
+
+def _check_mesh(trial: Trial, flags) -> None:
+    """Raises ConfigError where a trial's sizes do not divide by the GPUs that it would get here."""
+    if visible_gpus() and not {'slurm', 'gke', 'ray'} & flags.given:
+        from transxssm_jax.parallel import mesh  # it imports jax
+
+        mesh.axis_sizes(trial.config, flags.devices_per_trial)
 
 
 def _leave_accelerators() -> None:

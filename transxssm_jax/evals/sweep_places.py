@@ -124,9 +124,8 @@ class OnRay:
         except ImportError as error:
             raise cli.MissingPackageError('--ray needs Ray; pip install ray') from error
         self._ray = ray
-        options = {} if address == 'local' else {'address': address}
         try:
-            ray.init(**options, log_to_driver=False, include_dashboard=False, configure_logging=False)
+            ray.init(address=address, log_to_driver=False, include_dashboard=False, configure_logging=False)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise SweepError(f'--ray={address}: {cli.one_line(error)}') from error
         resources = ray.cluster_resources()
