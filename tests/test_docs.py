@@ -62,8 +62,8 @@ def test_launch_lines_are_taken_by_their_scripts(path):
     for line in text.splitlines():
         if not re.match(r'launch/\w+\.sh .* -- ', line):
             continue
-        before, after = shlex.split(line, comments=True), []
-        before, after = before[: before.index('--')], before[before.index('--') :]
+        words = shlex.split(line, comments=True)
+        before, after = words[: words.index('--')], words[words.index('--') :]
         result = subprocess.run(
             [ROOT / before[0], *before[1:], '--dry-run', *after], capture_output=True, text=True, cwd=ROOT
         )

@@ -400,12 +400,20 @@ def test_gke_gets_a_workload_per_trial(tmp_path, prepared, stand_in, capsys):
     assert 'xpk workload create' in result.stdout and '--config.optimizer.learning_rate=0.002' in result.stdout
 
 
-def test_a_ray_cluster_runs_trials_and_stops_them(tmp_path):
-    """A real Ray, started here; it runs programs that know nothing of training."""
+def test_a_ray_cluster_runs_trials_and_stops_them(tmp_path, prepared, stand_in, capsys):
+    """A real Ray, started here: the same sweep file as elsewhere, and programs that know nothing of training."""
     pytest.importorskip('ray', reason='needs pip install ray')
+    path, output = write_sweep(tmp_path, RATES), tmp_path / 'runs'
+    code, out, err = call(capsys, prepared, path, output, '--ray=local', '--parallel=2', '--config.train.steps=4')
+    rows = json.loads((output / 'results.json').read_text())['trials']
+    assert code == 1 and [row['status'] for row in rows] == ['finished'] * 3 + ['failed'], (out, err)
+    assert [row['starts'] for row in rows] == [1, 1, 2, 1]
+
     from transxssm_jax.evals.sweep_places import OnRay
 
+    handler = signal.getsignal(signal.SIGTERM)
     place = OnRay('local', parallel=2)
+    assert signal.getsignal(signal.SIGTERM) == handler
     try:
         assert place.slots >= 1
         log = tmp_path / 'log'

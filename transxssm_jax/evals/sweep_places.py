@@ -124,10 +124,13 @@ class OnRay:
         except ImportError as error:
             raise cli.MissingPackageError('--ray needs Ray; pip install ray') from error
         self._ray = ray
+        handler = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address=address, log_to_driver=False, include_dashboard=False, configure_logging=False)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise SweepError(f'--ray={address}: {cli.one_line(error)}') from error
+        finally:
+            signal.signal(signal.SIGTERM, handler)  # Ray's own would end the process without its trials having saved
         resources = ray.cluster_resources()
         gpus = int(resources.get('GPU', 0))
         if 0 < gpus < devices_per_trial:
