@@ -234,7 +234,7 @@ def test_stopped_by_a_signal_it_goes_on_where_it_stood(tmp_path, prepared, stand
             threading.Event().wait(0.05)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=stop_once_both_have_begun).start()
+    threading.Thread(target=stop_once_both_have_begun, daemon=True).start()
     code, out, _ = call(capsys, prepared, path, output, *arguments)
     assert code == 75 and 'the same command goes on from there' in out
     records = [len((folder / 'metrics.jsonl').read_text().splitlines()) for folder in output.glob('*=*')]
