@@ -130,6 +130,10 @@ def test_other_differences_can_be_allowed(tmp_path, capsys):
         for name, size in (('c', 1), ('d', 2))
     ]
     assert run(capsys, f'--output={tmp_path / "3"}', *alike)[0] == 0
+    # So is a run that has no checkpoint yet, on data that another run names.
+    begun = write_run(tmp_path / 'e', data__path='/d')
+    assert run(capsys, f'--output={tmp_path / "4"}', *alike, begun)[0] == 0
+    assert len(repeats(read_runs([*alike, begun]))) == 1
 
 
 @pytest.mark.parametrize(

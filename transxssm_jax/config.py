@@ -104,6 +104,11 @@ class Model(Section):
     norm_epsilon: float = setting(1e-6, 'Added to the mean square in RMSNorm.', minimum=0.0)
     init_std: float = setting(0.02, 'Standard deviation of every initial matrix.', minimum=0.0)
     dtype: str = setting('bfloat16', 'Type of activations and matmul operands.', choices=('bfloat16', 'float32'))
+    quantization: str = setting(
+        'none',
+        "8-bit operands of the linear maps in training and evaluation: 'fp8' on Hopper, 'int8' on TPU v5e and v6e.",
+        choices=('none', 'fp8', 'int8'),
+    )
     remat: str = setting(
         'auto',
         "What the backward pass recomputes: nothing; all but matmul outputs ('dots': as XLA names them, 'matmuls': each once, "

@@ -3,7 +3,7 @@
 python -m transxssm_jax.experiment --configs=configs/paper/encodings --workdir=DIR --data=PREPARED [--steps=N]
 
 Data is prepared with a tokenizer of 32,768 entries; --config.model.vocab_size=50304 takes GPT-NeoX's. The paper gives the
-width, the length and 8,000 steps, and not the layers, the heads and the batch. Not measured.
+width, the length and 8,000 steps, and not the layers, the heads and the batch. Results: docs/paper.md.
 """
 
 from transxssm_jax.config import Config, Data, Model, Optimizer, Train

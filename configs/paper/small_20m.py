@@ -3,7 +3,7 @@
 python -m transxssm_jax.experiment --configs=configs/paper/small --workdir=DIR --data=PREPARED [--steps=N]
 
 The paper's recipe (table 4), scaled; the two sizes stand to each other as its 320M to its 1.3B, by width at one depth. Data is
-prepared with a tokenizer of 32,768 entries. Not measured.
+prepared with a tokenizer of 32,768 entries. Losses after 1,200 steps are in docs/paper.md.
 """
 
 from transxssm_jax.config import Config, Data, Model, Optimizer, Train

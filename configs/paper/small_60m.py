@@ -2,7 +2,7 @@
 
 python -m transxssm_jax.experiment --configs=configs/paper/small --workdir=DIR --data=PREPARED [--steps=N]
 
-The learning rate falls as the paper's does from 320M to 1.3B. Not measured.
+The learning rate falls as the paper's does from 320M to 1.3B. Losses after 1,200 steps are in docs/paper.md.
 """
 
 from transxssm_jax.config import start_from

@@ -50,7 +50,8 @@ class RunRecords:
     Attributes:
       name: how the run is called beside others.
       workdir: its directory.
-      config: its config, with data.path replaced by the fingerprint of the data where a checkpoint has one.
+      config: its config.
+      fingerprint: that of its data, as its newest checkpoint has it; '' before the first.
       training: the records of metrics.jsonl that hold a loss, in the order of steps.
       evaluations: those that hold an evaluation, each with the 'tokens' and, where known, the 'seconds' of its step.
     """
@@ -58,6 +59,7 @@ class RunRecords:
     name: str
     workdir: pathlib.Path
     config: Config
+    fingerprint: str
     training: list[dict]
     evaluations: list[dict]
 
@@ -105,7 +107,6 @@ def read_run(workdir: pathlib.Path | str, name: str = '') -> RunRecords:
         ) from error
     except ConfigError as error:
         raise RunError(f'{workdir / "config.json"}: {error}') from error
-    config = config_lib.replace(config, {'data.path': _fingerprint(workdir) or config.data.path})
     records = list(_records(workdir / 'metrics.jsonl'))
     training = [record for record in records if 'loss' in record]
     seconds = {record['step']: record['seconds'] for record in training if 'seconds' in record}
@@ -118,7 +119,7 @@ def read_run(workdir: pathlib.Path | str, name: str = '') -> RunRecords:
     ]
     if not records:
         raise RunError(f'{workdir} has no records in metrics.jsonl; train it first')
-    return RunRecords(name or workdir.name, workdir, config, training, evaluations)
+    return RunRecords(name or workdir.name, workdir, config, _fingerprint(workdir), training, evaluations)
 
 
 def _records(path: pathlib.Path) -> Iterable[dict]:
@@ -138,7 +139,7 @@ def _fingerprint(workdir: pathlib.Path) -> str:
     for folder in sorted(folders, key=lambda path: int(path.name), reverse=True):
         try:
             position = json.loads((folder / 'data.json').read_text())
-            return f'data {position["fingerprint"]}'
+            return str(position['fingerprint'])
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return ''
@@ -164,9 +165,22 @@ def read_runs(workdirs: Sequence[str]) -> list[RunRecords]:
 # ---- comparing ---------------------------------------------------------------
 
 
+def _settings(runs: Sequence[RunRecords]) -> list[dict]:
+    """The flat config of each run, whose data.path says which data it is, wherever that lies.
+
+    A run without a checkpoint has the data of any other run with its path; where there is none, its path must do.
+    """
+    names = {run.config.data.path: f'data {run.fingerprint}' for run in runs if run.fingerprint}
+    flat = [config_lib.flatten(run.config) for run in runs]
+    for run, values in zip(runs, flat, strict=True):
+        path = values['data.path']
+        values['data.path'] = f'data {run.fingerprint}' if run.fingerprint else names.get(path, path)
+    return flat
+
+
 def differing_settings(runs: Sequence[RunRecords]) -> dict[str, list]:
     """Settings in which any two runs differ: dotted name -> the value in each run."""
-    flat = [config_lib.flatten(run.config) for run in runs]
+    flat = _settings(runs)
     return {
         name: [values[name] for values in flat] for name in flat[0] if len({repr(values[name]) for values in flat}) > 1
     }
@@ -204,8 +218,7 @@ def common_metrics(runs: Sequence[RunRecords]) -> set[str]:
 def repeats(runs: Sequence[RunRecords]) -> list[list[RunRecords]]:
     """Runs in groups, each of one config but for SEEDS and WITHOUT_EFFECT."""
     groups: dict[str, list[RunRecords]] = {}
-    for run in runs:
-        flat = config_lib.flatten(run.config)
+    for run, flat in zip(runs, _settings(runs), strict=True):
         key = {name: value for name, value in flat.items() if name not in SEEDS and not is_without_effect(name)}
         groups.setdefault(json.dumps(key), []).append(run)
     return list(groups.values())

@@ -29,9 +29,7 @@ class Attention(nnx.Module):
         heads = {'heads': model.num_heads, 'width': model.head_dim}
         groups = {'groups': model.num_kv_heads, 'width': model.head_dim}
         self.in_proj = layers.InputProjections(model, {'q': heads, 'k': groups, 'v': groups}, rngs=rngs)
-        self.out_proj = layers.Linear(
-            heads, {'embed': model.d_model}, std=model.init_std, use_bias=model.use_bias, rngs=rngs
-        )
+        self.out_proj = layers.Linear(model, heads, {'embed': model.d_model}, rngs=rngs)
 
     @staticmethod
     def rope_width(model: Model) -> int:

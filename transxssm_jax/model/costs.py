@@ -45,6 +45,7 @@ class Remat(typing.NamedTuple):
       again: products that the backward pass computes again, of 'in_proj', 'kernel', 'out_proj' and 'gate_up'.
       norms: how many norms' statistics are kept, one float32 per token each.
       weights: whether the weights of all layers are kept in model.dtype, gathered.
+      rounded: whether the inputs of products are kept as model.quantization='fp8' rounds them.
     """
 
     mixer: tuple[str, ...]
@@ -53,11 +54,12 @@ class Remat(typing.NamedTuple):
     again: tuple[str, ...]
     norms: int = 0
     weights: bool = False
+    rounded: bool = False
 
 
 REMAT = {
-    'none': Remat(('mixer_in', 'mixer_out', 'residual'), 4, 3, (), norms=2, weights=True),
-    'matmuls': Remat(('mixer_in', 'mixer_out', 'residual'), 2, 2, (), norms=2),
+    'none': Remat(('mixer_in', 'mixer_out', 'residual'), 4, 3, (), norms=2, weights=True, rounded=True),
+    'matmuls': Remat(('mixer_in', 'mixer_out', 'residual'), 2, 2, (), norms=2, rounded=True),
     'dots': Remat(('mixer_in',), 2, 2, ('kernel',)),
     'hybrid': Remat(('mixer_in', 'mixer_out', 'residual'), 1, 0, ('out_proj', 'gate_up')),
     'full': Remat((), 1, 0, ('in_proj', 'kernel', 'out_proj', 'gate_up')),
@@ -79,6 +81,10 @@ def saved_bytes(model: Model, costs: LayerCosts, tensor: int = 1) -> float:
     sharded = sum(getattr(costs, f'{name}_bytes') for name in kept.mixer) + size * kept.d_mlp * model.d_mlp
     halves = 2 if model.d_mlp else 1  # mixer and MLP, or a mixer alone
     vectors = size * math.ceil(kept.d_model * halves / 2) * model.d_model
+    if model.quantization == 'fp8' and kept.rounded:
+        # The inputs of the products, one byte each: norms' outputs, the mixer's and the MLP's.
+        vectors += halves * model.d_model
+        sharded += costs.mixer_out_bytes / size + model.d_mlp
     return vectors + FLOAT32 * kept.norms * halves / 2 + sharded / tensor
 
 

@@ -230,5 +230,5 @@ def _remat(body, policy: str, in_scan: bool):
 
 # Names of `checkpoint_name` that a remat policy keeps.
 _KEPT = {'hybrid': ('mixer_in', 'mixer_out', SSD_STATES)}
-_KEPT['matmuls'] = (*_KEPT['hybrid'], 'residual', 'mlp_in', 'norm_statistics')
-_KEPT['none'] = (*_KEPT['matmuls'], 'norm_out', 'mlp_hidden', 'weight')
+_KEPT['matmuls'] = (*_KEPT['hybrid'], 'residual', 'mlp_in', 'norm_statistics', 'quantized')
+_KEPT['none'] = (*_KEPT['matmuls'], 'norm_out', 'mlp_hidden', 'weight', 'quantized_weight')

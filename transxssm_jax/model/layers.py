@@ -11,6 +11,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from transxssm_jax.config import Model
+from transxssm_jax.model import quantized
 from transxssm_jax.parallel import collectives
 
 
@@ -43,22 +44,26 @@ class Linear(nnx.Module):
     Args:
       inputs, outputs: name -> size of the contracted axes and of the new ones; the
         names are logical axes ('embed', 'heads', ...), or any other for an axis that is never sharded.
-      std: standard deviation of the initial kernel; biases start at 0.
+      model: gives the standard deviation of the initial kernel, whether there is a bias, which starts at 0, and what
+        the products are rounded to.
     """
 
-    def __init__(self, inputs: dict[str, int], outputs: dict[str, int], *, std: float, use_bias: bool, rngs: nnx.Rngs):
+    def __init__(self, model: Model, inputs: dict[str, int], outputs: dict[str, int], *, rngs: nnx.Rngs):
+        self.quantization = model.quantization
+        if self.quantization != 'none':
+            quantized.qwix()  # that it is missing is said before anything is computed
         sizes = inputs | outputs
-        kernel = std * jax.random.normal(rngs.params(), tuple(sizes.values()), jnp.float32)
+        kernel = model.init_std * jax.random.normal(rngs.params(), tuple(sizes.values()), jnp.float32)
         self.kernel = nnx.Param(kernel, axes=tuple(sizes))
         # 'embed' is whole on every device once the kernel is gathered.
         self.input_axes = tuple(axis for axis in inputs if axis != 'embed')
         self.output_axes = tuple(axis for axis in outputs if axis != 'embed')
         self.num_inputs = len(inputs)
-        if use_bias:
+        if model.use_bias:
             self.bias = nnx.Param(jnp.zeros(tuple(outputs.values()), jnp.float32), axes=tuple(outputs))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Contracts x's last axes with the kernel in x's dtype, accumulating float32.
+        """Contracts x's last axes with the kernel in x's dtype, or in 8 bits (`quantized`), accumulating float32.
 
         Returns:
           [*batch, *outputs] in x's dtype.
@@ -73,7 +78,12 @@ class Linear(nnx.Module):
         # Heads and their width as one axis: of a product with both XLA lays a TPU's result out with the sequence in
         # lanes, and copies it to where a kernel reads heads side by side.
         x, kernel = x.reshape(*batch, -1), kernel.reshape(math.prod(inputs), -1)
-        y = _matmul_float32(x, kernel) if is_float32 else _matmul(x, kernel)
+        if is_float32:
+            y = _matmul_float32(x, kernel)
+        elif self.quantization == 'none':
+            y = _matmul(x, kernel)
+        else:
+            y = quantized.matmul(x, kernel, self.quantization)
         y = collectives.all_reduce(y.reshape(*batch, *outputs), *self.input_axes)
         if not hasattr(self, 'bias'):
             return y
@@ -121,8 +131,7 @@ class InputProjections(nnx.Module):
         self.names, self.float32 = tuple(outputs), tuple(float32)
         self.norm = RMSNorm(model.d_model, model.norm_epsilon)
         for name, axes in outputs.items():
-            projection = Linear({'embed': model.d_model}, axes, std=model.init_std, use_bias=model.use_bias, rngs=rngs)
-            setattr(self, name, projection)
+            setattr(self, name, Linear(model, {'embed': model.d_model}, axes, rngs=rngs))
 
     def __call__(self, x_BLD: jax.Array) -> tuple[jax.Array, ...]:
         """[B, L, D] -> one [B, L, *outputs] per map, in the order of `outputs`."""
@@ -140,7 +149,7 @@ class SwiGLU(nnx.Module):
     def __init__(self, model: Model, *, rngs: nnx.Rngs):
         width = {'mlp': model.d_mlp}
         self.in_proj = InputProjections(model, {'gate': width, 'up': width}, rngs=rngs)
-        self.out_proj = Linear(width, {'embed': model.d_model}, std=model.init_std, use_bias=model.use_bias, rngs=rngs)
+        self.out_proj = Linear(model, width, {'embed': model.d_model}, rngs=rngs)
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         gate_BLF, up_BLF = (checkpoint_name(v, 'mlp_in') for v in self.in_proj(x_BLD))

@@ -39,9 +39,7 @@ class Mamba2(nnx.Module):
         )
         self.conv = CausalConvolution(model.conv_width, inputs, rngs=rngs)
         self.norm = GatedRMSNorm(heads, model.norm_epsilon)
-        self.out_proj = layers.Linear(
-            heads, {'embed': model.d_model}, std=model.init_std, use_bias=model.use_bias, rngs=rngs
-        )
+        self.out_proj = layers.Linear(model, heads, {'embed': model.d_model}, rngs=rngs)
         self.a_log = nnx.Param(ssd.initial_a_log(model, H, rngs), axes=('heads',))
         self.dt_bias = nnx.Param(ssd.initial_dt_bias(model, H, rngs), axes=('heads',))
         self.d_skip = nnx.Param(jnp.ones((H,), jnp.float32), axes=('heads',))

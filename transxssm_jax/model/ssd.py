@@ -47,9 +47,7 @@ class RotarySSD(nnx.Module):
         groups = {'groups': model.num_ssd_groups, 'state': model.d_state}
         maps = {'x': heads, 'b': groups, 'c': groups, 'dt': {'heads': model.num_heads}}
         self.in_proj = layers.InputProjections(model, maps, rngs=rngs, float32=['dt'])
-        self.out_proj = layers.Linear(
-            heads, {'embed': model.d_model}, std=model.init_std, use_bias=model.use_bias, rngs=rngs
-        )
+        self.out_proj = layers.Linear(model, heads, {'embed': model.d_model}, rngs=rngs)
         self.a_log = nnx.Param(initial_a_log(model, model.num_heads, rngs), axes=('heads',))
         if model.use_dt_bias:
             self.dt_bias = nnx.Param(initial_dt_bias(model, model.num_heads, rngs), axes=('heads',))

@@ -1,0 +1,126 @@
+"""Linear maps with 8-bit operands: the rounding is as large as the types say, gradients follow, and a model still learns."""
+
+import builtins
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from transxssm_jax import cli
+from transxssm_jax.config import Config, Data, Model, Optimizer, Train
+from transxssm_jax.model import quantized
+from transxssm_jax.parallel import mesh as mesh_lib
+from transxssm_jax.training import step as step_lib
+
+# A number of float8_e4m3fn is off by at most 1/16, one of float8_e5m2 by at most 1/8, uniformly below that; of int8 the
+# largest of a token is 127. Products of independent roundings add up in the square.
+EXPECTED = {'fp8': (0.04, 0.08, 0.08), 'int8': (0.013, 0.013, 1e-6)}
+
+
+def relative(value, exact):
+    return float(np.linalg.norm(np.asarray(value, np.float64) - exact) / np.linalg.norm(exact))
+
+
+@pytest.mark.parametrize('quantization', ['fp8', 'int8'])
+def test_products_and_gradients_are_off_by_the_rounding_alone(quantization):
+    rng = np.random.default_rng(0)
+    # Tokens and outputs of several sizes, and outliers, which a scale per matrix must carry.
+    x = rng.normal(size=(2, 24, 64)) * np.exp(rng.normal(size=(2, 24, 1)))
+    kernel = rng.normal(size=(64, 48)) * 0.02 * np.exp(rng.normal(size=(48,)))
+    dy = rng.normal(size=(2, 24, 48)) * 1e-4
+    y, pullback = jax.vjp(
+        functools.partial(quantized.matmul, quantization=quantization),
+        jnp.asarray(x, jnp.float32),
+        jnp.asarray(kernel, jnp.float32),
+    )
+    dx, d_kernel = pullback(jnp.asarray(dy, jnp.float32))
+    exact = x @ kernel, dy @ kernel.T, np.einsum('bli,blo->io', x, dy)
+    errors = [relative(value, right) for value, right in zip((y, dx, d_kernel), exact)]
+    assert all(error < limit for error, limit in zip(errors, EXPECTED[quantization])), errors
+    if quantization == 'fp8':
+        assert min(errors) > 0.01  # it did round
+
+
+def test_zeros_and_the_range_of_the_types_give_finite_products():
+    for quantization in quantized.TYPES:
+        for scale in (0.0, 1e-12, 1e15):
+            x = jnp.full((4, 32), scale, jnp.bfloat16)
+            y, pullback = jax.vjp(
+                functools.partial(quantized.matmul, quantization=quantization), x, jnp.eye(32, dtype=x.dtype)
+            )
+            np.testing.assert_allclose(np.asarray(y, np.float64), np.asarray(x, np.float64), rtol=0.01)
+            assert all(np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in pullback(x))
+
+
+def losses(quantization, **mesh):
+    config = Config(
+        model=Model(
+            vocab_size=256,
+            d_model=64,
+            num_layers=2,
+            attention_period=2,
+            attention_offset=1,
+            num_heads=4,
+            num_kv_heads=2,
+            num_ssd_groups=2,
+            d_state=16,
+            d_mlp=128,
+            quantization=quantization,
+        ),
+        data=Data(seq_len=64, global_batch=8),
+        optimizer=Optimizer(learning_rate=1e-2, warmup_steps=2),
+        train=Train(steps=30, accumulation_steps=1),
+    )
+    for axis, size in mesh.items():
+        setattr(config.mesh, axis, size)
+    device_mesh = mesh_lib.build(config, jax.devices()[: max(1, int(np.prod(list(mesh.values()))))])
+    # Every token says which one follows.
+    start = np.random.default_rng(0).integers(0, 256, (8, 1))
+    tokens = ((start + 7 * np.arange(65)) % 256).astype(np.int32)
+    place = np.tile(np.arange(64, dtype=np.int32), (8, 1))
+    batch = dict(tokens=tokens[:, :-1], targets=tokens[:, 1:], segment_ids=np.ones_like(place), positions=place)
+    with jax.set_mesh(device_mesh):
+        state = step_lib.create_state(config, device_mesh)
+        batch = jax.device_put(batch, step_lib.batch_sharding(device_mesh))
+        step = jax.jit(step_lib.train_step(config), donate_argnums=0)
+        found = []
+        for _ in range(30):
+            state, metrics = step(state, batch)
+            found.append(float(metrics['loss']))
+    return found
+
+
+@pytest.fixture(scope='module')
+def bfloat16_losses():
+    return losses('none')
+
+
+@pytest.mark.parametrize('quantization', ['fp8', 'int8'])
+def test_a_model_learns_as_it_does_in_bfloat16(quantization, bfloat16_losses):
+    found = losses(quantization)
+    assert found[0] != bfloat16_losses[0]  # it is another computation
+    np.testing.assert_allclose(found[0], bfloat16_losses[0], rtol=2e-3)
+    assert found[-1] < 0.5 * found[0]
+    np.testing.assert_allclose(found[10], bfloat16_losses[10], rtol=0.05)
+
+
+def test_shards_round_by_scales_of_their_own(bfloat16_losses):
+    found = losses('fp8', data=1, fsdp=2, tensor=2)
+    np.testing.assert_allclose(found[0], bfloat16_losses[0], rtol=2e-3)
+    np.testing.assert_allclose(found[10], bfloat16_losses[10], rtol=0.05)
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *arguments, **keywords):
+        if name == 'qwix':
+            raise ImportError('No module named qwix')
+        return real(name, *arguments, **keywords)
+
+    monkeypatch.setattr(builtins, '__import__', without)
+    with pytest.raises(cli.MissingPackageError, match=r'model.quantization needs qwix .*pip install') as raised:
+        losses('int8')
+    assert raised.value.exit_code == cli.ExitCode.WRONG_INPUT and '\n' not in str(raised.value)
