@@ -12,6 +12,7 @@ import zipfile
 
 import pytest
 
+from transxssm_jax import settings
 from transxssm_jax.parallel import cluster
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -66,6 +67,22 @@ def test_configs_are_found_by_name_without_the_checkout(installed):
     assert result.stdout.splitlines() == [str(installed / 'transxssm_jax' / '__init__.py'), '16', '8'], result
     result = python(installed, '-m', 'transxssm_jax.train', '--config=1p3', '--workdir=w')
     assert result.returncode == 2 and 'no such file; did you mean 1p3b?' in result.stderr
+
+
+def test_a_file_here_goes_before_a_shipped_config_and_a_directory_after(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = ROOT / 'configs'
+    assert settings.find_file('tiny') == shipped / 'tiny.py'
+    (tmp_path / 'tiny').mkdir()
+    assert settings.find_file('tiny') == shipped / 'tiny.py'
+    (tmp_path / 'mine').mkdir()
+    assert settings.find_file('mine') == pathlib.Path('mine')
+    (tmp_path / '30m').write_text('')
+    assert settings.find_file('30m') == pathlib.Path('30m')
+    assert settings.find_file('search', folder='sweeps') == shipped / 'sweeps' / 'search.py'
+    for name in ('../tiny', '/tiny', ''):
+        with pytest.raises(settings.ConfigError, match='no such file'):
+            settings.find_file(name)
 
 
 def test_every_console_command_starts_its_module(installed):

@@ -255,7 +255,7 @@ def find_file(path: str, flag: str = '--config', folder: str = '') -> pathlib.Pa
     """The file or directory of a path, or of the name of one that comes with this project: '1p3b', 'pods/1p3b_v5e_256'.
 
     Args:
-      path: what was typed; one that is here goes first.
+      path: what was typed; a file that is here goes first, a directory last.
       flag: how errors call it.
       folder: of the shipped configs, where the name is looked for.
 
@@ -265,11 +265,13 @@ def find_file(path: str, flag: str = '--config', folder: str = '') -> pathlib.Pa
     file = pathlib.Path(path).expanduser()
     shipped_folder = shipped() / folder
     try:
-        if file.exists():
+        if file.is_file():
             return file
         for candidate in (shipped_folder / f'{path}.py', shipped_folder / path):
             if path and not file.is_absolute() and '..' not in file.parts and candidate.exists():
                 return candidate
+        if path and file.exists():  # a directory
+            return file
     except OSError as error:
         raise ConfigError(f'{flag}={cli.shorten(path)}: {error.strerror}') from None
     near = [str(p) for place in {file.parent, pathlib.Path('configs')} for p in place.glob('*.py')]
