@@ -1,7 +1,9 @@
 # make demo    trains a small model on this machine's Python sources, in minutes, on a CPU
 # make test    the test suite
 # make lint    style
-.PHONY: demo test lint clean
+# make types   types of what a program imports
+# make docs    the pages as a site, in build/site
+.PHONY: demo test lint types docs clean
 
 demo: .venv/installed
 	launch/demo.sh .venv/bin/python
@@ -13,6 +15,12 @@ lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check --quiet .
 
+types: .venv/evaluation
+	.venv/bin/python -m mypy
+
+docs: .venv/evaluation
+	.venv/bin/python -m mkdocs build --strict --quiet
+
 # The environment is made anew when the pinned set changes; a half-made one is finished by the next call.
 .venv/installed: requirements.txt pyproject.toml
 	@python=$$(launch/find_python.sh) && echo "using $$python" && "$$python" -m venv .venv
@@ -21,8 +29,9 @@ lint: .venv/installed
 	@touch $@
 
 # What only evaluation needs, so that the demo does without.
-.venv/evaluation: .venv/installed requirements-eval.txt
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-eval.txt
+.venv/evaluation: .venv/installed requirements-eval.txt requirements-tools.txt
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-eval.txt \
+		-r requirements-tools.txt
 	@touch $@
 
 clean:

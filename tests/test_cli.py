@@ -32,6 +32,7 @@ COMMANDS = {
     'bench': ('bench', 'COMMAND'),
     'report': ('report', 'COMMAND'),
     'experiment': ('experiment', 'COMMAND'),
+    'sweep': ('sweep', 'COMMAND'),
     'replay': ('replay', 'COMMAND'),
     'evals.needle': ('evals.needle', 'COMMAND'),
     'evals.mqar': ('evals.mqar', 'COMMAND'),

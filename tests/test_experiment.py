@@ -110,7 +110,9 @@ def test_cells_are_trained_once_and_end_in_a_table(tmp_path, prepared, in_this_p
 
 def test_a_cell_is_a_process_that_gets_signals(tmp_path, monkeypatch):
     config = config_lib.load(CONFIGS / 'tiny.py')
-    cell = lib.Cell('a', 0, CONFIGS / 'tiny.py', {'train.steps': 3}, config, tmp_path / 'a')
+    cell = lib.Cell(
+        name='a', seed=0, file=CONFIGS / 'tiny.py', overrides={'train.steps': 3}, config=config, workdir=tmp_path / 'a'
+    )
     assert cell.command()[1:] == [
         '-m', 'transxssm_jax.train', f'--config={CONFIGS / "tiny.py"}', f'--workdir={tmp_path / "a"}', '--config.train.steps=3',
     ]  # fmt: skip
@@ -141,7 +143,7 @@ def test_a_run_of_other_length_has_the_same_shape():
 @pytest.mark.parametrize(
     'arguments, message',
     [
-        (('--configs=nowhere',), '--configs=nowhere has no config files'),
+        (('--configs=nowhere',), '--configs=nowhere: no such file'),
         (('--only=hybrid_rop',), '--only=hybrid_rop is no file of --configs; did you mean hybrid_rope?'),
         (('--seeds=1,1',), '--seeds=1,1 must be one or more seeds, each once'),
         (('--evaluate=perplexty',), "--evaluate='perplexty' must begin with an evaluation; did you mean perplexity?"),

@@ -1,6 +1,7 @@
 """Remat and microbatches are chosen by what fits into the devices' memory."""
 
 import jax
+import numpy as np
 import pytest
 
 from pallas_kernels.chips import CHIPS
@@ -84,7 +85,24 @@ def test_settings_that_do_not_fit_name_the_remedy(monkeypatch):
 
 def test_settings_that_are_set_are_kept(monkeypatch):
     fitted, compiled = fit(small_config(model_remat='full', train_accumulation_steps=2), monkeypatch, 1e12)
-    assert compiled == [('full', 2)] and fitted.lines == []
+    assert compiled == [('full', 2)]
+    [line] = fitted.lines  # no time is expected of a device that is in no table
+    assert line.startswith('a step needs 0.0 of 931.3 GiB')
+
+
+def test_the_time_that_a_run_should_take_is_told(monkeypatch):
+    config = small_config(train_steps=1000, train_accumulation_steps=1)
+    choice = fitting.Choice(config, 0.0, 0.0)
+
+    class Device:
+        device_kind, platform = 'NVIDIA H100 80GB HBM3', 'gpu'
+
+    class Mesh:
+        devices, shape = np.array([[[[Device()]]]]), {'data': 1, 'fsdp': 1, 'context': 1, 'tensor': 1}
+
+    [memory, time] = fitting._describe(config, choice, 2**30, 2**33, Mesh)
+    assert memory == 'a step needs 1.0 of 8.0 GiB per device'
+    assert time.startswith('expected: ') and 'for 1,000 steps' in time and 'measured on H100' in time
 
 
 @pytest.mark.parametrize('path', ['configs/320m.py', 'configs/1p3b.py'])

@@ -24,9 +24,11 @@ from small import small_config
 
 from transxssm_jax import cli, generate
 from transxssm_jax import config as config_lib
+from transxssm_jax import settings as config_settings
 from transxssm_jax.config import ConfigError
 from transxssm_jax.data import loader, manifest, source, tokenizer
 from transxssm_jax.data.manifest import DataError
+from transxssm_jax.evals import sweep_trials
 from transxssm_jax.inference.sampling import InputError
 from transxssm_jax.pytorch import conversion, files
 from transxssm_jax.pytorch.fields import ConvertError
@@ -446,6 +448,28 @@ def source_names(directory):
     return names, read, (DataError,)
 
 
+def sweep_state(directory):
+    state = sweep_trials.State(directory, {'config': 'tiny', 'overrides': {'train.steps': '3'}})
+    file = config_settings.find_file('tiny')
+    for number in range(2):
+        state.add(sweep_trials.make_trial(file, directory, {}, {'data.seed': number}, number))
+    state.save()
+    path = directory / sweep_trials.STATE_FILE
+
+    def read(damaged):
+        path.write_bytes(damaged)
+        saved = sweep_trials.read_state(directory)
+        sweep_trials.with_fates(state, saved)
+        for number, record in enumerate(saved['trials']):
+            name = record['name']
+            trial = sweep_trials.make_trial(
+                file, directory, saved['settings']['overrides'], record['varied'], number, name
+            )
+            assert trial.workdir.parent == directory
+
+    return damaged_json(path.read_bytes()), read, (ConfigError,)
+
+
 READERS = {
     'text': of_source('d.txt', ' '.join(texts(3)).encode()),
     'text, gzip': of_source('d.txt.gz', gzip.compress(' '.join(texts(3)).encode(), mtime=0)),
@@ -478,6 +502,7 @@ READERS = {
     'saved config': saved_json,
     'command line': command_lines,
     'names of sources': source_names,
+    'state of a sweep': sweep_state,
 }
 
 

@@ -16,13 +16,12 @@ from transxssm_jax import train
 
 LAUNCH = pathlib.Path(__file__).parents[1] / 'launch'
 SCRIPTS = sorted(LAUNCH.glob('*.sh'))
-PROGRAMS = ['tpu_vm', 'gke', 'slurm', 'sweep']
+PROGRAMS = ['tpu_vm', 'gke', 'slurm']
 TRAINING = ['--config=configs/1p3b.py', '--workdir=/mnt/runs/a run', "--config.data.path=/mnt/data's"]
 REQUIRED = {
     'tpu_vm': ['--name=books', '--zone=us-west4-a', '--accelerator=v5litepod-256'],
     'gke': ['--cluster=pod', '--name=books', '--tpu_type=v5p-256'],
     'slurm': [],
-    'sweep': ['--output=/runs/sweep', 'optimizer.learning_rate=1e-4,3e-4'],
 }
 
 
@@ -54,7 +53,7 @@ def test_shellcheck():
         [path, '--external-sources', *SCRIPTS], capture_output=True, text=True, cwd=LAUNCH.parent, timeout=60
     )
     assert result.returncode == 0, result.stdout
-    assert len(SCRIPTS) >= 7
+    assert len(SCRIPTS) >= 6
 
 
 @pytest.mark.parametrize('name', PROGRAMS)
@@ -69,8 +68,7 @@ def test_help(name):
 def test_what_is_refused(name):
     refused(call(name, *REQUIRED[name], '--nodse=3', '--dry-run'), 'unknown option --nodse=3', f'{name}.sh --help')
     refused(call(name, *REQUIRED[name], '--dry-run', training=['--workdir=/runs']), '--config=PATH is missing')
-    if name != 'sweep':
-        refused(call(name, *REQUIRED[name], '--dry-run', training=['--config=a.py']), '--workdir=DIR is missing')
+    refused(call(name, *REQUIRED[name], '--dry-run', training=['--config=a.py']), '--workdir=DIR is missing')
     for missing in REQUIRED[name]:
         if missing.startswith('--'):
             refused(
@@ -84,10 +82,6 @@ def test_counts_are_checked():
     refused(call('slurm', '--nodes=2x'), '--nodes=2x')
     refused(call('tpu_vm', *REQUIRED['tpu_vm'], '--spot', '--reservation=r'), 'exclude each other')
     refused(call('tpu_vm', '--name=a', '--zone=z', '--accelerator=v9-8'), '--runtime=VERSION')
-    refused(call('sweep', '--output=/o', 'learning_rate=1'), 'SETTING=VALUE')
-    refused(call('sweep', '--output=/o'), 'no setting varies')
-    refused(call('sweep', '--output=/o', 'data.path=/a,/b'), 'data.path=/a,/b must be without spaces and /')
-    refused(call('sweep', '--output=/o', 'model.remat=full, none'), 'model.remat=full, none must be without')
     refused(call('tpu_vm', *REQUIRED['tpu_vm'], '--mount=gs://b'), '--mount=gs://b must be the name of a bucket')
 
 
@@ -448,52 +442,3 @@ def test_slurm_hands_the_job_to_sbatch(tmp_path):
     assert result.returncode == 0, result
     assert '--gpus-per-node=4' in (tmp_path / 'arguments').read_text()
     assert (tmp_path / 'job').read_text() == job_of(call('slurm', '--gpus=4', '--dry-run').stdout)[1]
-
-
-# ---- sweeps ----------------------------------------------------------------
-
-
-def test_sweep_trains_every_combination_in_a_workdir_of_its_own():
-    training = ['--config=configs/tiny.py']
-    got = commands('sweep', 'data.seed=0,1,2', training=training)
-    assert len(got) == 6
-    assert got[1] == [
-        '.venv/bin/python',
-        '-m',
-        'transxssm_jax.train',
-        '--config=configs/tiny.py',
-        '--workdir=/runs/sweep/optimizer.learning_rate=1e-4,data.seed=1',
-        '--config.optimizer.learning_rate=1e-4',
-        '--config.data.seed=1',
-    ]
-    assert len({word for words in got for word in words if word.startswith('--workdir=')}) == 6
-    by_slurm = commands('sweep', '--slurm=--nodes=2 --time=1:00:00', training=training)
-    assert by_slurm[0] == [
-        'launch/slurm.sh',
-        '--python=.venv/bin/python',
-        '--nodes=2',
-        '--time=1:00:00',
-        '--',
-        '--config=configs/tiny.py',
-        '--workdir=/runs/sweep/optimizer.learning_rate=1e-4',
-        '--config.optimizer.learning_rate=1e-4',
-    ]
-
-
-def test_sweep_goes_on_after_a_failure_and_stops_when_told(tmp_path):
-    pretend(tmp_path, 'python', f'echo "$*" >> {tmp_path}/log; case $* in *seed=1*) exit "$CODE" ;; esac\n')
-
-    def sweep(code):
-        (tmp_path / 'log').write_text('')
-        result = call(
-            'sweep',
-            '--output=/runs',
-            f'--python={tmp_path}/python',
-            'data.seed=0,1,2',
-            training=['--config=a.py'],
-            CODE=str(code),
-        )
-        return result.returncode, len((tmp_path / 'log').read_text().splitlines())
-
-    assert sweep(3) == (1, 3)
-    assert sweep(130) == (130, 2)

@@ -376,6 +376,13 @@ def test_the_announcement_names_what_differs_from_the_defaults(config, finished)
     lines = finished[1].out.splitlines()
     assert '  optimizer.warmup_steps = 2 (default 1000)' in lines
     assert not any(line.startswith('  model.tie_embeddings') for line in lines)
+    [first] = [i for i, line in enumerate(lines) if line.startswith('devices ')]
+    assert lines[first] == 'devices     8 x cpu as data 8 x fsdp 1 x context 1 x tensor 1'
+    [total] = [line.split()[-1] for line in lines if line.startswith('parameters ')]
+    table = [line.split() for line in lines[first + 2 :] if line.endswith('%')]
+    assert sum(int(words[-2].replace(',', '')) for words in table) == int(total.replace(',', ''))
+    assert any(line.startswith('training    12 steps of 256 tokens (8 rows of 32): 3,072 tokens, ') for line in lines)
+    assert f'workdir     {finished[0]}' in lines and any('a step needs 0.0 of ' in line for line in lines)
     saved = config_lib.from_json((finished[0] / 'config.json').read_text())
     assert config_lib.differences(saved, config_lib.load(config)).keys() == {
         'train.tensorboard',
@@ -449,7 +456,7 @@ def test_accumulation(config, tmp_path):
         train__steps=8,
         train__eval_every_steps=0,
     )
-    assert result.code == 0 and '512 tokens per step' in result.out, result
+    assert result.code == 0 and '8 steps of 512 tokens (16 rows of 32): 4,096 tokens' in result.out, result
     got = losses(tmp_path / 'workdir')
     assert got[1] == pytest.approx(math.log(264), abs=0.3) and got[8] < got[1] - 1
     last = records(tmp_path / 'workdir')[-1]

@@ -163,7 +163,7 @@ class Flag:
     name: str
     default: Any
     meaning: str
-    kind: type | None = None
+    kind: Any = None
     is_list: bool = False
     repeated: bool = False
     choices: Sequence = ()
@@ -254,7 +254,7 @@ class Command:
           UsageError: an unknown, wrong or missing flag; the message is one line.
         """
         known = {flag.name: flag for flag in self.flags}
-        values, config_file, overrides, arguments = {}, '', {}, []
+        values, overrides, arguments, config_file = dict[str, Any](), dict[str, str](), list[str](), ''
         words = iter(argv)
         for word in words:
             if word == '--':
@@ -329,11 +329,11 @@ def run(
     try:
         if asks_for_help(argv):
             print(command.help())
-            code = ExitCode.FINISHED
+            code = int(ExitCode.FINISHED)
         else:
-            code = work(command.parse(argv)) or ExitCode.FINISHED
+            code = int(work(command.parse(argv)) or ExitCode.FINISHED)
         sys.stdout.flush()
-        return int(code)
+        return code
     except KeyboardInterrupt:
         if command.if_interrupted:
             print_error(command.if_interrupted, prefix='interrupted; ')
@@ -344,9 +344,8 @@ def run(
         explained = explain(error)
         if explained is None:
             raise
-        code, message = explained
-        print_error(message)
-        return code
+        print_error(explained[1])
+        return explained[0]
 
 
 def run_one_of(
@@ -433,7 +432,7 @@ def start(module: str, takes_signals: bool = False) -> None:
     streams.make_usable()
     # Raised in the middle of an extension module's import, KeyboardInterrupt could come out as another error.
     stops = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # what schedulers send
-    ends = {signal.SIGINT: ExitCode.INTERRUPTED, **dict.fromkeys(stops, ExitCode.TERMINATED)}
+    ends: dict[int, ExitCode] = {signal.SIGINT: ExitCode.INTERRUPTED, **dict.fromkeys(stops, ExitCode.TERMINATED)}
     usual = (signal.default_int_handler, signal.SIG_DFL)  # a background job of a shell ignores Ctrl-C, and goes on to
     handlers = {number: handler for number in ends if (handler := signal.getsignal(number)) in usual}
     for number in handlers:

@@ -334,7 +334,7 @@ def load(path, overrides: dict[str, Any] | None = None) -> Config:
 
     Args:
       path: a Python file with `get_config()`, which returns a Config or an ml_collections.ConfigDict of the same
-        sections; its name may start with a digit.
+        sections; its name may start with a digit. Or the name of a shipped one: '1p3b', 'pods/1p3b_v5e_256'.
       overrides: dotted name -> value, e.g. {'model.d_model': 512}; text is read as on a command line.
 
     Raises:

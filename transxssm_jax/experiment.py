@@ -27,6 +27,7 @@ import pathlib
 import jax
 
 from transxssm_jax import config as config_lib
+from transxssm_jax import settings
 from transxssm_jax.cli import ExitCode, Flag
 from transxssm_jax.data.manifest import write_file
 from transxssm_jax.evals import charts, experiment, run_report
@@ -115,7 +116,7 @@ def _experiment(flags) -> int:
 def _config_files(given: tuple[str, ...]) -> list[pathlib.Path]:
     files = []
     for name in given:
-        path = pathlib.Path(name).expanduser()
+        path = settings.find_file(name, '--configs') if name else pathlib.Path()
         found = sorted(path.glob('*.py')) if path.is_dir() else [path]
         if not found or not all(file.is_file() for file in found):
             raise RunError(f'--configs={name} has no config files')

@@ -52,6 +52,7 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+@dataclasses.dataclass
 class Section:
     """A group of settings, or of sections, that refuses unknown names, wrong types and, once locked, any change."""
 
@@ -86,7 +87,7 @@ def checked(name: str, field: dataclasses.Field, value):
     Raises:
       ConfigError: wrong type, not one of the choices, or out of bounds.
     """
-    kind = field.type
+    kind = _kind(field)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     try:
         if kind is float and is_number:
@@ -106,7 +107,11 @@ def checked(name: str, field: dataclasses.Field, value):
     if isinstance(value, str) and '\0' in value:
         raise ConfigError(f'{name}={cli.shorten(_shown(value))} must not hold a null character')
     is_place = field.metadata.get('is_place', False)
-    return cli.expand_path(name, value, ConfigError, is_place) if field.metadata.get('is_path') else value
+    return cli.expand_path(name, str(value), ConfigError, is_place) if field.metadata.get('is_path') else value
+
+
+def _kind(field: dataclasses.Field) -> type:
+    return field.type  # type: ignore[return-value]  # no annotation of a section is a string
 
 
 def named_paths(name: str, text: str) -> dict[str, str]:
@@ -164,7 +169,7 @@ def walk(section: type[Section], prefix: str = '') -> Iterator[tuple[str, datacl
     """Yields (dotted name, field) of every setting, in the order of the tree."""
     for field in dataclasses.fields(section):
         if dataclasses.is_dataclass(field.type):
-            yield from walk(field.type, f'{prefix}{field.name}.')
+            yield from walk(_kind(field), f'{prefix}{field.name}.')
         else:
             yield prefix + field.name, field
 
@@ -185,12 +190,12 @@ def change(root: Section, changes: dict[str, Any]) -> None:
         if name not in fields:
             raise ConfigError(f'unknown setting {cli.shorten(str(name))}{_nearest_path(str(name), fields)}')
         if isinstance(value, str):
-            value = cli.parse_value(name, value, fields[name].type, ConfigError)
+            value = cli.parse_value(name, value, _kind(fields[name]), ConfigError)
         *sections, leaf = name.split('.')
         setattr(functools.reduce(getattr, sections, root), leaf, value)
 
 
-def copy(root: Section) -> Section:
+def copy[S: Section](root: S) -> S:
     """The same settings, not locked."""
     return type(root)(
         **{
@@ -208,7 +213,7 @@ def lock(root: Section) -> None:
     object.__setattr__(root, '_locked', True)
 
 
-def from_tree(root: type[Section], tree: Any) -> Section:
+def from_tree[S: Section](root: type[S], tree: Any) -> S:
     """Sections from nested dicts; what they do not hold keeps its default.
 
     Raises:
@@ -222,12 +227,12 @@ def from_tree(root: type[Section], tree: Any) -> Section:
         if name in fields and dataclasses.is_dataclass(fields[name].type):
             if not isinstance(value, dict):
                 raise ConfigError(f'{name} must be an object of settings, not {type(value).__name__}')
-            value = from_tree(fields[name].type, value)
+            value = from_tree(_kind(fields[name]), value)
         setattr(made, name, value)  # which refuses what is no field
     return made
 
 
-def from_json(root: type[Section], text: str | bytes) -> Section:
+def from_json[S: Section](root: type[S], text: str | bytes) -> S:
     """Sections from JSON, see `from_tree`.
 
     Raises:
@@ -256,37 +261,74 @@ def describe(root: type[Section]) -> str:
     )
 
 
-def read_file(section: type[Section], path: str):
+def shipped() -> pathlib.Path:
+    """The directory of the config files that come with this project: inside the installed package, or the checkout's."""
+    package = pathlib.Path(__file__).parent
+    return next((folder for folder in (package / 'configs', package.parent / 'configs') if folder.is_dir()), package)
+
+
+def find_file(path: str, flag: str = '--config', folder: str = '') -> pathlib.Path:
+    """The file or directory of a path, or of the name of one that comes with this project: '1p3b', 'pods/1p3b_v5e_256'.
+
+    Args:
+      path: what was typed; a file that is here goes first, a directory last.
+      flag: how errors call it.
+      folder: of the shipped configs, where the name is looked for.
+
+    Raises:
+      ConfigError: it is neither.
+    """
+    file = pathlib.Path(path).expanduser()
+    shipped_folder = shipped() / folder
+    try:
+        if file.is_file():
+            return file
+        for candidate in (shipped_folder / f'{path}.py', shipped_folder / path):
+            if path and not file.is_absolute() and '..' not in file.parts and candidate.exists():
+                return candidate
+        if path and file.exists():  # a directory
+            return file
+    except OSError as error:
+        raise ConfigError(f'{flag}={cli.shorten(path)}: {error.strerror}') from None
+    near = [str(p) for place in {file.parent, pathlib.Path('configs')} for p in place.glob('*.py')]
+    names = [str(p.relative_to(shipped_folder).with_suffix('')) for p in shipped_folder.rglob('*.py')]
+    raise ConfigError(f'{flag}={path}: no such file{cli.nearest(path, near + names) if near + names else ""}')
+
+
+def read_file[S: Section](section: type[S], path: str) -> S:
     """The settings that a Python file's get_config() returns: a `section`, or an ml_collections.ConfigDict of its settings.
 
     Raises:
       ConfigError: no such file, or whatever the file raises, with the line.
     """
-    file = pathlib.Path(path).expanduser()
-    try:
-        found = file.is_file()
-        if file.is_dir():
-            inside = ', '.join(sorted(str(p) for p in file.glob('*.py'))[:5])
-            raise ConfigError(
-                f'--config={path} is a directory; name a config file{f", such as {inside}" * bool(inside)}'
-            )
-    except OSError as error:
-        raise ConfigError(f'--config={cli.shorten(path)}: {error.strerror}') from None
-    if not found:
-        near = [str(p) for folder in {file.parent, pathlib.Path('configs')} for p in folder.glob('*.py')]
-        raise ConfigError(f'--config={path}: no such file{cli.nearest(path, near) if near else ""}')
+    file = find_file(path)
+    if file.is_dir():
+        inside = ', '.join(sorted(str(p) for p in file.glob('*.py'))[:5])
+        raise ConfigError(f'--config={path} is a directory; name a config file{f", such as {inside}" * bool(inside)}')
     path = str(file)
     try:
-        config = runpy.run_path(path).get('get_config', lambda: None)()
+        config = call_in_file(path, 'get_config')
         if hasattr(config, 'to_dict'):
             config = from_tree(section, config.to_dict())
-    except (Exception, SystemExit) as error:  # whatever a file with a mistake raises
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        kind = '' if isinstance(error, ConfigError | SyntaxError) else f'{type(error).__name__}: '
-        where = f'{path}, line {lines[-1]}' if lines else path
-        raise ConfigError(f'{where}: {kind}{cli.one_line(error)}') from error
+    except ConfigError as error:
+        raise ConfigError(str(error) if str(error).startswith(path) else f'{path}: {error}') from error
     if not isinstance(config, section):
         raise ConfigError(
             f'{path}: must have a function get_config() that returns a {section.__module__}.{section.__name__}'
         )
     return config
+
+
+def call_in_file(path: str, function: str):
+    """What a function of a Python file returns; None where the file has no such function.
+
+    Raises:
+      ConfigError: whatever the file raises, with the line.
+    """
+    try:
+        return runpy.run_path(path).get(function, lambda: None)()
+    except (Exception, SystemExit) as error:  # whatever a file with a mistake raises
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        kind = '' if isinstance(error, ConfigError | SyntaxError) else f'{type(error).__name__}: '
+        where = f'{path}, line {lines[-1]}' if lines else path
+        raise ConfigError(f'{where}: {kind}{cli.one_line(error)}') from error

@@ -75,6 +75,7 @@ from transxssm_jax.data.workers import exit_with_parent
 
 MIN_SHARD_BYTES = 4 << 20  # of text: seconds of work, what an interruption can lose
 MAX_SHARDS = 512  # about; every one is an open file in the loader
+REMINDER_SECONDS = 60.0  # between two lines of progress where there is no terminal
 
 
 COMMAND = cli.Command(
@@ -120,10 +121,11 @@ COMMAND = cli.Command(
 
 def main(argv: list[str] | None = None) -> int:
     """The command; see --help. Returns its exit code."""
-    return cli.run(COMMAND, _prepare, argv)
+    return cli.run(COMMAND, prepare_split, argv)
 
 
-def _prepare(flags: types.SimpleNamespace) -> None:
+def prepare_split(flags: types.SimpleNamespace) -> None:
+    """Checks the flags of the command and prepares the split. Raises DataError, in one line."""
     flags.output = Path(flags.output)
     if not re.fullmatch(r'[A-Za-z]\w*', flags.split):
         raise DataError(f'--split={flags.split} must be a word such as train or validation')
@@ -265,18 +267,22 @@ def tokenize(tasks: list[ShardTask], state: Path, arguments: types.SimpleNamespa
         desc=arguments.split,
         unit='shard',
         dynamic_ncols=True,
-        disable=not pending,
+        disable=None if pending else True,  # None: where stderr is no terminal
     ) as bar:
         if len(pending) < len(tasks) and pending:
             tqdm.write(f'{len(tasks) - len(pending)} of {len(tasks)} shards are finished; continuing', file=sys.stderr)
-        begin = time.monotonic()
+        begin = told = time.monotonic()
 
         def advance(new_documents: int, new_tokens: int):
-            nonlocal documents, tokens
+            nonlocal documents, tokens, told
             documents += new_documents
             tokens += new_tokens
             speed = tokens / (time.monotonic() - begin + 1e-9)
-            bar.set_postfix_str(f'{documents:,} documents, {tokens:,} tokens, {speed:,.0f} tokens/s', refresh=False)
+            text = f'{documents:,} documents, {tokens:,} tokens, {speed:,.0f} tokens/s'
+            bar.set_postfix_str(text, refresh=False)
+            if bar.disable and time.monotonic() - told > REMINDER_SECONDS:
+                told = time.monotonic()
+                print(f'{arguments.split}: {text}', file=sys.stderr, flush=True)
 
         workers = min(arguments.num_workers, len(pending))
         if workers <= 1:

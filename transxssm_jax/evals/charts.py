@@ -39,6 +39,9 @@ class Chart:
       title, x, y: of the chart and its axes.
       curves: what is drawn.
       skips_start: whether the values of the first twentieth of the axis may lie above the frame (a loss falls fast).
+      dots: whether points are drawn without the lines between them.
+      x_ticks: (x, label) of the axis where x is a place and no number; a label may have two lines. Empty: round numbers.
+      is_wide: whether the chart is as wide as two; its lines have no legend, and with y='' no numbers stand beside it.
     """
 
     file: str
@@ -47,6 +50,9 @@ class Chart:
     y: str
     curves: list[Curve]
     skips_start: bool = False
+    dots: bool = False
+    x_ticks: tuple[tuple[float, str], ...] = ()
+    is_wide: bool = False
 
     def ranges(self) -> tuple[float, float, float, float]:
         """x and y that the frame spans: (least x, largest x, least y, largest y)."""
@@ -56,6 +62,10 @@ class Chart:
         skips = self.skips_start and all(len(curve.points) >= 20 for curve in self.curves)
         start = low + (high - low) / 20 if skips else low
         ys = [y for x, y in points if x >= start] or [y for _, y in points]
+        if self.x_ticks:
+            low, high = min(low, self.x_ticks[0][0]), max(high, self.x_ticks[-1][0])
+        if self.dots:  # none is cut by the frame
+            low, high = low - (high - low) * 0.04, high + (high - low) * 0.04
         return low, high if high > low else low + 1, *_widened(min(ys), max(ys))
 
 
@@ -84,27 +94,40 @@ def label(value: float) -> str:
 def svg(chart: Chart) -> str:
     """The chart as an SVG element whose colors are CSS variables: --ink, --grid and --c0 to --c7."""
     x_low, x_high, y_low, y_high = chart.ranges()
-    width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+    full = 2 * WIDTH if chart.is_wide else WIDTH
+    width, height = full - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
 
     def at(x, y):
         return LEFT + (x - x_low) / (x_high - x_low) * width, TOP + (y_high - y) / (y_high - y_low) * height
 
     parts = [
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(chart.title)}">',
+        f'<svg viewBox="0 0 {full} {HEIGHT}" role="img" aria-label="{html.escape(chart.title)}">',
         f'<clipPath id="{chart.file}"><rect x="{LEFT}" y="{TOP}" width="{width}" height="{height}"/></clipPath>',
         f'<text x="{LEFT}" y="18" class="title">{html.escape(chart.title)}</text>',
     ]
-    for tick in ticks(y_low, y_high):
+    for tick in ticks(y_low, y_high) if chart.y else []:
         _, y = at(x_low, tick)
         parts.append(f'<line x1="{LEFT}" x2="{LEFT + width}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{label(tick)}</text>')
-    for tick in ticks(x_low, x_high):
+    for tick, text in chart.x_ticks or [(tick, label(tick)) for tick in ticks(x_low, x_high)]:
         x, _ = at(tick, y_low)
         parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{TOP + height}" class="grid"/>')
-        parts.append(f'<text x="{x:.1f}" y="{TOP + height + 16}" text-anchor="middle">{label(tick)}</text>')
+        # What is wider than a number must not reach over the edge.
+        near_edge = len(text) > 6 and not LEFT + 40 < x < LEFT + width - 40
+        anchor = ('start' if x < full / 2 else 'end') if near_edge else 'middle'
+        for row, line in enumerate(text.splitlines()):
+            place = f'x="{x:.1f}" y="{TOP + height + 16 + 14 * row}" text-anchor="{anchor}"'
+            parts.append(f'<text {place}>{html.escape(line)}</text>')
     parts.append(f'<text x="{LEFT + width}" y="{HEIGHT - 8}" text-anchor="end">{html.escape(chart.x)}</text>')
     parts.append(f'<text x="{LEFT}" y="{HEIGHT - 8}">{html.escape(chart.y)}</text>')
     for curve in chart.curves:
+        if chart.dots:
+            for point in curve.points:
+                x, y = at(*point)
+                fill = f'fill="var(--c{curve.color % len(COLORS)})"'
+                name = f'<title>{html.escape(curve.name)}</title>'
+                parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" {fill}>{name}</circle>')
+            continue
         points = ' '.join('{:.1f},{:.1f}'.format(*at(*point)) for point in _thinned(curve.points))
         color, dash = curve.color % len(COLORS), DASHES[curve.dash % len(DASHES)]
         style = f' stroke-dasharray="{dash}"' if dash else ''
@@ -130,20 +153,25 @@ def write_png(path: pathlib.Path, chart: Chart) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.2), layout='constrained')
+    figure = Figure(figsize=(14 if chart.is_wide else 7, 4.2), layout='constrained')
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     styles = ('-', '--', ':', '-.')
     for curve in chart.curves:
         xs, ys = zip(*_thinned(curve.points))
         color, style = COLORS[curve.color % len(COLORS)], styles[curve.dash % len(styles)]
-        marker = 'o' if len(xs) == 1 else None
+        marker = 'o' if len(xs) == 1 or chart.dots else None
+        style = '' if chart.dots else style
         axes.plot(xs, ys, color=color, linestyle=style, marker=marker, linewidth=1.4, label=curve.name)
     x_low, x_high, y_low, y_high = chart.ranges()
     axes.set(xlabel=chart.x, ylabel=chart.y, title=chart.title, xlim=(x_low, x_high), ylim=(y_low, y_high))
-    axes.set_xticks(ticks(x_low, x_high), [label(tick) for tick in ticks(x_low, x_high)])
+    x_ticks = chart.x_ticks or [(tick, label(tick)) for tick in ticks(x_low, x_high)]
+    axes.set_xticks([x for x, _ in x_ticks], [text for _, text in x_ticks])
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    if not chart.y:
+        axes.set_yticks([])
+    if len(chart.curves) <= 24 and not (chart.dots or chart.is_wide):
+        axes.legend(fontsize=7)
     figure.savefig(path, dpi=150)
 
 

@@ -14,64 +14,26 @@ from transxssm_jax import config as config_lib
 from transxssm_jax.config import Config
 from transxssm_jax.evals import run_report
 from transxssm_jax.evals.run_evaluations import READERS
-from transxssm_jax.evals.run_records import RunError, RunRecords, is_without_effect, read_run
+from transxssm_jax.evals.run_records import RunError, RunRecords
+from transxssm_jax.evals.training_process import Training
 from transxssm_jax.model import parameters
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """One training of an experiment.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cell(Training):
+    """One training of an experiment: a model, which its config file names, and a seed.
 
     Attributes:
-      name: of the model: the stem of its config file.
       seed: of the initial parameters and of the order of the data.
-      file: config file.
-      overrides: dotted setting -> value, on top of the file.
-      config: of both.
-      workdir: of the run.
     """
 
-    name: str
     seed: int
-    file: pathlib.Path
-    overrides: dict
-    config: Config
-    workdir: pathlib.Path
 
-    def records(self) -> RunRecords | None:
-        """What the run has left so far; None before its first record."""
-        if not (self.workdir / 'metrics.jsonl').exists():
-            return None
-        try:
-            return read_run(self.workdir, f'{self.name}, seed {self.seed}')
-        except RunError:
-            return None  # it was stopped before its first record
-
-    def check(self) -> None:
-        """Raises RunError where its workdir holds a run of another config, which would be taken for this one."""
-        if not (self.workdir / 'metrics.jsonl').exists():
-            return
-        begun = config_lib.from_json((self.workdir / 'config.json').read_bytes())
-        found = config_lib.differences(begun, self.config)
-        # The steps come first, because other settings follow them.
-        for name, (was, wanted) in sorted(found.items(), key=lambda item: item[0] != 'train.steps'):
-            if name != 'data.path' and not is_without_effect(name):
-                raise RunError(
-                    f'{self.workdir} was begun with {name}={was!r}, not {wanted!r}; give the same command, or another --workdir'
-                )
-
-    def is_finished(self) -> bool:
-        """Whether it is trained to the end."""
-        records = self.records()
-        return records is not None and records.is_finished
-
-    def command(self) -> list[str]:
-        """The command that trains it, or goes on with it."""
-        settings = [f'--config.{name}={value}' for name, value in self.overrides.items()]
-        train = [sys.executable, '-m', 'transxssm_jax.train']
-        return [*train, f'--config={self.file}', f'--workdir={self.workdir}', *settings]
+    @property
+    def title(self) -> str:
+        return f'{self.name}, seed {self.seed}'
 
     def evaluation(self, words: str) -> list[str]:
         """The command of an evaluation of it, e.g. 'perplexity --lengths=1x'; [] where that has been done."""
@@ -102,7 +64,8 @@ def make_cells(
             if steps:
                 changes = {**_with_steps(config_lib.load(file), steps), **changes}
             config = config_lib.load(file, changes)
-            cells.append(Cell(file.stem, seed, file, changes, config, workdir / file.stem / f'seed-{seed}'))
+            run = workdir / file.stem / f'seed-{seed}'
+            cells.append(Cell(name=file.stem, seed=seed, file=file, overrides=changes, config=config, workdir=run))
     return cells
 
 

@@ -188,7 +188,7 @@ class TransXSSMLM(TemplateLM):
         )
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
-        with tqdm(total=len(requests), desc='loglikelihood', disable=disable_tqdm, smoothing=0) as bar:
+        with tqdm(total=len(requests), desc='loglikelihood', disable=disable_tqdm or None, smoothing=0) as bar:
             results = self.scorer.score([(context, continuation) for _, context, continuation in requests], bar.update)
         for (text, _, _), result in zip(requests, results):
             self.cache_hook.add_partial('loglikelihood', text, result)
@@ -199,7 +199,7 @@ class TransXSSMLM(TemplateLM):
         texts = [request.args[0] for request in requests]
         rows = [with_begin(self.tokenizer, ids).tolist() for ids in self.tokenizer.encode_batch(texts)]
         pairs = [(row[:1], row[1:]) for row in rows]
-        with tqdm(total=len(requests), desc='loglikelihood_rolling', disable=disable_tqdm, smoothing=0) as bar:
+        with tqdm(total=len(requests), desc='loglikelihood_rolling', disable=disable_tqdm or None, smoothing=0) as bar:
             totals = [total for total, _ in self.scorer.score(pairs, bar.update)]
         for text, total in zip(texts, totals):
             self.cache_hook.add_partial('loglikelihood_rolling', (text,), total)
@@ -218,7 +218,7 @@ class TransXSSMLM(TemplateLM):
         for index, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
         texts = [''] * len(requests)
-        with tqdm(total=len(requests), desc='generate_until', disable=disable_tqdm, smoothing=0) as bar:
+        with tqdm(total=len(requests), desc='generate_until', disable=disable_tqdm or None, smoothing=0) as bar:
             for key, members in groups.items():
                 settings = normalize_gen_kwargs(json.loads(key), self.max_gen_toks)
                 self.check_max_gen_toks(requests[members[0]].task_name, settings['max_gen_toks'])

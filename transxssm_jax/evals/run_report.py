@@ -112,7 +112,7 @@ STYLE = """
   --c0: #4fb0ea; --c1: #f5863a; --c2: #2fc596; --c3: #e79cc6; --c4: #e0b445; --c5: #8fd0f5; --c6: #b3a0f2; --c7: #b0b0b0; } }
 body { margin: 0 auto; max-width: 76rem; padding: 1rem; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; } p { color: var(--soft); }
+h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; } p { color: var(--soft); overflow-wrap: anywhere; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; }
 svg { width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 12px; }
 svg .title { fill: var(--ink); font-size: 14px; font-weight: 600; }
@@ -125,9 +125,22 @@ li svg { width: 2.2rem; height: .7rem; margin-right: .4rem; }
 """
 
 
-def page(title: str, runs: Sequence[RunRecords], drawn: Sequence[Chart], note: str = '') -> str:
-    """One HTML file with the table, the charts and the settings that differ; it loads nothing."""
-    headings, rows = rows_of(runs)
+def page(
+    title: str,
+    runs: Sequence[RunRecords],
+    drawn: Sequence[Chart],
+    note: str = '',
+    table: tuple[list[str], list[list[str]]] | None = None,
+    more: Sequence[Chart] = (),
+) -> str:
+    """One HTML file with the table, the charts and the settings that differ; it loads nothing.
+
+    Args:
+      drawn: curves of the runs, which share one legend.
+      table: (headings, rows) in place of `rows_of(runs)`.
+      more: charts to come first.
+    """
+    headings, rows = table or rows_of(runs)
     names, settings = settings_of(runs)
     evaluations = table_of(runs)
     legend = []
@@ -145,17 +158,22 @@ def page(title: str, runs: Sequence[RunRecords], drawn: Sequence[Chart], note: s
             f'<h1>{html.escape(title)}</h1>',
             f'<p>{html.escape(note)}</p>' if note else '',
             _table(headings, rows),
+            *(['<h2>Settings and what was reached</h2>', _figures(more)] if more else []),
             '<h2>Curves</h2>',
             f'<ul>{"".join(legend)}</ul>',
-            '<div class="charts">',
-            *(f'<figure style="margin:0">{charts.svg(chart)}</figure>' for chart in drawn),
-            '</div>',
+            _figures(drawn),
             *(['<h2>Evaluations</h2>', _table(*evaluations)] if evaluations[1] else []),
             '<h2>What differs between the configs</h2>',
             _table(names, settings) if settings else '<p>Nothing.</p>',
             '</body></html>\n',
         ]
     )
+
+
+def _figures(drawn: Sequence[Chart]) -> str:
+    style = {True: 'margin:0;grid-column:1/-1', False: 'margin:0'}
+    figures = ''.join(f'<figure style="{style[chart.is_wide]}">{charts.svg(chart)}</figure>\n' for chart in drawn)
+    return f'<div class="charts">{figures}</div>'
 
 
 def _table(headings: list[str], rows: list[list[str]]) -> str:

@@ -35,6 +35,23 @@ def count_params(model: Model) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.to_pure_dict(abstract)))
 
 
+def parameter_table(model: Model) -> dict[str, int]:
+    """Parameters by part, without making them: 'embedding', '21 ssd mixers', '21 ssd mlps', ..., 'residual weights'."""
+    _, abstract = split_model(model)
+    tree = nnx.to_pure_dict(abstract)
+    table, residual = {'embedding': 0}, 0
+    for kind, parts in tree.pop('layers').items():
+        count = model.num_periods * model.layer_pattern.count(kind)
+        for part, arrays in parts.items():
+            size = sum(leaf.size for leaf in jax.tree.leaves(arrays))
+            if part in ('mixer', 'mlp'):
+                table[f'{count} {kind} {part}{"s" * (count > 1)}'] = size
+            else:
+                residual += size
+    ends = {name.replace('_', ' '): sum(leaf.size for leaf in jax.tree.leaves(arrays)) for name, arrays in tree.items()}
+    return table | ends | {'residual weights': residual}
+
+
 def on_shards(function, model: Model, in_axes: tuple, out_axes):
     """function(params, *arrays) on each device's block of the parameters and of the arrays, see `collectives.shard_map`.
 

@@ -1,5 +1,6 @@
 """Which cluster started this process, by the variables of its environment."""
 
+import importlib.metadata
 import os
 import re
 
@@ -37,9 +38,27 @@ def detect() -> str:
 
 
 def has_tpu() -> bool:
-    from jax._src import cloud_tpu_init  # set when jax is imported: libtpu is installed and chips are there
+    """Whether libtpu is installed and chips are there."""
+    return bool(_of_jax('cloud_tpu_init', 'running_in_cloud_tpu_vm'))  # set when jax is imported
 
-    return cloud_tpu_init.running_in_cloud_tpu_vm
+
+def distributed_state():
+    """JAX's own place in a run of several processes: its client is the only way to the key-value store.
+
+    Orbax takes the same one. Raises ProcessesError where this version of jax has none.
+    """
+    return _of_jax('distributed', 'global_state')
+
+
+def _of_jax(module: str, name: str):
+    """A name of JAX's internals, which are no part of its interface."""
+    try:
+        return getattr(importlib.import_module(f'jax._src.{module}'), name)
+    except (ImportError, AttributeError) as error:
+        version = importlib.metadata.version('jax')
+        raise ProcessesError(
+            f'this project uses jax._src.{module}.{name}, which jax {version} does not have ({error}); install jax 0.11.2'
+        ) from error
 
 
 def slurm_devices() -> dict:

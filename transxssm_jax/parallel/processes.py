@@ -27,7 +27,6 @@ import threading
 import time
 
 import jax
-from jax._src import distributed  # its client is the only way to the key-value store; Orbax takes the same one
 
 from transxssm_jax import cli
 from transxssm_jax.parallel import cluster
@@ -161,7 +160,7 @@ def join(
             f'the processes of this run could not be joined ({_one_line(error)}); see --help for '
             '--coordinator, --num_processes and --process_id'
         ) from error
-    state = distributed.global_state
+    state = cluster.distributed_state()
     _membership.coordinator, _membership.process, _membership.processes = (
         state.coordinator_address,
         state.process_id,
@@ -258,7 +257,7 @@ def all_gather_json(value) -> list:
 
 def client():
     """The client of JAX's coordination service; None in a single process."""
-    return distributed.global_state.client
+    return cluster.distributed_state().client
 
 
 # ---- ending ----------------------------------------------------------------

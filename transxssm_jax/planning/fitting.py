@@ -5,6 +5,7 @@ fits into the devices' memory. What the compiler says decides, the estimate only
 """
 
 import dataclasses
+import datetime
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -97,7 +98,7 @@ def fit(
                 raise
             step, needed = None, math.inf  # a TPU's compiler refuses what does not fit
         if step is not None and needed <= limit:
-            return Fitted(choice.config, step, _describe(config, choice, needed, limit))
+            return Fitted(choice.config, step, _describe(config, choice, needed, limit, device_mesh))
         # Of a refused step only this is known: it needs more than there is.
         scale, least = max(scale, min(needed, 1.001 * limit) / choice.memory), min(least, needed)
     raise DoesNotFitError(_refusal(config, smallest, least, limit))
@@ -189,13 +190,22 @@ def shown(config: Config) -> str:
     return f'model.remat={config.model.remat} train.accumulation_steps={config.train.accumulation_steps}'
 
 
-def _describe(config: Config, choice: Choice, needed: float, limit: float) -> list[str]:
-    if not is_open(config):
-        return []
-    return [
-        f"chosen for the devices' memory: {shown(choice.config)}; a step needs {needed / GIB:.1f} of {limit / GIB:.1f} GiB "
-        'per device'
-    ]
+def _describe(config: Config, choice: Choice, needed: float, limit: float, device_mesh: jax.sharding.Mesh) -> list[str]:
+    """What a step needs of the devices' memory and, on a device of the table of chips, how long the run should take."""
+    chosen = f"chosen for the devices' memory: {shown(choice.config)}; " if is_open(config) else ''
+    room = f'{needed / GIB:.1f} of {limit / GIB:.1f} GiB' if math.isfinite(limit) else f'{needed / GIB:.1f} GiB'
+    lines = [f'{chosen}a step needs {room} per device']
+    name = chips.name_of(device_mesh.devices.flat[0].device_kind)
+    if name and device_mesh.devices.flat[0].platform != 'cpu':
+        chip, closed_config, sizes = chips.CHIPS[name], choice.config, dict(device_mesh.shape)
+        network = sum(roofline.min_comm_bytes(closed_config, sizes).values()) / roofline.all_links(chip)
+        seconds = sum(estimate.expected_seconds(closed_config, sizes, chip, network).values())
+        whole = datetime.timedelta(seconds=round(seconds * config.train.steps))
+        lines.append(
+            f'expected: {seconds:.3g} s a step, {config.tokens_per_step / seconds:,.0f} tokens/s, {whole} for '
+            f'{config.train.steps:,} steps without evaluations ({estimate.source(chip)})'
+        )
+    return lines
 
 
 def _refusal(config: Config, smallest: Choice, least: float, limit: float) -> str:

@@ -169,7 +169,7 @@ def search(
     started, fitting = time.perf_counter(), []
     too_much = dict.fromkeys(REMAT, math.inf)  # least memory of what did not fit
     tried = candidates(config, chip, num_devices)
-    bar = tqdm(tried, disable=not progress, unit='plan', file=sys.stderr)
+    bar = tqdm(tried, disable=None if progress else True, unit='plan', file=sys.stderr)
     for candidate in bar:
         left = 60 * budget_minutes - (time.perf_counter() - started)
         best = fitting[0]['bound_seconds'] if fitting else math.inf

@@ -13,25 +13,45 @@ from transxssm_jax.training import metrics, optimizer, splits
 
 
 def describe(config: Config, device_mesh: jax.sharding.Mesh, loader: Loader, workdir, attended: float) -> list[str]:
-    """Lines that describe a run."""
+    """One screen that describes a run. What a step needs and how long it is expected to take comes with its compilation."""
     changed = config_lib.differences(config, Config())
     lines = ['settings that differ from the defaults:']
     lines += [f'  {name} = {value!r} (default {default!r})' for name, (value, default) in changed.items()]
-    devices = jax.devices()
-    data = splits.describe(config, loader)
+    devices, train = jax.devices(), config.train
     axes = ' x '.join(f'{name} {size}' for name, size in device_mesh.shape.items())
+    several = f', {jax.process_count()} processes' if processes.is_multiprocess() else ''
+    table = parameters.parameter_table(config.model)
+    total = sum(table.values())
+    parts = [f'{name:<20} {count:>15,} {count / total:>6.1%}' for name, count in table.items()]
+    whole = train.steps * config.tokens_per_step
+    files = ['config.json', f'metrics.jsonl every {train.log_every_steps:,} steps', 'ledger/']
+    files += ['tensorboard/'] if train.tensorboard else []
+    files += [f'checkpoints/ every {train.checkpoint_every_steps:,} steps (the newest {train.keep_last} stay)']
+    evaluated = ', '.join(splits.eval_splits(config))
     return [
         *lines,
-        f'{parameters.count_params(config.model):,} parameters; {config.tokens_per_step:,} tokens per step; '
-        f'{len(devices)} x {devices[0].device_kind} as {axes}'
-        + (f', {jax.process_count()} processes' if processes.is_multiprocess() else ''),
-        *data[:-1],
-        f'{data[-1]}; workdir {workdir}' if len(data) == 1 else data[-1],
-        *([f'workdir {workdir}'] if len(data) > 1 else []),
-        f'a token attends to {attended:,.0f} tokens on average, which mfu counts; mfu_packed_rows counts '
-        f'{costs.row_attended(config.data.seq_len):,.0f}, as if one document filled every row',
-        *filter(None, [metrics.missing_mfu(devices[0])]),
+        *_block('devices', [f'{len(devices)} x {devices[0].device_kind} as {axes}{several}']),
+        *_block('parameters', [f'{total:,}', *parts]),
+        *_block(
+            'training',
+            [
+                f'{train.steps:,} steps of {config.tokens_per_step:,} tokens '
+                f'({config.data.global_batch:,} rows of {config.data.seq_len:,}): {whole:,} tokens, '
+                f'{whole / max(loader.num_tokens, 1):.3g} times the data',
+                f'a token attends to {attended:,.0f} tokens on average, which mfu counts; mfu_packed_rows counts '
+                f'{costs.row_attended(config.data.seq_len):,.0f}, as if one document filled every row',
+                f'evaluated on {evaluated} every {train.eval_every_steps:,} steps' if evaluated else 'not evaluated',
+                *filter(None, [metrics.missing_mfu(devices[0])]),
+            ],
+        ),
+        *_block('data', splits.describe(config, loader)),
+        *_block('workdir', [str(workdir), ', '.join(files)]),
     ]
+
+
+def _block(title: str, lines: list[str]) -> list[str]:
+    """Lines beside their title."""
+    return [f'{title if i == 0 else "":<12}{line}' for i, line in enumerate(lines)]
 
 
 def describe_resumption(saved: Config, config: Config, step: int) -> list[str]:

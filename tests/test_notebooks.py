@@ -1,0 +1,64 @@
+"""The notebooks: executed from top to bottom at the size of a test, and kept without outputs."""
+
+import json
+import os
+import pathlib
+import re
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / 'notebooks').glob('*.ipynb'))
+SIZES = "SIZE = 'gpu'  #"
+
+
+def cells(path, kind):
+    return [''.join(cell['source']) for cell in json.loads(path.read_text())['cells'] if cell['cell_type'] == kind]
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
+    nbclient = pytest.importorskip('nbclient', reason='needs pip install -e .[dev]')
+    nbformat = pytest.importorskip('nbformat')
+    pytest.importorskip('matplotlib', reason='needs pip install -e .[eval]')
+    notebook = nbformat.read(path, as_version=4)
+    [first] = [cell for cell in notebook.cells if cell.source.startswith(SIZES)]
+    first.source = first.source.replace("'gpu'", "'test'", 1)
+    # One CPU device, as a user has; compiled in half the time.
+    flags = '--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0'
+    for name, value in (('XLA_FLAGS', flags), ('JAX_PLATFORMS', 'cpu'), ('PYTHONPATH', str(ROOT))):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv(
+        'JAX_COMPILATION_CACHE_DIR', str(tmp_path / 'compiled')
+    )  # a trainer that is reopened compiles nothing
+    monkeypatch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+    monkeypatch.setenv('PATH', f'{pathlib.Path(sys.executable).parent}:{os.environ["PATH"]}')
+    client = nbclient.NotebookClient(notebook, timeout=600, resources={'metadata': {'path': str(tmp_path)}})
+    client.create_kernel_manager()
+    client.km.kernel_cmd = [sys.executable, '-m', 'ipykernel_launcher', '-f', '{connection_file}']
+    client.execute()
+    outputs = [output for cell in notebook.cells for output in cell.get('outputs', [])]
+    assert sum('image/png' in output.get('data', {}) for output in outputs) >= 3
+    assert not any(output.output_type == 'error' for output in outputs)
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
+def test_outputs_are_cleared(path):
+    for cell in json.loads(path.read_text())['cells']:
+        if cell['cell_type'] == 'code':
+            assert cell['outputs'] == [] and cell['execution_count'] is None, cell['source']
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_opens_in_colab_at_one_size(path):
+    [first, *_] = cells(path, 'markdown')
+    assert f'](https://colab.research.google.com/github/OWNER/transxssm_jax/blob/main/notebooks/{path.name})' in first
+    assert sum(source.startswith(SIZES) for source in cells(path, 'code')) == 1
+    for text in cells(path, 'markdown'):
+        for link in re.findall(r'\]\(([^):#]+)\)', text):
+            assert (path.parent / link).exists(), link
+
+
+def test_both_are_there():
+    assert [path.stem for path in NOTEBOOKS] == ['long_context', 'quickstart']

@@ -1,0 +1,69 @@
+"""One training that another command starts: its config, its command line, and what it has left in its workdir."""
+
+import dataclasses
+import pathlib
+import sys
+
+from transxssm_jax import config as config_lib
+from transxssm_jax.config import Config
+from transxssm_jax.evals.run_records import RunError, RunRecords, is_without_effect, read_run
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """A training of a config file with overrides, in a workdir of its own.
+
+    Attributes:
+      name: how it is called beside others.
+      file: config file.
+      overrides: dotted setting -> value, on top of the file.
+      config: of both.
+      workdir: of the run.
+    """
+
+    name: str
+    file: pathlib.Path
+    overrides: dict
+    config: Config
+    workdir: pathlib.Path
+
+    @property
+    def title(self) -> str:
+        """Its name in a legend."""
+        return self.name
+
+    def records(self) -> RunRecords | None:
+        """What the run has left so far; None before its first record."""
+        if not (self.workdir / 'metrics.jsonl').exists():
+            return None
+        try:
+            return read_run(self.workdir, self.title)
+        except RunError:
+            return None  # it was stopped before its first record
+
+    def check(self) -> None:
+        """Raises RunError where its workdir holds a run of another config, which would be taken for this one."""
+        if not (self.workdir / 'metrics.jsonl').exists():
+            return
+        begun = config_lib.from_json((self.workdir / 'config.json').read_bytes())
+        found = config_lib.differences(begun, self.config)
+        # The steps come first, because other settings follow them.
+        for name, (was, wanted) in sorted(found.items(), key=lambda item: item[0] != 'train.steps'):
+            if name != 'data.path' and not is_without_effect(name):
+                raise RunError(
+                    f'{self.workdir} was begun with {name}={was!r}, not {wanted!r}; give the same command, or another directory'
+                )
+
+    def is_finished(self) -> bool:
+        """Whether it is trained to the end."""
+        records = self.records()
+        return records is not None and records.is_finished
+
+    def arguments(self) -> list[str]:
+        """The flags of transxssm_jax.train."""
+        settings = [f'--config.{name}={value}' for name, value in self.overrides.items()]
+        return [f'--config={self.file}', f'--workdir={self.workdir}', *settings]
+
+    def command(self) -> list[str]:
+        """The command that trains it, or goes on with it."""
+        return [sys.executable, '-m', 'transxssm_jax.train', *self.arguments()]
