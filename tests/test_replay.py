@@ -158,7 +158,7 @@ def test_steps_that_are_taken_again_have_one_line(run, config, replay):
     path = run / 'ledger' / 'process-0.jsonl'
     path.write_text(path.read_text() + '{"step": 13, "batch')  # of a killed run
     before = lines_of_text(path)
-    other = [line | {'rows': [[0, 4]]} for line in before]
+    other = [json.loads(ledger.sealed(line | {'rows': [[0, 4]]})) for line in before]
     write_lines(run, other, process=1)  # of a process that the run no longer has
     assert train(config, run, optimizer__learning_rate=5e-3, **SETTINGS).code == 0
     after = lines(run)

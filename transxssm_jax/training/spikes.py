@@ -46,8 +46,8 @@ class TooManySpikesError(cli.UserError, ArithmeticError):
     exit_code = cli.ExitCode.NOT_FINITE
 
 
-class RollBack(Exception):
-    """The run is to go back.
+class RollBack(BaseException):
+    """The run is to go back: no error, but a way out of the loop, which nothing that catches errors may close.
 
     Attributes:
       step: the spike.
