@@ -30,8 +30,9 @@ from transxssm_jax.inference.generator import Generator
 from transxssm_jax.inference.generator import sample as sample_text
 from transxssm_jax.parallel import mesh
 from transxssm_jax.planning.fitting import fit
-from transxssm_jax.training import checkpoint, compilation, health, lease, run_directory, splits
+from transxssm_jax.training import checkpoint, compilation, elastic, health, lease, run_directory, splits
 from transxssm_jax.training import step as step_lib
+from transxssm_jax.training.batch_order import BatchOrder
 from transxssm_jax.training.checkpoint_files import CheckpointError
 from transxssm_jax.training.evaluators import HeldOutLoss
 
@@ -107,6 +108,7 @@ class Trainer:
             splits.check_data(config)
         self._batches: Iterator[dict] | None = None if batches is None else iter(batches)
         self._loader: Loader | None = None
+        self._order = BatchOrder()
         self._train_step: Callable | None = None
         self._eval_step: Callable | None = None
         self._eval_loss: tuple[int, float] | None = None  # the newest, and the step of it
@@ -138,6 +140,7 @@ class Trainer:
         if restored is None:
             raise CheckpointError(f'{workdir} has no checkpoint')
         trainer.step, trainer.state, position = restored
+        trainer._order = BatchOrder.of(position)
         if batches is None:
             loader = trainer._opened_loader()
             splits.check_position(config, loader, trainer.step, position, workdir)
@@ -203,7 +206,7 @@ class Trainer:
             prefixes=[''],
         )
         with jax.set_mesh(self.mesh):
-            values = dict(evaluator.run(self.params))
+            values = dict(evaluator.run(step_lib.evaluated_weights(self.config, self.state)))
         if not split:
             self._eval_loss = self.step, values['loss']
         return values
@@ -257,7 +260,7 @@ class Trainer:
 
     def _opened_loader(self) -> Loader:
         if self._loader is None:
-            self._loader = splits.open_train_split(self.config, self.mesh, self.step)
+            self._loader = self._open_loader()
             self._batches = self._loader
         return self._loader
 
@@ -273,13 +276,18 @@ class Trainer:
     def _on_devices(self, batch: dict) -> dict:
         return mesh.global_batch(self.mesh, batch, self.config.data.global_batch)
 
+    def _open_loader(self) -> Loader:
+        return splits.open_train_split(self.config, self.mesh, self._order.batch(self.step + 1))
+
     def _position(self) -> dict:
-        if self._loader is None and self.config.data.tokenizer_path:
-            with contextlib.closing(splits.open_train_split(self.config, self.mesh, self.step)) as loader:
-                return splits.data_position(self.config, loader, self.step)
-        if self._loader is None:  # batches of the caller's own, which stand nowhere
-            return {'next_step': self.step, 'split': self.config.data.train_split}
-        return splits.data_position(self.config, self._loader, self.step)
+        with contextlib.ExitStack() as stack:
+            loader = self._loader
+            if loader is None and self.config.data.tokenizer_path:
+                loader = stack.enter_context(contextlib.closing(self._open_loader()))
+            if loader is None:  # batches of the caller's own, which stand nowhere
+                return {'next_step': self.step, 'split': self.config.data.train_split}
+            position = splits.data_position(self.config, loader, self.step, self._order)
+        return position | self._order.saved() | elastic.saved(self.config, self.mesh)
 
 
 def shipped_configs() -> list[str]:
