@@ -168,7 +168,7 @@ def test_a_refused_flag_is_said_in_one_line(tmp_path):
     result = call(['train', '--config=configs/tiny.py', f'--workdir={tmp_path}', '--coordinator=a:1'])
     assert result.code == 2 and result.err.count('\n') == 1, result
     assert result.err.startswith('error: --coordinator=a:1 needs --num_processes')
-    result = call(['train', '--config=configs/tiny.py', '--workdir=gs://bucket/run'])
+    result = call(['train', '--config=configs/tiny.py', '--workdir=hdfs://bucket/run'])
     assert result.code == 2 and 'mount the bucket' in result.err
 
 

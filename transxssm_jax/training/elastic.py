@@ -17,7 +17,7 @@ def saved(config: Config, device_mesh: jax.sharding.Mesh) -> dict:
 
 
 def keep_batch(
-    config: Config, device_mesh: jax.sharding.Mesh, before: Config, position: dict
+    config: Config, device_mesh: jax.sharding.Mesh, before: Config, position: dict | None
 ) -> tuple[Config, list[str]]:
     """The settings for the devices that are here, and a line that says so where they are others than before.
 
@@ -29,8 +29,9 @@ def keep_batch(
       config: of the run.
       device_mesh: on which it goes on.
       before: config that its checkpoint was trained with.
-      position: of the checkpoint.
+      position: of the checkpoint; None: it is an import.
     """
+    position = position or {}
     now, was = data_shards(device_mesh), position.get('data_shards')
     microbatches = position.get('accumulation_steps')
     if config.mesh.data != -1 or not was or not microbatches or was == now:
