@@ -217,7 +217,7 @@ class Oracle(scoring.Scorer):
         return jnp.asarray(np.eye(257, dtype=np.float32)[expected_BL])
 
     def _read(self, params, hidden_BLD, at_R, target_R):
-        return scoring.log_likelihoods(hidden_BLD.reshape(-1, 257)[at_R], 20 * jnp.eye(257), target_R, 257)
+        return scoring.log_likelihoods(hidden_BLD.reshape(-1, 257)[at_R], 20 * jnp.eye(257), target_R, 257, cap=0.0)
 
 
 def next_byte(text, answer):

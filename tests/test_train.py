@@ -379,7 +379,7 @@ def test_the_announcement_names_what_differs_from_the_defaults(config, finished)
     [first] = [i for i, line in enumerate(lines) if line.startswith('devices ')]
     assert lines[first] == 'devices     8 x cpu as data 8 x fsdp 1 x context 1 x tensor 1'
     [total] = [line.split()[-1] for line in lines if line.startswith('parameters ')]
-    table = [line.split() for line in lines[first + 2 :] if line.endswith('%')]
+    table = [line.split() for line in lines[first + 2 :] if line.startswith('  ') and line.endswith('%')]
     assert sum(int(words[-2].replace(',', '')) for words in table) == int(total.replace(',', ''))
     assert any(line.startswith('training    12 steps of 256 tokens (8 rows of 32): 3,072 tokens, ') for line in lines)
     assert f'workdir     {finished[0]}' in lines and any('a step needs 0.0 of ' in line for line in lines)
