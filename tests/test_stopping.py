@@ -46,6 +46,23 @@ def test_a_hangup_that_nohup_ignores_stays_ignored(request_):
     assert request.exit_code == 0
 
 
+def test_a_block_that_saves_first_may_be_within_another():
+    """After the inner one, a signal still waits: the outer one has something to copy."""
+    program = (
+        'import os, signal, sys, time\n'
+        'from transxssm_jax.training.stopping import StopRequest\n'
+        'stop = StopRequest(); stop.install()\n'
+        'with stop.watch():\n'
+        '    with stop.saves_first():\n'
+        '        with stop.saves_first(): pass\n'
+        '        os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.5)\n'
+        '        print("copied", flush=True)\n'
+        'sys.exit(stop.exit_code)'
+    )
+    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (75, 'copied\n'), done
+
+
 def test_signals_after_saving_change_nothing():
     """In a process of its own, which they would end while Python shuts down."""
     program = (

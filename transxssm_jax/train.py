@@ -30,6 +30,7 @@ import jax
 
 from transxssm_jax import config as config_lib
 from transxssm_jax.cli import ExitCode, Flag
+from transxssm_jax.data import object_store
 from transxssm_jax.inference.generator import sample
 from transxssm_jax.parallel import processes
 from transxssm_jax.planning.fitting import fit
@@ -99,7 +100,9 @@ def _run(flags, stop: StopRequest) -> int:
         processes.join(**{name: getattr(flags, name) for name in HOST_FLAGS})
         if not processes.is_coordinator():
             logging.getLogger().setLevel(logging.ERROR)  # process 0 warns of what concerns all
-        with remote_workdir.local(flags.workdir) as workdir:
+        # What a run on an object store has saved is not there before it is copied, so nothing ends it at once.
+        copied_first = stop.saves_first() if object_store.is_url(flags.workdir) else contextlib.nullcontext()
+        with copied_first, remote_workdir.local(flags.workdir) as workdir:
             return loop.train(config, workdir, stop, sample, open_weights, fit)
     except (Exception, KeyboardInterrupt) as error:
         return _end_all(error)

@@ -240,18 +240,27 @@ def test_a_step_that_is_not_finite_is_not_saved(config, undisturbed, tmp_path):
 HANGS_AT = 10
 
 
-def hang() -> None:
-    """The loader never gives the batch of step 10: its file system does not answer."""
+def before_each_batch(act) -> None:
+    """The loader calls act(its batches, item) before it makes a batch."""
     from transxssm_jax.data import loader
 
     original = loader._Batches.__getitem__
 
     def read(self, item):
-        if self._repeat and self._start_step + int(item) + 1 >= HANGS_AT:
-            time.sleep(3600)
+        act(self, item)
         return original(self, item)
 
     loader._Batches.__getitem__ = read
+
+
+def hang() -> None:
+    """The loader never gives the batch of step 10: its file system does not answer."""
+
+    def wait(batches, item):
+        if batches._repeat and batches._start_step + int(item) + 1 >= HANGS_AT:
+            time.sleep(3600)
+
+    before_each_batch(wait)
 
 
 def test_a_loader_that_hangs_is_given_up(config, undisturbed, tmp_path):
@@ -267,15 +276,7 @@ def test_a_loader_that_hangs_is_given_up(config, undisturbed, tmp_path):
 
 def slow() -> None:
     """The loader takes its time for every batch."""
-    from transxssm_jax.data import loader
-
-    original = loader._Batches.__getitem__
-
-    def read(self, item):
-        time.sleep(random.uniform(0, 0.2))
-        return original(self, item)
-
-    loader._Batches.__getitem__ = read
+    before_each_batch(lambda batches, item: time.sleep(random.uniform(0, 0.2)))
 
 
 @pytest.mark.faults

@@ -16,13 +16,12 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 
 from transxssm_jax import config as config_lib
 from transxssm_jax.cli import MissingPackageError, UserError
+from transxssm_jax.evals import speed
 
 MODES = ('train', 'forward')
-WARM_UP_CALLS = 2
 
 
 class PeerError(UserError):
@@ -82,27 +81,9 @@ def _measure(torch, case: dict) -> dict:
         if device == 'cuda':
             torch.cuda.synchronize()
 
-    started = time.perf_counter()
-    call()
-    synchronize()
-    first = time.perf_counter() - started
-    for _ in range(WARM_UP_CALLS):
-        call()
-    times = []
-    for _ in range(case['repeats']):
-        synchronize()
-        started = time.perf_counter()
-        for _ in range(case['calls']):
-            call()
-        synchronize()
-        times.append((time.perf_counter() - started) / case['calls'])
-    median = statistics.median(times)
-    found = {
-        'ms': 1e3 * median,
-        'least_ms': 1e3 * min(times),
-        'most_ms': 1e3 * max(times),
-        'tokens_per_second': tokens.numel() / median,
-        'compile_seconds': first - median,
+    first, times = speed.times_of(call, case['calls'], case['repeats'], wait=lambda _: synchronize())
+    found = speed.rates(times, tokens.numel()) | {
+        'compile_seconds': first - statistics.median(times),
         'scan': 'plain' if device == 'cpu' or modeling.mamba_chunk_scan_combined is None else 'mamba_ssm',
         'torch': torch.__version__,
     }

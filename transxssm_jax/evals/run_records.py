@@ -4,11 +4,12 @@ import dataclasses
 import json
 import pathlib
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from transxssm_jax import cli
 from transxssm_jax import config as config_lib
 from transxssm_jax.config import Config, ConfigError
+from transxssm_jax.training import run_directory
 
 
 class RunError(cli.UserError, ValueError):
@@ -116,7 +117,7 @@ def read_run(workdir: pathlib.Path | str, name: str = '') -> RunRecords:
         ) from error
     except ConfigError as error:
         raise RunError(f'{workdir / "config.json"}: {error}') from error
-    records = list(_records(workdir / 'metrics.jsonl'))
+    records = list(run_directory.read_metrics(workdir))
     training = [record for record in records if 'loss' in record]
     seconds = {record['step']: record['seconds'] for record in training if 'seconds' in record}
     evaluations = [
@@ -129,17 +130,6 @@ def read_run(workdir: pathlib.Path | str, name: str = '') -> RunRecords:
     if not records:
         raise RunError(f'{workdir} has no records in metrics.jsonl; train it first')
     return RunRecords(name or workdir.name, workdir, config, _fingerprint(workdir), training, evaluations)
-
-
-def _records(path: pathlib.Path) -> Iterable[dict]:
-    """Records of a metrics.jsonl, each step's once; a line that is none, as a killed run may leave, is passed over."""
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line.decode())
-        except ValueError:
-            continue
-        if isinstance(record, dict) and type(record.get('step')) is int:
-            yield {name: value for name, value in record.items() if isinstance(value, int | float)}
 
 
 def _fingerprint(workdir: pathlib.Path) -> str:

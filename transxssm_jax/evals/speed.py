@@ -128,7 +128,7 @@ def _measure_step(case: Case, calls: int, repeats: int) -> dict:
             def call():
                 return fitted.step(state['params'], batch)
 
-        first, times = _times(call, calls, repeats)
+        first, times = times_of(call, calls, repeats)
     config, sizes = fitted.config, dict(device_mesh.shape)
     attended = costs.row_attended(case.length // case.documents)
     per_token = costs.forward_flops_per_token(config.model, attended)
@@ -139,7 +139,7 @@ def _measure_step(case: Case, calls: int, repeats: int) -> dict:
         )
         per_token *= 3
         executed = per_token + again
-    result = _rates(times, case.rows * case.length) | {
+    result = rates(times, case.rows * case.length) | {
         'compile_seconds': compile_seconds,
         'first_seconds': first,
         'memory_gib': fitting.memory_of(fitted.step) / 2**30,
@@ -166,14 +166,14 @@ def _measure_prefill(case: Case, calls: int, repeats: int) -> dict:
     started = time.perf_counter()
     jax.block_until_ready(call())
     compile_seconds = time.perf_counter() - started
-    first, times = _times(call, calls, repeats)
-    return _rates(times, case.rows * case.length) | {'compile_seconds': compile_seconds, 'first_seconds': first}
+    first, times = times_of(call, calls, repeats)
+    return rates(times, case.rows * case.length) | {'compile_seconds': compile_seconds, 'first_seconds': first}
 
 
 def _measure_decoding(case: Case, calls: int, repeats: int) -> dict:
     times = decode_speed.measure(_decoder(case), case.rows, case.length, calls, repeats)
     seconds = [times[name] / 1e3 for name in ('least', 'ms', 'most')]
-    return _rates(seconds, case.rows) | {'compile_seconds': times['compile_s']}
+    return rates(seconds, case.rows) | {'compile_seconds': times['compile_s']}
 
 
 def _decoder(case: Case) -> Decoder:
@@ -181,24 +181,24 @@ def _decoder(case: Case) -> Decoder:
     return Decoder(params, case.config)
 
 
-def _times(call: Callable, calls: int, repeats: int) -> tuple[float, list[float]]:
-    """(seconds of the first call, seconds of a call in each timed block)."""
+def times_of(call: Callable, calls: int, repeats: int, wait=jax.block_until_ready) -> tuple[float, list[float]]:
+    """(seconds of the first call, seconds of a call in each timed block). wait: blocks until a call's result is there."""
     started = time.perf_counter()
-    jax.block_until_ready(call())
+    wait(call())
     first = time.perf_counter() - started
     for _ in range(WARM_UP_CALLS):
-        jax.block_until_ready(call())
+        wait(call())
     times = []
     for _ in range(repeats):
         started = time.perf_counter()
         for _ in range(calls):
             last = call()
-        jax.block_until_ready(last)
+        wait(last)
         times.append((time.perf_counter() - started) / calls)
     return first, times
 
 
-def _rates(times: list[float], tokens: int) -> dict:
+def rates(times: list[float], tokens: int) -> dict:
     median = statistics.median(times)
     return {
         'ms': 1e3 * median,

@@ -1,14 +1,12 @@
 """The README.md of an export: what the model is, how it is loaded, and what its run measured."""
 
-import json
 import pathlib
-from collections.abc import Iterable
 
 from transxssm_jax import config as config_lib
 from transxssm_jax.config import Config
 from transxssm_jax.model import parameters
+from transxssm_jax.training import run_directory
 
-METRICS = 'metrics.jsonl'  # in the workdir
 _LOAD = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -85,23 +83,12 @@ _PLACES = {
 def measured(workdir: pathlib.Path, step: int) -> list[tuple[str, str]]:
     """(name, value with its step) of the newest losses that the run wrote up to a step, with all that it evaluated."""
     found: dict[str, tuple[float, int]] = {}
-    for record in _records(workdir / METRICS):
+    for record in run_directory.read_metrics(workdir):
         if record['step'] <= step:
             for name, value in record.items():
                 if name == 'loss' or name.startswith('eval'):
                     found[name] = value, record['step']
     return [(name, f'{value:.4g} (step {at:,})') for name, (value, at) in found.items()]
-
-
-def _records(path: pathlib.Path) -> Iterable[dict]:
-    """Records of a metrics.jsonl; a line that is none, as a killed run may leave, is passed over."""
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line.decode())
-        except ValueError:
-            continue
-        if isinstance(record, dict) and type(record.get('step')) is int:
-            yield {name: value for name, value in record.items() if isinstance(value, int | float)}
 
 
 def _count(pattern: tuple[str, ...], periods: int) -> dict[str, int]:

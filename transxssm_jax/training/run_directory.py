@@ -1,9 +1,11 @@
 """The workdir of a run: made, or found to be of the same run, and seen alike by every process."""
 
 import hashlib
+import json
 import pathlib
 import secrets
 import time
+from collections.abc import Iterable
 
 from transxssm_jax import config as config_lib
 from transxssm_jax.config import Config, ConfigError
@@ -13,6 +15,20 @@ from transxssm_jax.parallel import processes
 from transxssm_jax.training import checkpoint
 from transxssm_jax.training import checkpoint_files as files
 from transxssm_jax.training.checkpoint_files import CheckpointError
+
+METRICS = 'metrics.jsonl'
+
+
+def read_metrics(workdir: pathlib.Path) -> Iterable[dict]:
+    """Records of a run's metrics, each step's once; a line that is none, as a killed run may leave, is passed over."""
+    path = workdir / METRICS
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line.decode())
+        except ValueError:
+            continue
+        if isinstance(record, dict) and type(record.get('step')) is int:
+            yield {name: value for name, value in record.items() if isinstance(value, int | float)}
 
 
 def open_workdir(workdir: pathlib.Path, config: Config) -> None:

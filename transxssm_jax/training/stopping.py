@@ -67,14 +67,14 @@ class StopRequest:
 
     @contextlib.contextmanager
     def saves_first(self):
-        """While the block runs, a request waits until the run has saved."""
+        """While the block runs, a request waits until the run has saved. A block may be within another."""
         with self._lock:
-            self._saves_first = self._has_begun = True
+            before, self._saves_first, self._has_begun = self._saves_first, True, True
         try:
             yield
         finally:
             with self._lock:
-                self._saves_first = False
+                self._saves_first = before
 
     def finish(self) -> None:
         """Ignores the signals from here on: all is saved and the exit code is decided, also while the program ends."""
