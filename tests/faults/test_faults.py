@@ -172,13 +172,16 @@ def test_a_disk_that_fills_up_anywhere(config, undisturbed, tmp_path):
     print('\na full disk: exit codes', dict(codes))
 
 
-def test_a_workdir_that_is_taken_away_ends_the_run_in_one_line(config, undisturbed, tmp_path):
+@pytest.mark.parametrize('comes_back', [False, True])
+def test_a_workdir_that_is_taken_away_ends_the_run_in_one_line(config, undisturbed, tmp_path, comes_back):
     workdir = tmp_path / 'run'
     start = Start(config, workdir, train__steps=10**6)
     assert start.until(lambda: (workdir / 'checkpoints' / '8').exists())
     start.kill(signal.SIGSTOP)
     kept = shutil.copytree(workdir, tmp_path / 'kept')
     shutil.rmtree(workdir)
+    if comes_back:  # as a checkpoint that is being written makes it
+        (workdir / 'checkpoints').mkdir(parents=True)
     start.kill(signal.SIGCONT)
     ended = start.finish()
     assert ended.code == 2 and not ended.has_traceback, ended

@@ -97,13 +97,14 @@ class Lease:
             raise CheckpointError(
                 f'--workdir={workdir} cannot be written ({error.strerror or error}); choose another'
             ) from error
+        self._directory = _opened(workdir)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep_renewing, name='renew the lease', daemon=True)
         self._thread.start()
 
     def renew(self) -> bool:
         """Changes the counter. Returns whether the lease is still held; raises OSError where that cannot be known now, or
-        FileNotFoundError where the workdir is no more."""
+        FileNotFoundError where the workdir is no more, or is another directory."""
         self._renewals += 1
         try:
             # In place: it needs no free space, and never replaces a lease that another run has put there meanwhile.
@@ -113,6 +114,8 @@ class Lease:
                 file.seek(0)
                 file.write(self._content())
         except FileNotFoundError:
+            if not self._has_workdir():
+                raise
             return self._create(self.path)
         return True
 
@@ -122,13 +125,25 @@ class Lease:
         with contextlib.suppress(OSError):
             if self._token.encode() in self.path.read_bytes():
                 self.path.unlink()
+        if self._directory is not None:
+            os.close(self._directory)
+            self._directory = None
+
+    def _has_workdir(self) -> bool:
+        """Whether the workdir is the directory that the lease was acquired in. One that was removed can come back empty,
+        because a checkpoint that is being written makes the directories that it needs."""
+        try:
+            found = os.stat(self._workdir)
+            return self._directory is None or os.path.samestat(found, os.fstat(self._directory))
+        except OSError:  # it is gone, or the file server no longer knows the directory that is open
+            return False
 
     def _keep_renewing(self) -> None:
         while not self._stop.wait(self._renew_seconds):
             try:
                 held = self.renew()
             except FileNotFoundError:
-                if self._stop.is_set() or pathlib.Path(self._workdir).exists():
+                if self._stop.is_set() or self._has_workdir():
                     continue
                 return self._on_lost(
                     f'--workdir={self._workdir} was removed under the run, which ends here; its checkpoints are gone, unless '
@@ -228,6 +243,15 @@ class Lease:
         aside = self.path.with_name(f'{NAME}.{self._token}')
         aside.write_bytes(self._content())
         return aside
+
+
+def _opened(directory: pathlib.Path) -> int | None:
+    """A descriptor of a directory: while it is open, no other directory gets the same inode number. None where the file
+    system opens no directories."""
+    try:
+        return os.open(directory, os.O_RDONLY | getattr(os, 'O_DIRECTORY', 0))
+    except OSError:
+        return None
 
 
 def _parsed(content: bytes | None) -> dict:
