@@ -1,4 +1,4 @@
-"""What the runs of configs/stability/ share: TransXSSM 320M, 300 steps of 262,144 tokens, rows of 4,096.
+"""What the runs of configs/stability/ share: TransXSSM 320M, 300 steps of 65,536 tokens, rows of 4,096.
 
 python -m transxssm_jax.experiment --configs=configs/stability --workdir=DIR --data=PREPARED --seeds=0
 
@@ -10,7 +10,7 @@ from transxssm_jax.config import start_from
 
 def get_config():
     config = start_from(__file__, '320m.py')
-    config.data.global_batch = 64
+    config.data.global_batch = 16
     config.optimizer.warmup_steps = 30
     config.train.steps = 300
     config.train.log_every_steps = 5
