@@ -8,8 +8,10 @@ import time
 import jax
 import numpy as np
 import pytest
+from process_fixtures import start_all
 from store_fixtures import start_store
 from train_fixtures import (
+    arguments,
     before_saving,
     checkpoint_steps,
     compiled_once,
@@ -22,7 +24,9 @@ from train_fixtures import (
 
 from transxssm_jax import convert, generate
 from transxssm_jax.data import object_store
-from transxssm_jax.training import checkpoint, remote_workdir
+from transxssm_jax.parallel import processes
+from transxssm_jax.training import checkpoint, digest, ledger, remote_workdir
+from transxssm_jax.training.checkpoint_exchange import PLACE, CheckpointExchange
 from transxssm_jax.training.checkpoint_files import CheckpointError
 
 SETTINGS = dict(train__steps=6, train__checkpoint_every_steps=2, train__eval_every_steps=3, train__eval_batches=1)
@@ -137,3 +141,80 @@ def test_a_place_without_a_run_is_refused_in_one_line(store, cache, capsys):
     assert generate.main(['--workdir=s3://runs/nothing', '--prompt=a']) == 2
     error = capsys.readouterr().err
     assert 's3://runs/nothing holds no checkpoint' in error and error.count('\n') == 1
+
+
+# ---- several processes -------------------------------------------------------
+
+
+def of_two(config, workdir, **settings):
+    """Two processes as one run, its state in shards on both."""
+    command = arguments(config, workdir, mesh__data=1, mesh__fsdp=2, **SETTINGS | settings)[1:]
+    return start_all(['-m', 'transxssm_jax.train', *command], 2)
+
+
+def test_processes_without_a_common_directory_go_on_from_the_store(store, config, tmp_path, cache, monkeypatch):
+    monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', str(tmp_path / 'compiled'))
+    monkeypatch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+    url = 's3://runs/two'
+    assert [end.code for end in of_two(config, tmp_path / 'whole').finish()] == [0, 0]
+    ends = of_two(config, url, train__steps=4).finish()
+    assert [end.code for end in ends] == [0, 0], ends
+    names = object_store.Files(url).names()
+    assert {'ledger/process-0.jsonl', 'ledger/process-1.jsonl'} <= set(names) and remote_workdir.LEASE not in names
+    assert not [name for name in names if name.startswith(PLACE)] and steps_there(url)[-1] == 4
+    local = object_store.cache_of(url)
+    assert not any((local / 'process-1' / 'checkpoints').iterdir()), 'nothing is left that process 0 has'
+    cache()
+    object_store.Files(url).write(f'{PLACE}/5-of-a-killed-run/params/d', b'left')
+    ends = of_two(config, url).finish()
+    assert [end.code for end in ends] == [0, 0] and 'resuming from step 4' in ends[0].out, ends
+    assert steps_there(url) == checkpoint_steps(tmp_path / 'whole')
+    assert not [name for name in object_store.Files(url).names() if name.startswith(PLACE)]
+    ours, theirs = checkpoint.load_trained(f'{url}@latest')[0], checkpoint.load_trained(tmp_path / 'whole')[0]
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    for process in range(2):  # each step's line, with the digest of the rows that the process read
+        name = f'ledger/process-{process}.jsonl'
+        object_store.Files(url).fetch(name, tmp_path / 'there' / name)
+    found, wanted = (ledger.read_lines(tmp_path / place, 1, 6) for place in ('there', 'whole'))
+    for step in wanted:
+        for ours, theirs in zip(found[step], wanted[step], strict=True):
+            assert {name: ours[name] for name in ('batch', 'loss', 'rows')} == {
+                name: theirs[name] for name in ('batch', 'loss', 'rows')
+            }
+
+
+def test_what_is_damaged_on_its_way_is_no_part_of_a_checkpoint(store, tmp_path):
+    exchange = CheckpointExchange(object_store.Files('s3://runs/way'), lambda: '')
+    sent, received = tmp_path / 'a' / '4-0.partial', tmp_path / 'b' / '4-0.partial'
+    (sent / 'params').mkdir(parents=True)
+    (sent / 'params' / 'd').write_bytes(b'arrays')
+    digests = digest.of_files(sent, ['params/d'])
+    exchange.send(sent, ['params/d'])
+    exchange.receive(received, digests)
+    assert (received / 'params' / 'd').read_bytes() == b'arrays' and object_store.Files('s3://runs/way').names() == []
+    (sent / 'params' / 'd').write_bytes(b'arrayz')
+    exchange.send(sent, ['params/d'])
+    with pytest.raises(digest.DamagedError, match='params/d'):
+        exchange.receive(received, digests)
+    exchange.clear()
+    assert object_store.Files('s3://runs/way').names() == []
+    with pytest.raises(FileNotFoundError):
+        exchange.receive(received, digests)
+
+
+def test_a_checkpoint_is_at_every_process_while_it_is_read(store, tmp_path, monkeypatch):
+    """Process 0 copies it to the store first, because the thread may not have come to it."""
+    files, path = object_store.Files('s3://runs/brought'), tmp_path / 'checkpoints' / '4'
+    monkeypatch.setattr(processes, 'is_coordinator', lambda: True)
+    published = []
+    with CheckpointExchange(files, lambda: published.append(1) or '').brought(path):
+        assert published == [1] and not path.exists()
+    refused = CheckpointExchange(files, lambda: 'Forbidden').brought(path)
+    with pytest.raises(CheckpointError, match='Forbidden; run the same command again'), refused:
+        pytest.fail('it is not read')
+    files.write('checkpoints/4/params/d', b'arrays')
+    files.write('checkpoints/40/params/d', b'others')
+    monkeypatch.setattr(processes, 'is_coordinator', lambda: False)
+    with CheckpointExchange(files, lambda: pytest.fail('process 0 does it')).brought(path):
+        assert (path / 'params' / 'd').read_bytes() == b'arrays'
+    assert not path.exists() and not (tmp_path / 'checkpoints' / '40').exists()

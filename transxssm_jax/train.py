@@ -102,8 +102,8 @@ def _run(flags, stop: StopRequest) -> int:
             logging.getLogger().setLevel(logging.ERROR)  # process 0 warns of what concerns all
         # What a run on an object store has saved is not there before it is copied, so nothing ends it at once.
         copied_first = stop.saves_first() if object_store.is_url(flags.workdir) else contextlib.nullcontext()
-        with copied_first, remote_workdir.local(flags.workdir) as workdir:
-            return loop.train(config, workdir, stop, sample, open_weights, fit)
+        with copied_first, remote_workdir.local(flags.workdir) as (workdir, exchange):
+            return loop.train(config, workdir, stop, sample, open_weights, fit, exchange)
     except (Exception, KeyboardInterrupt) as error:
         return _end_all(error)
 

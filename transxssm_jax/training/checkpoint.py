@@ -13,6 +13,7 @@ only when it is complete:
 What is read is checked against its digest. A damaged checkpoint gives way to an older one.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -219,13 +220,14 @@ class Checkpoints:
       workdir: directory of the run.
       config: which to keep: the newest train.keep_last, the train.keep_best with
         the lowest evaluation loss, and every multiple of train.keep_every_steps.
+      exchange: a `checkpoint_exchange.CheckpointExchange` where the processes share no file system; else None.
 
     Attributes:
       restored_config: after `restore`, the config that the checkpoint was trained with; None before.
     """
 
-    def __init__(self, workdir: pathlib.Path, config: Config):
-        self.config = config
+    def __init__(self, workdir: pathlib.Path, config: Config, exchange=None):
+        self.config, self._exchange = config, exchange
         self.directory = workdir.absolute() / 'checkpoints'
         self.restored_config = None
         self._save = None  # the Save that was started last
@@ -259,7 +261,8 @@ class Checkpoints:
         """
         if problem := self._settle():
             self._warn_of_failure(problem)
-        self._save = files.Save(self.directory, step, state, data_position, self.config, eval_loss, self._remove_old)
+        options = {'on_commit': self._remove_old, 'exchange': self._exchange}
+        self._save = files.Save(self.directory, step, state, data_position, self.config, eval_loss, **options)
 
     def check(self, save_again) -> None:
         """To be called before each step, by all processes at the same place: acts on a failed write at once.
@@ -345,7 +348,8 @@ class Checkpoints:
         for step in reversed(steps):
             path, restored, problem = self.directory / str(step), None, ''
             try:
-                restored = self._restore_step(path, abstract_state)
+                with self._exchange.brought(path) if self._exchange else contextlib.nullcontext():
+                    restored = self._restore_step(path, abstract_state)
             except CheckpointError:
                 raise
             except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file.

@@ -199,6 +199,7 @@ class Save:
       on_commit: called by process 0 once the checkpoint is complete.
       handler: of Orbax, for the arrays.
       save_args: tree of ocp.SaveArgs like the state.
+      exchange: a `checkpoint_exchange.CheckpointExchange` where the processes share no file system; else None.
 
     Attributes:
       step, eval_loss: as given.
@@ -217,9 +218,11 @@ class Save:
         on_commit=lambda: None,
         handler=None,
         save_args: dict | None = None,
+        exchange=None,
     ):
         self.step, self.eval_loss, self.problem, self.error = step, _finite(eval_loss), '', None
         self._directory, self._on_commit = directory, on_commit
+        self._exchange, self._sends = exchange, bool(exchange) and not processes.is_coordinator()
         # A name that no other run uses, not even one that lost the workdir and does not know it yet.
         self._partial = directory / processes.broadcast_from_0(f'{step}-{secrets.token_hex(4)}{PARTIAL}')
         self._handler = handler or ocp.PyTreeCheckpointHandler()
@@ -229,12 +232,14 @@ class Save:
         self._thread = threading.Thread(target=self._write_and_agree, name='save a checkpoint')
         eval_loss = self.eval_loss
         texts = {'data.json': json.dumps(data_position), 'config.json': config_lib.to_json(config)}
-        problem = ''
+        problem = own_problem = ''
         if processes.is_coordinator():
             problem = self._attempt(lambda: self._make_directory(texts, eval_loss))
+        elif self._sends:
+            own_problem = self._attempt(lambda: self._make_directory({}, None))
         self.problem = processes.broadcast_from_0(problem)
         if not self.problem:
-            self._copy_problem = self._attempt(lambda: self._copy(state, save_args))
+            self._copy_problem = own_problem or self._attempt(lambda: self._copy(state, save_args))
             self._thread.start()
 
     def has_ended(self) -> bool:
@@ -265,6 +270,8 @@ class Save:
         self._partial.mkdir()  # without parents: a workdir that was removed under the run is not made anew
         for group in self._groups:
             (self._partial / group).mkdir()
+            if self._sends:  # Orbax waits until its process 0 has made this one
+                (self._partial / group / 'array_metadatas').mkdir()
         for name, text in texts.items():
             (self._partial / name).write_text(text)
         if eval_loss is not None:
@@ -287,10 +294,14 @@ class Save:
             self._wait_for_writers()
         try:
             written = processes.gather_at_0({'problem': problem, 'digests': digests}, f'{self._topic}/written')
+            if self._sends:
+                _remove(self._partial)
             if processes.is_coordinator():
                 problem = next((one['problem'] for one in written if one['problem']), '')
-                for one in written:
-                    digests |= one['digests']
+                of_others = {name: value for one in written[1:] for name, value in one['digests'].items()}
+                if self._exchange and not problem:
+                    problem = self._attempt(lambda: self._exchange.receive(self._partial, of_others))
+                digests |= of_others
                 problem = problem or self._attempt(lambda: self._commit(digests))
                 if problem:
                     _remove(self._partial)  # its space serves the next attempt
@@ -310,7 +321,10 @@ class Save:
             future.result()
         own = f'process_{jax.process_index() if processes.is_multiprocess() else 0}'
         names = [name for name in _files_in(self._partial) if any(part.endswith(own) for part in name.split('/'))]
-        return digest.of_files(self._partial, names)
+        digests = digest.of_files(self._partial, names)
+        if self._sends:
+            self._exchange.send(self._partial, names)
+        return digests
 
     def _commit(self, digests: dict[str, list]) -> None:
         for group in self._groups:

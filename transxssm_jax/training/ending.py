@@ -1,10 +1,11 @@
-"""What a run that is finished says: a sample, its goodput, and its last line."""
+"""What a run that is finished says: a sample, its goodput, and its last line; and how any run is closed."""
 
+import contextlib
 from collections.abc import Callable
 
 from transxssm_jax.data.tokenizer import load_tokenizer
 from transxssm_jax.parallel import processes
-from transxssm_jax.training import splits
+from transxssm_jax.training import checkpoint, splits
 
 PROMPT_TOKENS = 128  # of the document that the sample continues
 
@@ -53,3 +54,16 @@ def print_sample(run, sample: Callable) -> None:
         num_tokens=config.train.sample_tokens,
     )
     print(f'--- from the {split} split ---\n{prompt}\n--- a sampled continuation ---\n{text[len(prompt) :]}\n---')
+
+
+def close(run) -> None:
+    """Ends threads and open files. `wait` or `save` has reported a checkpoint that could not be written."""
+    run.watchdog.close()
+    run.writers.close()
+    if run.ledger:
+        run.ledger.close()
+    if not run.watchdog.has_interrupted:  # its threads may never end
+        run.loader.close()
+    run.local.wait()
+    with contextlib.suppress(checkpoint.CheckpointError):
+        run.checkpoints.close()

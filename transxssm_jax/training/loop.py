@@ -33,7 +33,8 @@ from transxssm_jax.training import (
 )
 from transxssm_jax.training import step as step_lib
 from transxssm_jax.training.batch_order import BatchOrder
-from transxssm_jax.training.ending import summarise
+from transxssm_jax.training.checkpoint_exchange import CheckpointExchange
+from transxssm_jax.training.ending import close, summarise
 from transxssm_jax.training.evaluators import Evaluator, HeldOutLoss
 from transxssm_jax.training.goodput import Goodput
 from transxssm_jax.training.ledger import Ledger
@@ -101,12 +102,14 @@ def train(
     sample: Callable,
     open_weights: initial_state.OpenWeights,
     fit: Callable,
+    exchange: CheckpointExchange | None = None,
 ) -> int:
     """Trains from the newest checkpoint of the workdir, or from the start, to train.steps or a request to stop.
 
     Args:
       sample: writes the continuation at the end, as `inference.generator.sample`.
       fit: chooses what the config leaves open and compiles the step, as `planning.fitting.fit`.
+      exchange: hands checkpoints from process to process, where the workdir is not the same directory for all.
 
     Returns:
       The exit code of the process.
@@ -124,7 +127,7 @@ def train(
         held = stack.enter_context(lease.hold(workdir))  # before anything is written there
         stop.last_acts += [held.release] if held else []
         where_compiled = stack.enter_context(compilation_cache.kept(config, workdir))
-        run = open_run(config, workdir, stop, open_weights, phases)
+        run = open_run(config, workdir, stop, open_weights, phases, exchange)
         stack.callback(close, run)
         run.writers.print(where_compiled)
         with jax.set_mesh(run.mesh):
@@ -158,14 +161,19 @@ def check_input(config: Config) -> None:
 
 
 def open_run(
-    config: Config, workdir: pathlib.Path, stop: StopRequest, open_weights: initial_state.OpenWeights, phases: Phases
+    config: Config,
+    workdir: pathlib.Path,
+    stop: StopRequest,
+    open_weights: initial_state.OpenWeights,
+    phases: Phases,
+    exchange: CheckpointExchange | None = None,
 ) -> Run:
     """Opens the workdir and the data, restores or creates the state, and prints what the run is. Raises as `train`."""
     device_mesh = mesh.build(config)
-    run_directory.open_workdir(workdir, config)
+    run_directory.open_workdir(workdir, config, is_shared=exchange is None)
 
     # The state, and the data at the step where it stands.
-    checkpoints, local = checkpoint.Checkpoints(workdir, config), LocalCheckpoints(workdir, config)
+    checkpoints, local = checkpoint.Checkpoints(workdir, config, exchange), LocalCheckpoints(workdir, config)
     with phases.within('restore'):
         wanted = step_lib.abstract_state(config, device_mesh)
         newest = max(processes.broadcast_from_0(checkpoints.steps()), default=0)
@@ -430,19 +438,3 @@ def make_up_evaluation(run: Run, evaluators: list[Evaluator]) -> None:
         evaluate(run, evaluators)
         if run.evaluated_at == run.step and 'eval_loss' in run.evaluation:
             run.checkpoints.evaluated(run.step, run.evaluation['eval_loss'])
-
-
-# ---- close ---------------------------------------------------------------------
-
-
-def close(run: Run) -> None:
-    """Ends threads and open files. `wait` or `save` has reported a checkpoint that could not be written."""
-    run.watchdog.close()
-    run.writers.close()
-    if run.ledger:
-        run.ledger.close()
-    if not run.watchdog.has_interrupted:  # its threads may never end
-        run.loader.close()
-    run.local.wait()
-    with contextlib.suppress(checkpoint.CheckpointError):
-        run.checkpoints.close()

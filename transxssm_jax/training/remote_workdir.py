@@ -1,11 +1,13 @@
 """A workdir on an object store (s3://, gs://), without a mount: a local directory that is copied there as it grows.
 
-A run of one process works in a local directory (in the cache of `data/object_store.py`). A thread copies what changes:
-every few seconds what is written once (checkpoints, whose `digests.json` goes last and tells that they are complete),
-logs each `LOG_SECONDS` and at the end. A checkpoint that the run removes is removed there too, its `digests.json` first.
+Every process of a run works in a local directory of its own (in the cache of `data/object_store.py`). That of process 0 is
+the workdir, and a thread copies what changes in it: every few seconds what is written once (checkpoints, whose
+`digests.json` goes last and tells that they are complete), logs each `LOG_SECONDS` and at the end. A checkpoint that the
+run removes is removed there too, its `digests.json` first. The others copy their part of the ledger alone;
+`checkpoint_exchange.py` brings their arrays into the checkpoints.
 
 When a run starts, what is there is fetched: logs, the newest checkpoints, and of older ones what tells whether they are
-the best. So a run that was killed goes on from what was copied, on any machine. An object `lease.json` keeps a second run
+the best. So a run that was killed goes on from what was copied, on any machines. An object `lease.json` keeps a second run
 out while the first renews it.
 """
 
@@ -23,7 +25,8 @@ from collections.abc import Iterator
 
 from transxssm_jax.data import object_store
 from transxssm_jax.parallel import processes
-from transxssm_jax.training import checkpoint_files, lease
+from transxssm_jax.training import checkpoint_files, lease, ledger
+from transxssm_jax.training.checkpoint_exchange import PLACE, CheckpointExchange
 from transxssm_jax.training.checkpoint_files import CheckpointError
 
 SCAN_SECONDS = 2.0  # between looks for something new
@@ -34,31 +37,34 @@ FULL_CHECKPOINTS = 2  # newest ones that are fetched whole, the second in case t
 LEASE = 'lease.json'
 _LAST = 'digests.json'
 _SMALL = (_LAST, 'config.json', 'data.json', 'metrics.json')
-_LOCAL = (lease.NAME, 'compiled', 'profile')  # of this machine
+_LOCAL = (lease.NAME, 'compiled', 'profile', PLACE)  # of this machine, or of no run that is under way
 
 log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def local(place: str) -> Iterator[pathlib.Path]:
-    """The directory that a run works in: the path itself, or of a URL a local one that is copied there.
+def local(place: str) -> Iterator[tuple[pathlib.Path, CheckpointExchange | None]]:
+    """The directory that this process works in: the path itself, or of a URL a local one that is copied there. Beside it
+    what hands checkpoints from process to process, where a run of several processes has no directory in common.
+
+    All processes enter it, at the same place.
 
     Raises:
-      CheckpointError: the URL is held by another run; what is in it cannot be read; several processes; or, at the
-        end, something could not be copied. The message is one line.
+      CheckpointError: the URL is held by another run; what is in it cannot be read; or, at the end, something could not
+        be copied. The message is one line.
       StoreError: the store refuses.
     """
     if not object_store.is_url(place):
-        yield pathlib.Path(place)
+        yield pathlib.Path(place), None
         return
-    if processes.is_multiprocess():
-        raise CheckpointError(
-            f'--workdir={place} takes a run of one process; for several mount the bucket on every host and give the path'
-        )
     workdir = RemoteWorkdir(place)
-    workdir.open()
+    if processes.is_coordinator():
+        workdir.open()
+    processes.broadcast_from_0('the lease is held')
+    if not processes.is_coordinator():
+        workdir.open()
     try:
-        yield workdir.directory
+        yield workdir.directory, workdir.exchange() if processes.is_multiprocess() else None
     except BaseException:
         if problem := workdir.close():
             log.warning('%s', problem)
@@ -76,22 +82,29 @@ class RemoteWorkdir:
 
     def __init__(self, url: str):
         self.url = url.rstrip('/')
-        self.directory = object_store.cache_of(self.url) / 'run'
+        index = processes.process_index()
+        # Processes of one host have one cache.
+        self.directory = object_store.cache_of(self.url) / (f'process-{index}' if index else 'run')
+        self._own = f'{ledger.DIRECTORY}/process-{index}.jsonl' if index else ''  # '': all is
         self._files = object_store.Files(self.url)
         self._owner = secrets.token_hex(8)
         self._sent: dict[str, tuple[int, int]] = {}  # name -> (bytes, time) of what was copied or fetched
         self._problem = ''  # of the last attempt to copy
         self._lost = ''  # who holds the lease instead
         self._stop = threading.Event()
+        self._copying = threading.Lock()
         self._thread = threading.Thread(target=self._work, name=f'copy to {self.url}', daemon=True)
 
     def open(self) -> None:
-        """Takes the lease, fetches what is there, and begins to copy. Raises as `local`."""
-        if holder := self._holder():
-            raise CheckpointError(
-                f'--workdir={self.url} is held by a run on {holder}; stop it, or wait {LEASE_SECONDS:.0f} s after it is gone'
-            )
-        self._renew()
+        """Takes the lease, fetches what is there, and begins to copy; process 0 comes first. Raises as `local`."""
+        if not self._own:
+            if holder := self._holder():
+                raise CheckpointError(
+                    f'--workdir={self.url} is held by a run on {holder}; stop it, or wait {LEASE_SECONDS:.0f} s after it is '
+                    'gone'
+                )
+            self._renew()
+            self.exchange().clear()
         shutil.rmtree(self.directory, ignore_errors=True)
         self.directory.mkdir(parents=True)
         names = self._files.names()
@@ -99,7 +112,7 @@ class RemoteWorkdir:
         whole = {f'checkpoints/{step}' for step in steps[-FULL_CHECKPOINTS:]}
         for name in names:
             folder, _, file = name.rpartition('/')
-            if name == LEASE or name.partition('/')[0] in _LOCAL:
+            if name == LEASE or name.partition('/')[0] in _LOCAL or self._own not in ('', name):
                 continue
             step = _step_of(name)
             if step is not None and (step not in steps or (f'checkpoints/{step}' not in whole and file not in _SMALL)):
@@ -107,6 +120,10 @@ class RemoteWorkdir:
             self._files.fetch(name, self.directory / name)
             self._sent[name] = _stamp(self.directory / name)
         self._thread.start()
+
+    def exchange(self) -> CheckpointExchange:
+        """What hands checkpoints from process to process."""
+        return CheckpointExchange(self._files, lambda: self._copy(with_logs=False))
 
     def close(self) -> str:
         """Copies the rest and gives the lease back. Returns what could not be done, '' where all was."""
@@ -117,8 +134,9 @@ class RemoteWorkdir:
             return f'--workdir={self.url} was taken over by a run on {self._lost}; what this one saved is in {self.directory}'
         if self._problem:
             return f'{self._problem}; what was not copied is in {self.directory}'
-        with contextlib.suppress(object_store.StoreError, FileNotFoundError):  # it will end by itself
-            self._files.remove([LEASE])
+        if not self._own:
+            with contextlib.suppress(object_store.StoreError, FileNotFoundError):  # it will end by itself
+                self._files.remove([LEASE])
         return ''
 
     def _work(self) -> None:
@@ -128,19 +146,22 @@ class RemoteWorkdir:
             logs_at = time.monotonic() if with_logs else logs_at
             self._copy(with_logs)
 
-    def _copy(self, with_logs: bool) -> None:
-        before, self._problem = self._problem, ''
-        try:
-            if with_logs and not self._lost:
-                self._lost = self._holder()
+    def _copy(self, with_logs: bool) -> str:
+        """Copies what has changed. Returns why that could not be done, '' where it was."""
+        with self._copying:
+            before, self._problem = self._problem, ''
+            try:
+                if with_logs and not self._own and not self._lost:
+                    self._lost = self._holder()
+                    if not self._lost:
+                        self._renew()
                 if not self._lost:
-                    self._renew()
-            if not self._lost:
-                self._send(with_logs)
-        except (object_store.StoreError, OSError) as error:
-            self._problem = checkpoint_files.first_line(error)
-            if not before:
-                log.warning('%s; it is tried again', self._problem)
+                    self._send(with_logs)
+            except (object_store.StoreError, OSError) as error:
+                self._problem = checkpoint_files.first_line(error)
+                if not before:
+                    log.warning('%s; it is tried again', self._problem)
+            return self._problem
 
     def _send(self, with_logs: bool) -> None:
         steps = checkpoint_files.steps_in(self.directory / 'checkpoints')
@@ -148,7 +169,7 @@ class RemoteWorkdir:
         for path in self.directory.rglob('*'):
             name = path.relative_to(self.directory).as_posix()
             parts = name.split('/')
-            if parts[0] in _LOCAL or path.name.startswith('.') or not path.is_file():
+            if parts[0] in _LOCAL or path.name.startswith('.') or not path.is_file() or self._own not in ('', name):
                 continue
             if parts[0] == 'checkpoints' and _step_of(name) not in steps:
                 continue  # being written, or set aside

@@ -31,8 +31,11 @@ def read_metrics(workdir: pathlib.Path) -> Iterable[dict]:
             yield {name: value for name, value in record.items() if isinstance(value, int | float)}
 
 
-def open_workdir(workdir: pathlib.Path, config: Config) -> None:
+def open_workdir(workdir: pathlib.Path, config: Config, is_shared: bool = True) -> None:
     """Makes the workdir or checks that it is a run of the same config, and saves the config in it.
+
+    Args:
+      is_shared: whether all processes of the run have this directory; else that of process 0 alone is checked.
 
     Raises:
       CheckpointError: the workdir holds a run whose checkpoints this config
@@ -49,7 +52,8 @@ def open_workdir(workdir: pathlib.Path, config: Config) -> None:
             checkpoint.check_fits(f'--workdir={workdir}', _read_config(path), config)
         if processes.is_coordinator():
             write_file(path, config_lib.to_json(config).encode())
-        _check_shared(workdir)
+        if is_shared:
+            _check_shared(workdir)
     except OSError as error:
         raise CheckpointError(
             f'--workdir={workdir} cannot be written ({error.strerror or error}); choose another'
