@@ -191,7 +191,10 @@ def test_what_is_damaged_on_its_way_is_no_part_of_a_checkpoint(store, tmp_path):
     digests = digest.of_files(sent, ['params/d'])
     exchange.send(sent, ['params/d'])
     exchange.receive(received, digests)
-    assert (received / 'params' / 'd').read_bytes() == b'arrays' and object_store.Files('s3://runs/way').names() == []
+    assert (received / 'params' / 'd').read_bytes() == b'arrays'
+    object_store.Files('s3://runs/way').write(f'{PLACE}/4-1.partial/params/d', b'of another')
+    exchange.clear(received)
+    assert object_store.Files('s3://runs/way').names() == [f'{PLACE}/4-1.partial/params/d']
     (sent / 'params' / 'd').write_bytes(b'arrayz')
     exchange.send(sent, ['params/d'])
     with pytest.raises(digest.DamagedError, match='params/d'):

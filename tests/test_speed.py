@@ -38,6 +38,12 @@ def test_every_mode_is_measured(mode):
         assert result['memory_gib'] > 0 and result['microbatches'] == 1
 
 
+def test_a_step_that_may_be_skipped_is_measured():
+    config = small_config(train_spike_action='skip', train_max_spikes=1)
+    result = speed.measure(speed.Case('config', config, 'train', 48, 8), calls=1, repeats=1)
+    assert result['ms'] > 0 and 'does_not_fit' not in result
+
+
 def test_random_rows_hold_documents():
     batch = speed.random_batch(small_config(data_seq_len=50, data_global_batch=2), documents=4)
     assert {name: array.shape for name, array in batch.items()} == dict.fromkeys(batch, (2, 50))

@@ -54,8 +54,15 @@ class CheckpointExchange:
         """
         _for_all(sorted(digests), lambda name: self._files.fetch(_key(partial, name), partial / name))
         digest.check(partial, digests)
-        with contextlib.suppress(object_store.StoreError):  # the next start takes away what is left
-            self._files.remove([_key(partial, name) for name in sorted(digests)])
+
+    def clear(self, partial: pathlib.Path | None = None) -> None:
+        """Takes away what was sent of a checkpoint; None: of all, which killed runs have left. Process 0 calls it.
+
+        Raises:
+          StoreError: the store refuses.
+        """
+        below = f'{PLACE}/' if partial is None else _key(partial, '')
+        self._files.remove([name for name in self._files.names() if name.startswith(below)])
 
     @contextlib.contextmanager
     def brought(self, path: pathlib.Path) -> Iterator[None]:
@@ -80,10 +87,6 @@ class CheckpointExchange:
             yield
         finally:
             shutil.rmtree(path, ignore_errors=True)
-
-    def clear(self) -> None:
-        """Takes away what killed runs have left on its way. To be called by process 0 before anything is sent."""
-        self._files.remove([name for name in self._files.names() if name.startswith(f'{PLACE}/')])
 
 
 def _key(partial: pathlib.Path, name: str) -> str:

@@ -222,7 +222,7 @@ class Save:
     ):
         self.step, self.eval_loss, self.problem, self.error = step, _finite(eval_loss), '', None
         self._directory, self._on_commit = directory, on_commit
-        self._exchange, self._sends = exchange, bool(exchange) and not processes.is_coordinator()
+        self._exchange, self._sends = exchange, exchange is not None and not processes.is_coordinator()
         # A name that no other run uses, not even one that lost the workdir and does not know it yet.
         self._partial = directory / processes.broadcast_from_0(f'{step}-{secrets.token_hex(4)}{PARTIAL}')
         self._handler = handler or ocp.PyTreeCheckpointHandler()
@@ -303,6 +303,9 @@ class Save:
                     problem = self._attempt(lambda: self._exchange.receive(self._partial, of_others))
                 digests |= of_others
                 problem = problem or self._attempt(lambda: self._commit(digests))
+                if self._exchange:
+                    with contextlib.suppress(Exception):  # the next start takes away what is left
+                        self._exchange.clear(self._partial)
                 if problem:
                     _remove(self._partial)  # its space serves the next attempt
             self.problem = processes.broadcast_from_0(problem, f'{self._topic}/result')
