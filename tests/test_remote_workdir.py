@@ -1,8 +1,10 @@
 """A workdir on an S3-compatible store: a run that loses its machine goes on from there as one that was never interrupted."""
 
 import json
+import os
 import pathlib
 import shutil
+import subprocess
 import time
 
 import jax
@@ -25,7 +27,7 @@ from train_fixtures import (
 from transxssm_jax import convert, generate
 from transxssm_jax.data import object_store
 from transxssm_jax.parallel import processes
-from transxssm_jax.training import checkpoint, digest, ledger, remote_workdir
+from transxssm_jax.training import checkpoint, digest, lease, ledger, remote_workdir
 from transxssm_jax.training.checkpoint_exchange import PLACE, CheckpointExchange
 from transxssm_jax.training.checkpoint_files import CheckpointError
 
@@ -101,14 +103,71 @@ def test_what_is_saved_is_there_before_the_run_ends(store, config, cache):
     assert not [name for name in object_store.Files(url).names() if name.startswith('compiled')]
 
 
-def test_a_second_run_is_kept_out_and_a_lease_that_nobody_renews_is_not_heeded(store, config, cache):
+def test_a_second_run_is_kept_out(store, config, cache):
     url, second = 's3://runs/held', []
     with before_saving(2, lambda run: second.append(train(config, url, **SETTINGS))):
         assert train(config, url, **SETTINGS).code == 0
     assert second[0].code == 2 and 'is held by a run on' in second[0].err and second[0].err.count('\n') == 1
-    old = {'owner': 'gone', 'host': 'gone', 'time': time.time() - remote_workdir.LEASE_SECONDS - 1}
-    object_store.Files(url).write(remote_workdir.LEASE, json.dumps(old).encode())
-    assert train(config, url, **SETTINGS).code == 0
+
+
+class Looks:
+    """In place of time.sleep between two looks at a lease: counts them, and acts at one."""
+
+    def __init__(self, at=0, action=None):
+        self.count, self._at, self._action = 0, at, action
+
+    def __call__(self, seconds):
+        self.count += 1
+        if self.count == self._at:
+            self._action()
+
+
+def write_lease(url, **changes):
+    elsewhere = {'host': 'elsewhere', 'host_identity': 'elsewhere', 'process': 7, 'token': 'of another', 'renewals': 1}
+    object_store.Files(url).write(remote_workdir.LEASE, json.dumps(elsewhere | changes).encode())
+
+
+@pytest.mark.parametrize(
+    'how', ['killed here', 'killed elsewhere', 'ended meanwhile', 'alive elsewhere', 'no lease at all']
+)
+def test_a_lease_is_watched_before_it_is_taken_over(store, cache, monkeypatch, how):
+    """A run that was killed is started again at once, by a launcher say, and must not be refused for its own lease."""
+    url = f's3://runs/watched-{how.replace(" ", "-")}'
+    looks = Looks()
+    if how == 'killed here':
+        gone = subprocess.Popen(['true'])
+        gone.wait()
+        write_lease(url, **lease.own_identity() | {'process': gone.pid, 'process_start': '1'})
+    elif how == 'no lease at all':
+        object_store.Files(url).write(remote_workdir.LEASE, b'[')
+    else:
+        write_lease(url)
+    if how == 'ended meanwhile':
+        looks = Looks(2, lambda: object_store.Files(url).remove([remote_workdir.LEASE]))
+    elif how == 'alive elsewhere':
+        looks = Looks(2, lambda: write_lease(url, renewals=2))
+    workdir = remote_workdir.RemoteWorkdir(url)
+    monkeypatch.setattr(remote_workdir.time, 'sleep', looks)
+    if how == 'alive elsewhere':
+        with pytest.raises(CheckpointError, match=f'{url} is held by a run on elsewhere; end that one first'):
+            workdir.open()
+        return
+    workdir.open()
+    assert looks.count == {'killed elsewhere': remote_workdir.LOOKS, 'ended meanwhile': 2}.get(how, 0)
+    assert json.loads(object_store.Files(url).read(remote_workdir.LEASE))['process'] == os.getpid()
+    assert workdir.close() == '' and object_store.Files(url).names() == []
+
+
+def test_a_run_that_lost_its_lease_copies_nothing_more(store, cache, monkeypatch):
+    url = 's3://runs/lost'
+    monkeypatch.setattr(remote_workdir, 'RENEW_SECONDS', 0.05)
+    workdir = remote_workdir.RemoteWorkdir(url)
+    workdir.open()
+    write_lease(url)
+    workdir._renewing.join(60)
+    (workdir.directory / 'metrics.jsonl').write_text('{}')
+    assert 'was taken over by a run on elsewhere' in workdir.close()
+    assert object_store.Files(url).names() == [remote_workdir.LEASE], 'the lease of the other stays'
 
 
 def test_a_store_that_refuses_in_the_midst_does_not_stop_the_run_and_is_told_at_its_end(

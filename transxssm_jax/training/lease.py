@@ -82,14 +82,7 @@ class Lease:
         self._workdir, self._on_lost, self._sleep = workdir, on_lost, sleep
         self._renew_seconds, self._looks = renew_seconds, max(2, round(patience_seconds / renew_seconds))
         self._token, self._renewals = secrets.token_hex(16), 0
-        self._who = {
-            'host': socket.gethostname(),
-            'process': os.getpid(),
-            'process_start': _start_of(os.getpid()),
-            'host_identity': _host_identity(),
-            'since': time.time(),  # for messages only
-            'token': self._token,
-        }
+        self._who = own_identity() | {'token': self._token}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._acquire()
@@ -190,9 +183,8 @@ class Lease:
         )
 
     def _is_stale(self, found: bytes) -> bool:
-        holder = _parsed(found)
-        if holder.get('host_identity') == self._who['host_identity']:
-            return not _is_alive(holder.get('process'), holder.get('process_start'))
+        if (lives := is_alive(_parsed(found))) is not None:
+            return not lives
         log.warning('waiting to see whether the run%s that holds %s is alive', _described(found), self._workdir)
         return not self._changes(found)
 
@@ -243,6 +235,24 @@ class Lease:
         aside = self.path.with_name(f'{NAME}.{self._token}')
         aside.write_bytes(self._content())
         return aside
+
+
+def own_identity() -> dict:
+    """Who this process is, as a lease tells of its holder."""
+    return {
+        'host': socket.gethostname(),
+        'process': os.getpid(),
+        'process_start': _start_of(os.getpid()),
+        'host_identity': _host_identity(),
+        'since': time.time(),  # for messages only
+    }
+
+
+def is_alive(holder: dict) -> bool | None:
+    """Whether the process lives that `own_identity` told of; None where it is not seen from here."""
+    if holder.get('host_identity') != _host_identity():
+        return None
+    return _is_alive(holder.get('process'), holder.get('process_start'))
 
 
 def _opened(directory: pathlib.Path) -> int | None:

@@ -8,7 +8,8 @@ run removes is removed there too, its `digests.json` first. The others copy thei
 
 When a run starts, what is there is fetched: logs, the newest checkpoints, and of older ones what tells whether they are
 the best. So a run that was killed goes on from what was copied, on any machines. An object `lease.json` keeps a second run
-out while the first renews it.
+out: a run that finds one watches it, is refused where it is renewed, and takes it over where it is not, so that a run that
+was killed is started again by the same command at once. Clocks of machines are not compared.
 """
 
 import contextlib
@@ -18,7 +19,6 @@ import logging
 import pathlib
 import secrets
 import shutil
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -30,8 +30,9 @@ from transxssm_jax.training.checkpoint_exchange import PLACE, CheckpointExchange
 from transxssm_jax.training.checkpoint_files import CheckpointError
 
 SCAN_SECONDS = 2.0  # between looks for something new
-LOG_SECONDS = 30.0  # between copies of logs, and renewals of the lease
-LEASE_SECONDS = 180.0  # after which a lease that nobody renewed is taken over
+LOG_SECONDS = 30.0  # between copies of logs
+RENEW_SECONDS = 5.0  # between renewals of the lease
+LOOKS = 12  # at a lease of another host, RENEW_SECONDS apart, until one that does not change is taken over
 FULL_CHECKPOINTS = 2  # newest ones that are fetched whole, the second in case that the first is damaged
 
 LEASE = 'lease.json'
@@ -87,23 +88,24 @@ class RemoteWorkdir:
         self.directory = object_store.cache_of(self.url) / (f'process-{index}' if index else 'run')
         self._own = f'{ledger.DIRECTORY}/process-{index}.jsonl' if index else ''  # '': all is
         self._files = object_store.Files(self.url)
-        self._owner = secrets.token_hex(8)
+        self._who, self._renewals = lease.own_identity() | {'token': secrets.token_hex(8)}, 0
         self._sent: dict[str, tuple[int, int]] = {}  # name -> (bytes, time) of what was copied or fetched
         self._problem = ''  # of the last attempt to copy
         self._lost = ''  # who holds the lease instead
         self._stop = threading.Event()
         self._copying = threading.Lock()
         self._thread = threading.Thread(target=self._work, name=f'copy to {self.url}', daemon=True)
+        # Beside the other, because a large checkpoint takes minutes to copy.
+        self._renewing = threading.Thread(
+            target=self._keep_renewing, name=f'renew the lease of {self.url}', daemon=True
+        )
 
     def open(self) -> None:
         """Takes the lease, fetches what is there, and begins to copy; process 0 comes first. Raises as `local`."""
         if not self._own:
-            if holder := self._holder():
-                raise CheckpointError(
-                    f'--workdir={self.url} is held by a run on {holder}; stop it, or wait {LEASE_SECONDS:.0f} s after it is '
-                    'gone'
-                )
+            self._await_lease()
             self._renew()
+            self._renewing.start()
             self.exchange().clear()
         shutil.rmtree(self.directory, ignore_errors=True)
         self.directory.mkdir(parents=True)
@@ -130,6 +132,8 @@ class RemoteWorkdir:
         self._stop.set()
         self._thread.join()
         self._copy(with_logs=True)
+        if not self._own:
+            self._renewing.join()
         if self._lost:
             return f'--workdir={self.url} was taken over by a run on {self._lost}; what this one saved is in {self.directory}'
         if self._problem:
@@ -151,10 +155,6 @@ class RemoteWorkdir:
         with self._copying:
             before, self._problem = self._problem, ''
             try:
-                if with_logs and not self._own and not self._lost:
-                    self._lost = self._holder()
-                    if not self._lost:
-                        self._renew()
                 if not self._lost:
                     self._send(with_logs)
             except (object_store.StoreError, OSError) as error:
@@ -193,18 +193,49 @@ class RemoteWorkdir:
             self._files.remove([name for name in there if name != below + _LAST])
             self._sent = {name: stamp for name, stamp in self._sent.items() if not name.startswith(below)}
 
-    def _holder(self) -> str:
-        """The host of another run that holds the lease; '' where none does."""
+    # ---- the lease ---------------------------------------------------------
+
+    def _read_lease(self) -> dict:
+        """What the lease tells of its holder; {} where there is none."""
         try:
             content = json.loads(self._files.read(LEASE))
-            is_other = content['owner'] != self._owner and time.time() - float(content['time']) < LEASE_SECONDS
-            return str(content['host']) if is_other else ''
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return ''
+        except (FileNotFoundError, ValueError, RecursionError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    def _await_lease(self) -> None:
+        """Returns once no other run holds the lease. Raises CheckpointError where one does."""
+        found = self._read_lease()
+        if not found or lease.is_alive(found) is False:
+            return
+        if lease.is_alive(found) is None:
+            log.warning('waiting to see whether the run on %s that holds %s is alive', found.get('host'), self.url)
+            for _ in range(LOOKS):
+                time.sleep(RENEW_SECONDS)
+                now = self._read_lease()
+                if not now:
+                    return  # it has ended
+                if now != found:
+                    break
+            else:
+                log.warning('the lease of %s is taken over: nobody renews it', self.url)
+                return
+        raise CheckpointError(f'--workdir={self.url} is held by a run on {found.get("host")}; end that one first')
+
+    def _keep_renewing(self) -> None:
+        while not self._stop.wait(RENEW_SECONDS):
+            try:
+                found = self._read_lease()
+                if found and found.get('token') != self._who['token']:
+                    self._lost = str(found.get('host'))
+                    return
+                self._renew()
+            except (object_store.StoreError, OSError):  # `_copy` tells of a store that refuses
+                continue
 
     def _renew(self) -> None:
-        content = {'owner': self._owner, 'host': socket.gethostname(), 'time': time.time()}
-        self._files.write(LEASE, json.dumps(content).encode())
+        self._renewals += 1
+        self._files.write(LEASE, json.dumps(self._who | {'renewals': self._renewals}).encode())
 
 
 def fetch_checkpoint(reference: str, step: int) -> tuple[pathlib.Path, int]:
