@@ -378,10 +378,22 @@ def test_too_many_elements_for_offsets():
     assert '2**31' in cudnn.unsupported(x, x, ids)
 
 
-def test_moved_internals_are_named(monkeypatch):
+def takes_more(fused, monkeypatch):
+    def lowering(ctx, query, key, value, *rest, scale, new_parameter):
+        pytest.fail('it is not called')
+
+    monkeypatch.setattr(fused, '_dot_product_attention_bwd_cuda_lowering', lowering)
+
+
+def has_no_primitive(fused, monkeypatch):
+    monkeypatch.delattr(fused, '_dot_product_attention_bwd_p')
+
+
+@pytest.mark.parametrize('change', [has_no_primitive, takes_more])
+def test_moved_internals_are_named(change, monkeypatch):
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
-    monkeypatch.delattr(fused, '_dot_product_attention_bwd_p')
+    change(fused, monkeypatch)
     x = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
     with pytest.raises(dispatch.UnsupportedError, match='JAX internals .*implementation=.xla'):
         causal_attention(x, x, x, segment_ids=jnp.zeros((1, 8), jnp.int32), implementation='cudnn')

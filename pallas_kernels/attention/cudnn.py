@@ -19,6 +19,7 @@ f rows that one row of length L becomes, m documents per such row (N = B f m, T 
 """
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -33,10 +34,22 @@ from pallas_kernels.dispatch import UnsupportedError
 PACKED_SHAPES = ((1, 2), (1, 8), (4, 16), (1, 32))
 
 
+# What the two primitives take in jax 0.11, and what a later one takes besides, that may be None.
+_TAKEN = {
+    *('ctx', 'query', 'key', 'value', 'bias', 'q_seqlen', 'kv_seqlen', 'q_offsets', 'kv_offsets', 'page_table_k'),
+    *('page_table_v', 'activation', 'fwd_output', 'grad_output', 'scale', 'seed', 'dropout_rate', 'variadic_args'),
+    *('mask_type', 'layout', 'sliding_window_length', 'is_training'),
+}
+_UNUSED = {'score_mod_name', 'score_mod_jaxpr'}  # a function of the scores, since jax 0.12
+
+
 def _private():
+    """(forward primitive, backward primitive, mask type, layout) of JAX's internals."""
     try:
         from jax._src.cudnn import fused_attention_stablehlo as fused
 
+        if unknown := sorted(_added(fused) - _UNUSED):
+            raise AttributeError(f'they take {", ".join(unknown)} besides')
         return (
             fused._dot_product_attention_fwd_p,
             fused._dot_product_attention_bwd_p,
@@ -46,8 +59,19 @@ def _private():
     except (ImportError, AttributeError) as error:
         raise UnsupportedError(
             f"implementation='cudnn' with segment_ids uses JAX internals that jax {jax.__version__}"
-            f" does not have ({error}); use implementation='xla' or jax 0.11.2"
+            f" does not have as they were ({error}); use implementation='xla' or jax 0.11.2"
         ) from error
+
+
+def _added(fused):
+    """Names of what the primitives take besides `_TAKEN`."""
+    lowerings = fused._dot_product_attention_fwd_cuda_lowering, fused._dot_product_attention_bwd_cuda_lowering
+    return {
+        name
+        for lowering in lowerings
+        for name, one in inspect.signature(lowering).parameters.items()
+        if name not in _TAKEN and one.kind is not inspect.Parameter.VAR_POSITIONAL
+    }
 
 
 def _library_problem():
@@ -185,12 +209,14 @@ def _packed_operands(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, f, m):
 
 
 def _parameters(scale, mask=None):
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
     _, _, mask_type, layout = _private()
     if mask is not None:
         mask_type = type(mask_type)[mask]
     return {
         "scale": scale, "seed": 42, "dropout_rate": 0.0, "variadic_args": (False, False),
-        "mask_type": mask_type, "layout": layout, "sliding_window_length": None,
+        "mask_type": mask_type, "layout": layout, "sliding_window_length": None, **dict.fromkeys(_added(fused)),
     }  # fmt: skip
 
 
