@@ -11,7 +11,8 @@
 #   --project=PROJECT, --zone=ZONE    default: those of gcloud
 #   --image=IMAGE         with this project and jax[tpu] installed; without it, this directory is put on --base_image
 #   --base_image=IMAGE    image with Python 3.12 or 3.13 (default python:3.12); the project is installed when it starts
-#   --storage=NAME        storage attached to the cluster (xpk storage attach), which holds --workdir and the data
+#   --storage=NAME        storage attached to the cluster (xpk storage attach), which holds --workdir and the data;
+#                         gs://BUCKET/DIR needs none
 #   --priority=LEVEL      very-low, low, medium, high or very-high (default medium)
 #   --grace_seconds=N     between SIGTERM and SIGKILL; must cover two more steps and a checkpoint (default 120)
 #   --max_restarts=N      how often to start again (default 100)
@@ -64,7 +65,7 @@ if [ -n "$image" ]; then
     create+=(--docker-image="$image")
 else
     create+=(--base-docker-image="$base_image" --script-dir="$(cd "$here/.." && pwd)")
-    command="pip install --quiet -e .[tpu] && $command"
+    command="pip install --quiet -e .[tpu,cloud] && $command"
 fi
 [ -z "$storage" ] || create+=(--storage="$storage")
 # Of its own accord xpk starts again after 127 to 255 (killed); 69: another process was lost; 75: SIGTERM, after saving.

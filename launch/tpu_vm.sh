@@ -20,7 +20,7 @@
 # The source is what git has committed here. Run it where it may stay for as long as training does (tmux, say). Training
 # itself goes on when the connection breaks or this script is stopped; called again, the script waits for it to end before it
 # starts the command anew. The TPUs cost until the script, or gcloud, deletes them.
-# /mnt/BUCKET or another directory that all workers share must hold --workdir and the data.
+# --workdir and the data are at gs://BUCKET/DIR, which needs no mount, or in /mnt/BUCKET or another directory that all workers share.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=launch/common.sh
@@ -85,7 +85,7 @@ fi
 setup='rm -rf ~/transxssm ~/exit_code && mkdir ~/transxssm && tar -xzf ~/transxssm.tar.gz -C ~/transxssm'
 setup+=' && { [ -x ~/.local/bin/uv ] || curl -LsSf https://astral.sh/uv/install.sh | sh; }'
 setup+=' && { [ -x ~/venv/bin/python ] || ~/.local/bin/uv venv --quiet --python 3.12 ~/venv; }'
-setup+=' && cd ~/transxssm && ~/.local/bin/uv pip install --quiet --python ~/venv/bin/python -e ".[tpu]"'
+setup+=' && cd ~/transxssm && ~/.local/bin/uv pip install --quiet --python ~/venv/bin/python -e ".[tpu,cloud]"'
 if [ -n "$mount" ]; then
     setup+=" && sudo mkdir -p /mnt/$mount && sudo chmod 777 /mnt/$mount"
     setup+=" && { mountpoint -q /mnt/$mount || gcsfuse --implicit-dirs --rename-dir-limit=100000 $mount /mnt/$mount; }"

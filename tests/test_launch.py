@@ -136,7 +136,7 @@ def test_tpu_vm_creates_installs_trains_and_deletes():
         assert ssh[:-1] == [*tpus, 'ssh', 'books', *where, '--worker=all', '--node=all']
     assert (
         'pip install' in install[-1]
-        and '.[tpu]' in install[-1]
+        and '.[tpu,cloud]' in install[-1]
         and 'gcsfuse' in install[-1]
         and '/mnt/bucket' in install[-1]
     )
