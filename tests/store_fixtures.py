@@ -1,6 +1,7 @@
-"""An S3-compatible object store in this process, for tests."""
+"""Object stores in this process, for tests: one that speaks S3, and one that speaks the API of Google Cloud Storage."""
 
 import contextlib
+import socketserver
 
 import pytest
 
@@ -25,3 +26,23 @@ def start_store(bucket: str):
     finally:
         s3fs.S3FileSystem.clear_instance_cache()
         server.stop()
+
+
+@contextlib.contextmanager
+def start_google_store(bucket: str):
+    """As `start_store`, for gs://. Yields its gcsfs file system."""
+    gcsfs = pytest.importorskip('gcsfs')
+    emulator = pytest.importorskip('gcp_storage_emulator.server')
+    with pytest.MonkeyPatch.context() as patch:
+        # It prints the traceback of every connection that a client closes early.
+        patch.setattr(socketserver.BaseServer, 'handle_error', lambda self, request, address: None)
+        server = emulator.create_server('localhost', 0, in_memory=True, default_bucket=bucket)
+        server.start()
+        try:
+            patch.setenv('STORAGE_EMULATOR_HOST', f'http://localhost:{server._api._httpd.server_address[1]}')
+            patch.setenv('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')  # it asks Google what kind of bucket it is
+            gcsfs.GCSFileSystem.clear_instance_cache()
+            yield gcsfs.GCSFileSystem(use_listings_cache=False)
+        finally:
+            gcsfs.GCSFileSystem.clear_instance_cache()
+            server.stop()
