@@ -333,6 +333,16 @@ def test_a_search_passes_over_what_cannot_be_trained_or_was(tmp_path, prepared, 
     assert code == 2 and 'begun with choices of model.attention_period,model.attention_offset' in err
 
 
+def test_a_study_lies_in_its_directory_whatever_that_is_called(tmp_path):
+    pytest.importorskip('optuna', reason='needs pip install optuna')
+    from transxssm_jax.evals.sweep_study import STORAGE, Study
+
+    for name in ('5%20', '5 ', 'why?', '#1 é'):
+        study = Study(tmp_path / name, Search({'a': uniform(0, 1)}, 3), 'none', 'min', 'loss')
+        number, _ = study.next()
+        assert number == 0 and (tmp_path / name / STORAGE).exists()
+
+
 def test_an_error_or_a_signal_while_a_trial_starts_leaves_no_training_behind(tmp_path, prepared):
     class Started:
         code = None
@@ -548,6 +558,12 @@ def test_slurm_gets_an_array(tmp_path, prepared, stand_in, monkeypatch, capsys):
         assert (tmp_path / 'requeued').exists() == again
     code, out, _ = call(capsys, prepared, path, output, '--report')
     assert code == 0 and out.count('waiting') == 4
+    # Jobs that wait take their trials by number: others may come after them, and none between.
+    write_sweep(tmp_path, RATES.replace('[', '[0.0005, '))
+    code, _, err = call(capsys, prepared, path, output, *slurm)
+    assert code == 2 and 'trial 0 was optimizer.learning_rate=0.001 before' in err and err.count('\n') == 1
+    write_sweep(tmp_path, RATES.replace(']', ', 0.0005]'))
+    assert call(capsys, prepared, path, output, *slurm)[0] == 0
 
 
 def test_gke_gets_a_workload_per_trial(tmp_path, prepared, stand_in, capsys):

@@ -208,7 +208,8 @@ class Search:
         Raises:
           SweepError: a value is missing or not of the space, or there is one for another setting.
         """
-        found, known = {}, set()
+        found: dict[str, Any] = {}
+        known: set[str] = set()
         for names, distribution in self.space.items():
             several = _several(names)
             known.update(several)

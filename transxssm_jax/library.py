@@ -70,6 +70,7 @@ def prepare(
 
     Raises:
       DataError: a source that is not there or not what it should be, or a split of other text in the same place.
+      UsageError: a flag that the command does not have, or a value that it does not take.
     """
     given = {'output': output, 'split': split, 'tokenizer': tokenizer, 'num_workers': 1} | flags
     words = [f'--{name}={value}' for name, value in given.items()] + [f'--source={source}' for source in sources]

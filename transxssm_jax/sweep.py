@@ -113,7 +113,7 @@ def _sweep(flags) -> int:
     if flags.dry_run:
         _show_plan(flags, state, search)
     if queued:
-        return _queue(flags, state, where[0])
+        return _queue(flags, state, saved, where[0])
     if flags.dry_run:
         return ExitCode.FINISHED
     return _run(flags, state, search, where)
@@ -326,8 +326,20 @@ def _run_one(flags, output: pathlib.Path) -> int:
     os.execv(sys.executable, trial.command())  # a signal comes to the training itself
 
 
-def _queue(flags, state: State, kind: str) -> int:
-    """Hands the trials that are not finished to SLURM or GKE."""
+def _queue(flags, state: State, saved: dict | None, kind: str) -> int:
+    """Hands the trials that are not finished to SLURM or GKE.
+
+    Raises:
+      SweepError: elements of an array that still wait would take other trials, because the sweep file has changed.
+    """
+    if kind == 'slurm':
+        names = [trial.name for trial in state.trials]
+        for number, record in enumerate((saved or {}).get('trials', [])):
+            if names[number : number + 1] != [record['name']]:
+                raise SweepError(
+                    f'trial {number} was {cli.shorten(record["name"], 80)} before, and a job that waits takes its trial by this '
+                    'number; add trials at the end of the sweep, or name another --output'
+                )
     trials = [t for t, fate in zip(state.trials, state.fates, strict=True) if fate.status != DONE]
     if not trials:
         return _finish(flags, state)

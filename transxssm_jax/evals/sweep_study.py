@@ -3,6 +3,7 @@
 import importlib
 import math
 import pathlib
+import urllib.parse
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -41,7 +42,7 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         directory.mkdir(parents=True, exist_ok=True)
         self._study = optuna.create_study(
-            storage=f'sqlite:///{directory / STORAGE}',
+            storage=f'sqlite:///{urllib.parse.quote(str(directory / STORAGE))}',  # a path may hold % and ?
             study_name='sweep',
             load_if_exists=True,
             direction='minimize' if goal == 'min' else 'maximize',
