@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shlex
 import shutil
 import subprocess
 
@@ -32,9 +33,14 @@ def in_this_process(monkeypatch):
         workdir = pathlib.Path(flags['workdir'])
         if command[2] != 'transxssm_jax.train':
             calls.append(f'{command[2]} {workdir.parent.name}/{workdir.name}')
-            (workdir / 'evals').mkdir()
-            found = {'results': [{'rope_scaling': 'none', 'length': 32, 'perplexity': 7.5, 'buckets': [{}]}]}
-            (workdir / 'evals' / 'perplexity-step-4-2026').write_text(json.dumps(found))
+            (workdir / 'evals').mkdir(exist_ok=True)
+            number = len(list((workdir / 'evals').iterdir()))
+            words = ['python', *command[1:3], *(word for word in command[3:] if 'workdir' not in word)]
+            found = {
+                'command': shlex.join([*words, f'--workdir={workdir}']),
+                'results': [{'rope_scaling': 'none', 'length': 32, 'perplexity': 7.5, 'buckets': [{}]}],
+            }
+            (workdir / 'evals' / f'perplexity-step-4-2026-{number}').write_text(json.dumps(found))
             return 0
         calls.append(f'{workdir.parent.name}/{flags["config.train.seed"]}')
         if calls[-1] in codes:
@@ -86,6 +92,9 @@ def test_cells_are_trained_once_and_end_in_a_table(tmp_path, prepared, in_this_p
         assert run(capsys, *arguments, '--evaluate=perplexity --lengths=1x')[0] == 0
         made = [f'transxssm_jax.evals.perplexity a_{size}/seed-{seed}' for seed in (0, 1) for size in ('1k', '2k')]
         assert calls[6:] == made
+    # With other flags it is another evaluation.
+    both = ['--evaluate=perplexity --lengths=1x', '--evaluate=perplexity --lengths=2x']
+    assert run(capsys, *arguments, *both)[0] == 0 and calls[10:] == made
     # A run of another length, or with other settings, is not taken for one of this experiment.
     for other, message in (
         ('--steps=5', 'was begun with train.steps=4, not 5'),
@@ -150,6 +159,8 @@ def test_a_run_of_other_length_has_the_same_shape():
         (("--evaluate=needle '",), 'No closing quotation'),
         ((), '--data=DIR is missing'),
         (('--config.model.pattern=7xmamba',), "unknown mixer 'mamba'; did you mean mamba2?"),
+        (('--data=d', '--config.train.seed=3'), '--config.train.seed is given, and --seeds sets it'),
+        (('--data=d', '--steps=9', '--config.train.steps=8'), '--config.train.steps is given, and --steps sets it'),
         ((f'--configs={PAPER / "encodings"},{PAPER / "encodings"}',), '--configs has two files'),
     ],
 )

@@ -1,5 +1,7 @@
 """What a notebook calls: the page's program as it stands there, and that it is the command's training."""
 
+import asyncio
+import concurrent.futures
 import pathlib
 import re
 
@@ -92,6 +94,45 @@ def test_batches_of_ones_own_and_a_loop_that_ends_early(tmp_path):
     assert list(losses(trainer)) == [3, 4] and trainer.step == 4  # no batches are left
     opened = tx.Trainer.open(workdir, batches=[packed_batch(config, 2)])
     np.testing.assert_allclose(next(opened.train())['loss'], 4, atol=2)
+
+
+def test_another_model_is_not_taken_for_one_that_is_saved(tmp_path):
+    config = small_config(train_steps=6)
+    first, other = (tx.Trainer(config, batches=[packed_batch(config, seed)] * 2) for seed in (0, 1))
+    for trainer in (first, other):
+        losses(trainer)
+    workdir = first.save(tmp_path / 'run')
+    assert first.save(workdir) == workdir
+    with pytest.raises(CheckpointError, match='a checkpoint of step 2 with other parameters; name another workdir'):
+        other.save(workdir)
+    with pytest.raises(tx.ConfigError, match='steps=-1'):
+        losses(first, -1)
+
+
+def test_it_works_in_a_notebook_and_in_a_thread(tmp_path):
+    """A notebook's cells run inside an event loop; its widgets call from threads."""
+    config = small_config(train_steps=6)
+
+    def save_and_open(name):
+        trainer = tx.Trainer(config, batches=[packed_batch(config)])
+        [loss] = losses(trainer).values()
+        opened = tx.Trainer.open(trainer.save(tmp_path / name), batches=[])
+        jax.tree.map(np.testing.assert_array_equal, *(jax.device_get(t.params) for t in (trainer, opened)))
+        return loss
+
+    async def cell():
+        return save_and_open('cell')
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert asyncio.run(cell()) == pool.submit(save_and_open, 'thread').result()
+
+
+def test_a_held_out_loss_of_a_few_batches_is_not_that_of_a_checkpoint(config, tmp_path):
+    trainer = tx.Trainer(tx.load_config(config))
+    for name, given in (('few', {'batches': 1}), ('all', {})):
+        trainer.evaluate(**given)
+        workdir = trainer.save(tmp_path / name)
+        assert (workdir / 'checkpoints' / '0' / 'metrics.json').exists() == (name == 'all')
 
 
 def test_what_is_wrong_is_told_at_once(config, tmp_path):

@@ -62,14 +62,18 @@ def test_what_does_not_fit_is_a_row_of_its_own(monkeypatch):
     assert speed.ratios([result, measured], 'config', 'attention') == []
 
 
-def test_ratios_compare_equal_rows():
-    base = dict(mode='train', length=64, rows=8)
+def test_ratios_compare_equal_rows_and_devices():
+    base = dict(mode='train', length=64, rows=8, devices=1)
     results = [
         dict(base, model='config', tokens_per_second=30.0),
         dict(base, model='attention', tokens_per_second=20.0),
         dict(base, model='config', rows=4, tokens_per_second=99.0),
+        dict(base, model='pytorch', tokens_per_second=10.0),
+        dict(base, model='config', devices=8, tokens_per_second=200.0),
     ]
     assert speed.ratios(results, 'config', 'attention') == [('train', 64, 1.5)]
+    # Eight devices against the one of PyTorch would be no comparison.
+    assert speed.ratios(results, 'config', 'pytorch') == [('train', 64, 3.0)]
 
 
 def test_the_command_writes_its_results(tmp_path, capsys):

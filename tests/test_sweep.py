@@ -1,7 +1,9 @@
 """Sweeps: combinators, names, trials that run, fail, are tried again and stopped early, clusters, and what is found."""
 
+import contextlib
 import csv
 import json
+import math
 import os
 import pathlib
 import shlex
@@ -32,6 +34,7 @@ from transxssm_jax.config_sweep import (
 from transxssm_jax.evals import sweep_run, sweep_trials
 from transxssm_jax.evals.sweep_places import Here, visible_gpus
 from transxssm_jax.evals.sweep_report import Results
+from transxssm_jax.training.lease import Lease
 
 ROOT = pathlib.Path(__file__).parents[1]
 PLACE = ('model.attention_period', 'model.attention_offset')
@@ -79,6 +82,17 @@ def test_combinators():
         (lambda: Search({}, 3), 'at least one setting'),
         (lambda: Search({'a': uniform(0, 1), ('a', 'b'): choice((1, 2))}, 3), 'a is varied by two parts'),
         (lambda: Search({'a': uniform(0, 1)}, 3, sampler='tpa'), "sampler='tpa'"),
+        (lambda: Search({'a': [0, 1]}, 3), r'\[0, 1\] is no distribution'),
+        (lambda: Search({('a', 'b'): uniform(0, 1)}, 3), 'need choice'),
+        (lambda: Search({('a', 'b'): choice((1, 2), (3,))}, 3), 'must be a tuple of 2 values'),
+        (lambda: Search({'a': uniform(0, 1)}, 3, first={'a': 0.5}), 'must be a tuple of trials'),
+        (
+            lambda: Search({'a': uniform(0, 1)}, 3, first=({'a': 2},)),
+            'a=2 of a trial to begin with is out of its range',
+        ),
+        (lambda: Search({'a': uniform(0, 1)}, 3, first=({'a': 1, 'b': 2},)), 'sets b, which is not in the space'),
+        (lambda: Search({'a': choice(1, 2)}, 3, first=({'a': 3},)), 'none of the choices'),
+        (lambda: integers(0.5, 2), 'must be whole numbers'),
     ],
 )
 def test_a_wrong_sweep_is_one_line(make, message):
@@ -91,9 +105,12 @@ def test_names_hold_what_differs():
         vary('data.seed', [0, 1]), vary('optimizer.learning_rate', [3e-4]), vary('model.pattern', ['ssd', 'a/b c'])
     )
     assert sweep_trials.names_of(trials) == [
-        'data.seed=0,model.pattern=ssd', 'data.seed=0,model.pattern=a_b_c',
-        'data.seed=1,model.pattern=ssd', 'data.seed=1,model.pattern=a_b_c',
+        'data.seed=0,model.pattern=ssd', 'data.seed=0,model.pattern=a_b_c-65acc9db8b64',
+        'data.seed=1,model.pattern=ssd', 'data.seed=1,model.pattern=a_b_c-d702b7c3e091',
     ]  # fmt: skip
+    # Values that differ in what no directory is named by have directories of their own, which any file system takes.
+    odd = sweep_trials.names_of(vary('data.path', ['a/b', 'a b', 'a_b', 'ä', '数' * 170]))
+    assert len(set(odd)) == 5 and odd[2] == 'data.path=a_b' and all(len(name.encode()) <= 180 for name in odd)
     assert sweep_trials.names_of(vary('optimizer.learning_rate', [3e-4])) == ['optimizer.learning_rate=0.0003']
     long = {f'section.setting_{i}': i for i in range(50)}
     assert len(sweep_trials.name_of(long)) == 180 and sweep_trials.name_of(long) != sweep_trials.name_of(
@@ -101,6 +118,19 @@ def test_names_hold_what_differs():
     )
     with pytest.raises(SweepError, match='trials 0 and 2 of the sweep are the same'):
         sweep_trials.names_of(vary('a', [1, 2, 1.0]))
+    with pytest.raises(SweepError, match='trials 0 and 1 of the sweep are the same'):
+        sweep_trials.names_of([{'a': 1, 'b': 2}, {'b': 2, 'a': 1}])
+    # A trial that was begun keeps its name when another setting is varied; a name that is taken is not given twice.
+    begun = [{'name': 'a=1', 'varied': {'a': 1, 'b': 0}}]
+    assert sweep_trials.names_of(product(vary('a', [1]), vary('b', [0, 1])), begun) == ['a=1', 'b=1']
+    with pytest.raises(SweepError, match='would both be in the directory a=1'):
+        sweep_trials.names_of([{'a': 1, 'b': 0}, {'a': 1}, {'a': 2}], begun)
+
+
+def test_drawn_numbers_stay_in_their_range_and_ends_are_as_likely():
+    assert uniform(0.9, 0.99996).rounded(0.99996) == 0.99996 and uniform(0.100004, 1).rounded(0.100004) == 0.100004
+    drawn = [trial['a'] for trial in sample({'a': integers(1, 4)}, 4000)]
+    assert all(800 < drawn.count(number) < 1200 for number in (1, 2, 3, 4))
 
 
 @pytest.mark.parametrize('path', sorted((ROOT / 'configs' / 'sweeps').glob('*.py')), ids=lambda path: path.stem)
@@ -211,6 +241,11 @@ def test_a_sweep_runs_fails_tries_again_and_ends_in_a_table(tmp_path, prepared, 
     page = (output / 'report.html').read_text()
     assert 'eval_loss by optimizer.learning_rate' in page and 'http' not in page.replace('http://www.w3.org', '')
     assert '(it is tried again)' in out and 'ValueError: a fault' in out
+    # A report tells of the failure, too, and changes nothing.
+    kept = (output / 'sweep.json').read_bytes()
+    code, out, _ = call(capsys, prepared, path, output, '--report', '--config.train.steps=6')
+    assert code == 1 and json.loads((output / 'results.json').read_text())['trials'][3]['status'] == 'failed'
+    assert '| failed: exit code 3: error: step 3: loss nan |' in out and (output / 'sweep.json').read_bytes() == kept
     # Called again, only what failed is tried.
     log = (output / 'optimizer.learning_rate=0.003' / 'log.txt').read_text()
     code, out, _ = call(capsys, prepared, path, output, '--parallel=2', '--config.train.steps=6')
@@ -267,6 +302,128 @@ def test_a_search_learns_and_hopeless_trials_are_stopped(tmp_path, prepared, sta
     assert code == 0 and ': started' not in out
 
 
+def test_a_search_passes_over_what_cannot_be_trained_or_was(tmp_path, prepared, stand_in, capsys):
+    """Settings that do not go together, and the same trial again, each use up one trial of the search, and no more."""
+    pytest.importorskip('optuna', reason='needs pip install optuna')
+    place = "('model.attention_period', 'model.attention_offset')"
+    first = ', '.join(str(dict(zip(PLACE, pair, strict=True))) for pair in ((2, 1), (2, 1), (2, 9), (1, 0)))
+    body = f'Search({{{place}: choice((2, 1), (2, 9), (1, 0))}}, trials=1500, sampler="random", first=({first}))'
+    path, output = write_sweep(tmp_path, body.replace('trials=1500', 'trials=4')), tmp_path / 'runs'
+    arguments = ['--config.train.steps=2', '--parallel=2']
+    code, _, err = call(capsys, prepared, path, tmp_path / 'other', *arguments)
+    assert code == 2 and 'model.attention_offset=9' in err and err.count('\n') == 1  # a first trial is checked at once
+    path = write_sweep(
+        tmp_path, body.replace('trials=1500', 'trials=40').replace(first, first.partition(', {')[0] + ',')
+    )
+    code, out, err = call(capsys, prepared, path, output, *arguments)
+    assert code == 0, (out, err)
+    rows = json.loads((output / 'results.json').read_text())['trials']
+    assert sorted(row['model.attention_period'] for row in rows) == [1, 2] and 'not trained: trial' in out
+    code, out, _ = call(capsys, prepared, path, output, *arguments)
+    assert code == 0 and ': started' not in out  # all forty were chosen
+    # What Optuna learned holds for one metric, one goal and the same choices.
+    for changed, message in (
+        ('--goal=max', 'begun with --goal min'),
+        ('--metric=loss', 'begun with --metric eval_loss'),
+    ):
+        code, _, err = call(capsys, prepared, path, output, *arguments, changed)
+        assert code == 2 and message in err and err.count('\n') == 1
+    path.write_text(path.read_text().replace('(2, 9), (1, 0)', '(1, 0), (2, 9)'))
+    code, _, err = call(capsys, prepared, path, output, *arguments)
+    assert code == 2 and 'begun with choices of model.attention_period,model.attention_offset' in err
+
+
+def test_a_study_lies_in_its_directory_whatever_that_is_called(tmp_path):
+    pytest.importorskip('optuna', reason='needs pip install optuna')
+    from transxssm_jax.evals.sweep_study import STORAGE, Study
+
+    for name in ('5%20', '5 ', 'why?', '#1 é'):
+        study = Study(tmp_path / name, Search({'a': uniform(0, 1)}, 3), 'none', 'min', 'loss')
+        number, _ = study.next()
+        assert number == 0 and (tmp_path / name / STORAGE).exists()
+
+
+def test_an_error_or_a_signal_while_a_trial_starts_leaves_no_training_behind(tmp_path, prepared):
+    class Started:
+        code = None
+
+        def exit_code(self):
+            return self.code
+
+        def stop(self):
+            self.code = 75
+
+    class Place:
+        slots = 2
+
+        def __init__(self, second):
+            self.started, self.second = [], second
+
+        def start(self, slot, command, log):
+            if self.started:
+                self.second()
+            self.started.append(Started())
+            return self.started[-1]
+
+    def fail():
+        raise OSError('no space')
+
+    def make_sweep(place, folder):
+        state = sweep_trials.State(tmp_path / folder, {'config': str(prepared), 'overrides': {}})
+        for number in (0, 1):
+            state.add(sweep_trials.make_trial(prepared, state.directory, {}, {'data.seed': number}, number))
+        return state, sweep_run.Sweep(state, place, metric='loss', interval=0.01)
+
+    place = Place(fail)
+    state, running = make_sweep(place, 'error')
+    with pytest.raises(OSError, match='no space'):
+        running.run()
+    assert place.started[0].code == 75 and [fate.status for fate in state.fates] == ['waiting', 'waiting']
+    saved = sweep_trials.read_state(state.directory)
+    assert [record['status'] for record in saved['trials']] == ['waiting', 'waiting']
+
+    place = Place(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    state, running = make_sweep(place, 'signal')
+    assert running.run() == 75 and [started.code for started in place.started] == [75, 75]
+
+
+def test_two_sweeps_do_not_run_in_one_directory(tmp_path, prepared, stand_in, capsys):
+    path, output = write_sweep(tmp_path, RATES), tmp_path / 'runs'
+    with contextlib.ExitStack() as stack:
+        stack.callback(Lease(output).release)
+        code, _, err = call(capsys, prepared, path, output)
+        assert code == 2 and f'--output={output} is in use by another sweep' in err and err.count('\n') == 1
+        assert not list(output.glob('*=*'))
+        assert call(capsys, prepared, path, output, '--report')[0] == 0  # which only reads
+
+
+def test_a_sweep_goes_on_from_another_directory_and_with_another_setting(
+    tmp_path, prepared, stand_in, monkeypatch, capsys
+):
+    body = "product(vary('optimizer.learning_rate', [0.001, 0.002]), vary('data.seed', [0]))"
+    monkeypatch.chdir(prepared.parent)
+    sweep_file, output = write_sweep(tmp_path, body), tmp_path / 'runs'
+    assert call(capsys, prepared.name, sweep_file, output, '--config.train.steps=2')[0] == 0
+    monkeypatch.chdir(tmp_path)
+    write_sweep(tmp_path, body.replace('[0])', '[0, 1])'))
+    code, out, err = call(capsys, prepared, sweep_file, 'runs', '--config.train.steps=2')
+    assert code == 0 and '2 finished, 2 waiting' in out, err
+    # Two trials that set the same in other words are one.
+    write_sweep(tmp_path, "vary('data.seed', [0]) + vary('train.seed', [0])")
+    code, _, err = call(capsys, prepared, sweep_file, tmp_path / 'other')
+    assert code == 2 and 'trials 0 and 1 of the sweep are the same: data.seed=0 and train.seed=0' in err
+
+
+def test_a_metric_that_is_not_measured_is_told(tmp_path, prepared, stand_in, capsys):
+    path, output = write_sweep(tmp_path, "vary('optimizer.learning_rate', [0.001, 0.002])"), tmp_path / 'runs'
+    code, _, err = call(capsys, prepared, path, output, '--config.train.eval_every_steps=0')
+    assert code == 2 and 'is never evaluated, so that it has no eval_loss' in err and not output.exists()
+    for _ in range(2):  # the second call trains nothing
+        code, out, _ = call(capsys, prepared, path, output, '--config.train.steps=2', '--metric=eval_los')
+        assert code == 1 and '2 finished trials have no eval_los' in out and 'measured: eval_loss, loss' in out
+    assert call(capsys, prepared, path, output, '--config.train.steps=2')[0] == 0
+
+
 def test_trials_of_a_given_list_are_pruned_too(tmp_path, prepared, stand_in, capsys):
     pytest.importorskip('optuna', reason='needs pip install optuna')
     rates = [0.003, 0.0031, 0.0032, 0.0033, 0.0034, 0.05]
@@ -315,9 +472,13 @@ def test_every_trial_is_planned_before_the_first_starts(tmp_path, prepared, stan
         return subprocess.CompletedProcess(command, 0 if fits else 3, json.dumps({'nearest': {'mesh.fsdp': 8}}), '')
 
     monkeypatch.setattr(sweep.subprocess, 'run', plan)
-    body = "product(vary('model.d_mlp', [32, 64]), vary('data.seed', [0, 1]))"
+    body = "product(vary('train.accumulation_steps', [1, 2]), vary('model.d_mlp', [32, 64]), vary('data.seed', [0, 1]))"
     code, _, err = call(capsys, prepared, write_sweep(tmp_path, body), tmp_path / 'runs', '--plan=v5e:2x2')
-    assert code == 2 and 'trial 2 (model.d_mlp=64,data.seed=0) does not fit v5e:2x2' in err and 'mesh.fsdp' in err
+    assert (
+        code == 2
+        and 'trial 2 (train.accumulation_steps=1,model.d_mlp=64,data.seed=0) does not fit v5e:2x2' in err
+        and 'mesh.fsdp' in err
+    )
     assert len(calls) == 2 and '--topology=v5e:2x2' in calls[0]  # a seed changes no step
     assert not (tmp_path / 'runs').exists()
 
@@ -348,8 +509,16 @@ def test_a_mesh_that_the_gpus_do_not_make_is_refused_at_once(tmp_path, prepared,
     assert code == 2 and 'must multiply to the 2 devices' in err and not (tmp_path / 'runs').exists()
 
 
+def test_what_compiles_another_step_is_planned_by_itself():
+    def step(**changes):
+        changes = {name.replace('__', '.'): value for name, value in changes.items()}
+        return sweep_trials.step_settings(config_lib.load(ROOT / 'configs' / 'tiny.py', changes))
+
+    assert step() == step(train__steps=500, data__seed=3) != step(train__accumulation_steps=2)
+
+
 def test_slurm_gets_an_array(tmp_path, prepared, stand_in, monkeypatch, capsys):
-    path, output = write_sweep(tmp_path, RATES), tmp_path / 'My runs'
+    path, output = write_sweep(tmp_path, RATES), tmp_path / 'My 5% runs'
     slurm = ['--slurm=--time=1:00:00 --gpus-per-node=8', '--parallel=2', '--retries=3']
     code, out, _ = call(capsys, prepared, path, output, *slurm, '--dry-run')
     assert code == 0 and not output.exists()
@@ -359,7 +528,8 @@ def test_slurm_gets_an_array(tmp_path, prepared, stand_in, monkeypatch, capsys):
         '--array=0,1,2,3%2',
         '--requeue',
         '--time=1:00:00',
-        '--job-name=my-runs',
+        '--job-name=my-5-runs',
+        f'--output={tmp_path}/My 5%% runs/slurm-%A_%a.out',
         f'--chdir={pathlib.Path.cwd()}',
     } <= set(submit)
     assert submit.index('--gpus-per-node=8') > submit.index('--gpus-per-node=1')  # the later one counts
@@ -388,6 +558,12 @@ def test_slurm_gets_an_array(tmp_path, prepared, stand_in, monkeypatch, capsys):
         assert (tmp_path / 'requeued').exists() == again
     code, out, _ = call(capsys, prepared, path, output, '--report')
     assert code == 0 and out.count('waiting') == 4
+    # Jobs that wait take their trials by number: others may come after them, and none between.
+    write_sweep(tmp_path, RATES.replace('[', '[0.0005, '))
+    code, _, err = call(capsys, prepared, path, output, *slurm)
+    assert code == 2 and 'trial 0 was optimizer.learning_rate=0.001 before' in err and err.count('\n') == 1
+    write_sweep(tmp_path, RATES.replace(']', ', 0.0005]'))
+    assert call(capsys, prepared, path, output, *slurm)[0] == 0
 
 
 def test_gke_gets_a_workload_per_trial(tmp_path, prepared, stand_in, capsys):
@@ -470,3 +646,25 @@ def test_results_of_the_largest_value(tmp_path):
         state.add(trial, sweep_trials.Fate('finished'))
     assert [row['trial'] for row in Results(state, 'speed', 'max').records()] == [1, 2, 0]
     assert Results(state, 'speed', 'min').best.number == 0 and Results(state, 'none', 'min').best is None
+    assert Results(state, 'loss', 'min').table()[0] == ['trial', 'seed', 'loss', 'step', 'status']
+
+
+def test_a_metric_that_is_not_finite_is_never_the_best(tmp_path):
+    state = sweep_trials.State(tmp_path, {})
+    trial = sweep_trials.make_trial(ROOT / 'configs' / 'tiny.py', tmp_path, {}, {'data.seed': 0}, 0)
+    trial.workdir.mkdir()
+    (trial.workdir / 'config.json').write_text(config_lib.to_json(trial.config))
+    (trial.workdir / 'metrics.jsonl').write_text('{"step": 1, "tokens": 1, "loss": NaN}\n')
+    state.add(trial, sweep_trials.Fate('finished'))
+    results = Results(state, 'loss', 'min')
+    results.write(['sweep'])
+    assert results.best is None and results.table()[1][0][2] == 'nan'
+    found = json.loads((tmp_path / 'results.json').read_text(), parse_constant=pytest.fail)
+    assert found['trials'][0]['loss'] is None and found['best'] == ''
+
+
+def test_a_follower_reads_numbers_only(tmp_path):
+    path = tmp_path / 'metrics.jsonl'
+    records = ({'step': 1, 'loss': None}, {'step': 2, 'loss': {'a': 1}}, {'step': 3, 'loss': 2}, {'step': math.inf})
+    path.write_text(''.join(json.dumps(record) + '\n' for record in records) + '[1]\n3\n{"step": 4, "los')
+    assert sweep_run.Follower(path).read('loss') == [(3, 2.0)]

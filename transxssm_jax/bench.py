@@ -77,7 +77,7 @@ def cases(config: Config, flags) -> list[speed.Case]:
     """Every case that the flags ask for.
 
     Raises:
-      ConfigError: --tokens is less than a row for every device.
+      ConfigError: --tokens is no whole number of rows, or a row is shorter than its documents are many.
     """
     models = {'config': config} | {name: AGAINST[name](config) for name in flags.against}
     found = []
@@ -121,7 +121,8 @@ def _bench(flags) -> int:
         for other in (*flags.against, *([PEER] if flags.peers else []))
         for mode, length, ratio in speed.ratios(results, 'config', other)
     ]
-    print('\n'.join(lines))
+    for line in lines:
+        print(line)
     if output:
         write_file(output / 'bench.md', '\n'.join([title, '', table, '', *lines, '']).encode())
         if len({result['length'] for result in results}) > 1:

@@ -114,6 +114,8 @@ class Distribution:
     def __post_init__(self):
         if self.choices:
             return
+        if self.whole and not all(isinstance(end, int) for end in (self.low, self.high)):
+            raise SweepError(f'integers from {self.low!r} to {self.high!r}: both ends must be whole numbers')
         if not self.low < self.high or (self.log and self.low <= 0):
             raise SweepError(f'a range from {self.low} to {self.high} must rise{" and be above 0" * self.log}')
 
@@ -121,13 +123,16 @@ class Distribution:
         """A value."""
         if self.choices:
             return rng.choice(self.choices)
+        half = 0.5 if self.whole else 0.0  # so that the ends of whole numbers are as likely as what is between them
+        low, high = self.low - half, self.high + half
         if self.log:
-            return self.rounded(math.exp(rng.uniform(math.log(self.low), math.log(self.high))))
-        return self.rounded(rng.uniform(self.low, self.high))
+            return self.rounded(math.exp(rng.uniform(math.log(low), math.log(high))))
+        return self.rounded(rng.uniform(low, high))
 
     def rounded(self, value: float):
-        """The number that a trial gets: whole, or of few digits."""
-        return round(value) if self.whole else float(f'{value:.{DIGITS}g}')
+        """The number that a trial gets: whole, or of few digits, and never outside the range."""
+        number = round(value) if self.whole else float(f'{value:.{DIGITS}g}')
+        return min(max(number, self.low), self.high)
 
 
 def uniform(low: float, high: float) -> Distribution:
@@ -161,7 +166,10 @@ class Search:
       trials: how many.
       sampler: 'tpe' (a model of what was good), 'cmaes' (numbers only), 'qmc' (spread evenly) or 'random'.
       seed: of the sampler.
-      first: trials to begin with, each with a value for every setting of the space.
+      first: trials to begin with, each with a value for every setting of the space and for no other.
+
+    Raises:
+      SweepError: one of these is not as described.
     """
 
     space: dict[Names, Distribution]
@@ -175,7 +183,58 @@ class Search:
             raise SweepError(f"sampler={self.sampler!r} is not one of 'tpe', 'cmaes', 'qmc', 'random'")
         if not self.space or self.trials < 1:
             raise SweepError('a search needs a space of at least one setting, and at least one trial')
-        _merged([dict.fromkeys((names,) if isinstance(names, str) else names) for names in self.space])
+        _merged([dict.fromkeys(_several(names)) for names in self.space])
+        for names, distribution in self.space.items():
+            if not isinstance(distribution, Distribution):
+                raise SweepError(
+                    f'{_listed(names)}: {distribution!r} is no distribution; use uniform, log_uniform, integers or choice'
+                )
+            if not isinstance(names, str):
+                if not distribution.choices:
+                    raise SweepError(f'{_listed(names)}: settings that belong together need choice(), not a range')
+                for value in distribution.choices:
+                    _assigned(names, value)
+        if not isinstance(self.first, tuple | list) or not all(isinstance(trial, dict) for trial in self.first):
+            raise SweepError('first must be a tuple of trials, each a dict: first=({...},)')
+        for trial in self.first:
+            self.parameters_of(trial)
+
+    def parameters_of(self, overrides: dict[str, Any]) -> dict[str, Any]:
+        """What Optuna keeps of a trial: by setting a number, or the index of a choice.
+
+        Args:
+          overrides: with a value for every setting of the space.
+
+        Raises:
+          SweepError: a value is missing or not of the space, or there is one for another setting.
+        """
+        found: dict[str, Any] = {}
+        known: set[str] = set()
+        for names, distribution in self.space.items():
+            several = _several(names)
+            known.update(several)
+            if missing := [name for name in several if name not in overrides]:
+                raise SweepError(f'a trial to begin with has no value for {missing[0]}')
+            value = overrides[names] if isinstance(names, str) else tuple(overrides[name] for name in names)
+            if distribution.choices:
+                choices = [tuple(c) if isinstance(c, list) else c for c in distribution.choices]
+                if value not in choices:
+                    raise SweepError(f'{_listed(names)}={value!r} of a trial to begin with is none of the choices')
+                value = choices.index(value)
+            elif not isinstance(value, int | float) or not distribution.low <= value <= distribution.high:
+                raise SweepError(f'{names}={value!r} of a trial to begin with is out of its range')
+            found[','.join(several)] = value
+        if unknown := overrides.keys() - known:
+            raise SweepError(f'a trial to begin with sets {min(unknown)}, which is not in the space')
+        return found
+
+
+def _several(names: Names) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _listed(names: Names) -> str:
+    return ', '.join(_several(names))
 
 
 # ---- files ---------------------------------------------------------------------

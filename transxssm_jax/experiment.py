@@ -129,7 +129,14 @@ def _config_files(given: tuple[str, ...]) -> list[pathlib.Path]:
 
 
 def write_results(workdir: pathlib.Path, cells: list[Cell], argv) -> str:
-    """Writes what is known of the cells so far; returns the table."""
+    """Writes what is known of the cells so far; returns the table.
+
+    Raises:
+      RunError: the runs cannot be compared; nothing is written.
+    """
+    runs = [records for cell in cells if (records := cell.records()) is not None and records.training]
+    if runs:
+        check_comparable(runs, COMPARED)
     results = experiment.results_of(cells)
     table = experiment.table(results)
     record = {
@@ -139,10 +146,8 @@ def write_results(workdir: pathlib.Path, cells: list[Cell], argv) -> str:
     }
     write_file(workdir / 'results.json', (json.dumps(record, indent=1) + '\n').encode())
     write_file(workdir / 'table.md', f'{table}\n'.encode())
-    runs = [records for cell in cells if (records := cell.records()) is not None and records.training]
     if not runs:
         return table
-    check_comparable(runs, COMPARED)
     drawn = run_report.charts_of(runs)
     write_file(workdir / 'report.html', run_report.page(workdir.name, runs, drawn).encode())
     charts.write_pngs(workdir, drawn)

@@ -20,8 +20,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from transxssm_jax import cli, settings
 from transxssm_jax import config as config_lib
-from transxssm_jax import settings
 from transxssm_jax.config import Config
 from transxssm_jax.data import prepare as prepare_lib
 from transxssm_jax.data.loader import Loader
@@ -70,6 +70,7 @@ def prepare(
 
     Raises:
       DataError: a source that is not there or not what it should be, or a split of other text in the same place.
+      UsageError: a flag that the command does not have, or a value that it does not take.
     """
     given = {'output': output, 'split': split, 'tokenizer': tokenizer, 'num_workers': 1} | flags
     words = [f'--{name}={value}' for name, value in given.items()] + [f'--source={source}' for source in sources]
@@ -167,9 +168,11 @@ class Trainer:
           'learning_rate'.
 
         Raises:
+          ConfigError: steps is less than 0.
           DoesNotFitError: a step needs more memory than the devices have.
           NotFiniteError: the loss or a gradient is not finite.
         """
+        cli.check_range('steps', steps, 0, error=config_lib.ConfigError)
         last = self.step + steps if steps else self.config.train.steps
         batches = self._opened_loader() if self._batches is None else self._batches
         train_step = self._train_step or self._compiled()
@@ -193,8 +196,10 @@ class Trainer:
           'loss' (nats per token), 'perplexity' and 'bits_per_byte'.
 
         Raises:
+          ConfigError: batches is less than 0.
           DataError: there is no such split.
         """
+        cli.check_range('batches', batches, 0, error=config_lib.ConfigError)
         chosen = split or next(iter(splits.eval_splits(self.config)), 'validation')
         with jax.set_mesh(self.mesh):
             eval_step = self._eval_step or compilation.jit_eval_step(self.config, self.mesh)
@@ -207,7 +212,7 @@ class Trainer:
         )
         with jax.set_mesh(self.mesh):
             values = dict(evaluator.run(step_lib.evaluated_weights(self.config, self.state)))
-        if not split:
+        if not split and not batches:  # one that can be compared with those of other steps
             self._eval_loss = self.step, values['loss']
         return values
 
@@ -236,10 +241,11 @@ class Trainer:
     def save(self, workdir: str | pathlib.Path) -> pathlib.Path:
         """Writes a checkpoint into a workdir, new or of this run, for `open` and for every command.
 
-        The loss of `evaluate()`, where it was called after the last step, goes with it.
+        The loss of `evaluate()`, where it was called after the last step and without arguments, goes with it.
 
         Raises:
-          CheckpointError: the workdir holds another run, is in use by one, or cannot be written.
+          CheckpointError: the workdir holds another run, or another checkpoint of this step, is in use by a run, or cannot be
+            written.
         """
         workdir = pathlib.Path(workdir).expanduser()
         with lease.hold(workdir):
@@ -250,7 +256,18 @@ class Trainer:
                     loss = self._eval_loss[1] if self._eval_loss and self._eval_loss[0] == self.step else None
                     checkpoints.save(self.step, self.state, self._position(), loss)
                     checkpoints.wait()
+                elif not self._is_saved(workdir):
+                    raise CheckpointError(
+                        f'{workdir} has a checkpoint of step {self.step} with other parameters; name another workdir'
+                    )
         return workdir
+
+    def _is_saved(self, workdir: pathlib.Path) -> bool:
+        """Whether the checkpoint of this step holds these parameters: that of a run on other batches, say, does not."""
+        abstract = {'params': step_lib.abstract_state(self.config, self.mesh)['params']}
+        saved, _, _ = checkpoint.read_whole(workdir / 'checkpoints' / str(self.step), self.config, abstract)
+        pairs = zip(jax.tree.leaves(saved['params']), jax.tree.leaves(self.params), strict=True)
+        return all(bool(jax.numpy.array_equal(a, b)) for a, b in pairs)
 
     def close(self) -> None:
         """Ends the threads that read ahead. A trainer that is dropped needs no call."""

@@ -28,6 +28,7 @@ import json
 import os
 import pathlib
 import shlex
+import signal
 import subprocess
 import sys
 
@@ -42,6 +43,8 @@ from transxssm_jax.evals.sweep_report import Results, best_command
 from transxssm_jax.evals.sweep_run import Sweep, Table, counts
 from transxssm_jax.evals.sweep_study import PRUNERS, Study
 from transxssm_jax.evals.sweep_trials import DONE, FAILED, WAITING, State, Trial
+
+DRAWN = 50  # trials of a search's space, of which one at least must be right before it starts
 
 COMMAND = cli.Command(
     'transxssm_jax.sweep',
@@ -102,13 +105,15 @@ def _sweep(flags) -> int:
             f'--{where[0]} has a queue of its own, so that nothing can be learned from trials; use --ray, or run here'
         )
     _check(flags, state, search)
-    sweep_trials.with_fates(state, saved)
+    sweep_trials.with_fates(state, saved, again=not flags.report)
     if flags.report:
         return _finish(flags, state)
+    if search is not None:
+        _check_space(state, search)
     if flags.dry_run:
         _show_plan(flags, state, search)
     if queued:
-        return _queue(flags, state, where[0])
+        return _queue(flags, state, saved, where[0])
     if flags.dry_run:
         return ExitCode.FINISHED
     return _run(flags, state, search, where)
@@ -118,28 +123,51 @@ def _open(flags, output: pathlib.Path, sweep: list | Search) -> tuple[State, dic
     """The trials of the sweep, all checked, without their fates; and what an earlier call has kept."""
     file = sweep_trials.relative(settings.find_file(flags.config_file))
     config_lib.load(str(file), flags.overrides)  # so that a fault of what is common is not a trial's
-    kept = {'config': str(file), 'overrides': dict(flags.overrides)}
+    kept = {'config': os.path.abspath(file), 'overrides': dict(flags.overrides)}
     saved = sweep_trials.read_state(output)
     sweep_trials.check_same_sweep(saved, kept, output)
     state = State(output, kept)
+    begun = (saved or {}).get('trials', [])
     if isinstance(sweep, Search):
-        varied = [record['varied'] for record in (saved or {}).get('trials', [])]
-        names = [sweep_trials.name_of(one) for one in varied]
+        varied, names = [record['varied'] for record in begun], [record['name'] for record in begun]
     else:
-        varied, names = sweep, sweep_trials.names_of(sweep)
+        varied, names = sweep, sweep_trials.names_of(sweep, begun)
+    configs: dict[str, int] = {}
     for number, (one, name) in enumerate(zip(varied, names, strict=True)):
-        state.add(sweep_trials.make_trial(file, output, flags.overrides, one, number, name))
+        trial = sweep_trials.make_trial(file, output, flags.overrides, one, number, name)
+        state.add(trial)
+        if (first := configs.setdefault(config_lib.to_json(trial.config), number)) != number:
+            raise SweepError(f'trials {first} and {number} of the sweep are the same: {names[first]} and {name}')
     return state, saved
+
+
+def _check_space(state: State, search: Search) -> None:
+    """Raises SweepError where a trial of an earlier call that is still to be trained is none of this search."""
+    for trial, fate in zip(state.trials, state.fates, strict=True):
+        try:
+            if fate.status == WAITING:
+                search.parameters_of(trial.varied)
+        except SweepError:
+            raise SweepError(
+                f'trial {trial.number} ({cli.shorten(trial.name, 80)}) of {state.directory} is not finished, and is not in '
+                'the space of the sweep file any more; name another --output'
+            ) from None
 
 
 def _check(flags, state: State, search: Search | None) -> None:
     """Raises what can be known before the first trial: its data, its directory and, with --plan, what the compiler says."""
     trials = list(state.trials)
-    if search is not None:  # one that the space may give, in place of those that are not chosen yet
-        drawn = config_sweep.sample(search.space, 1, search.seed)[0]
-        file = pathlib.Path(state.settings['config'])
-        trials.append(sweep_trials.make_trial(file, state.directory, flags.overrides, drawn, len(trials)))
+    if search is not None:
+        make = _maker(flags, state)
+        trials += [make(varied, number) for number, varied in enumerate(search.first)]
+        trials.append(_one_of(search, make, len(trials)))
     for trial in trials:
+        config = trial.config
+        if flags.metric.startswith('eval') and not (config.train.eval_every_steps and config.data.eval_split_names):
+            raise SweepError(
+                f'trial {trial.number} ({trial.name}) is never evaluated, so that it has no {flags.metric}; '
+                'set train.eval_every_steps and data.eval_splits, or give --metric=loss'
+            )
         if not trial.config.data.tokenizer_path:
             raise SweepError('data.path is empty; give --config.data.path=DIR, which transxssm_jax.data.prepare wrote')
         trial.check()
@@ -151,6 +179,25 @@ def _check(flags, state: State, search: Search | None) -> None:
         splits.check_data(config)
     if flags.plan:
         _compile(flags, trials)
+
+
+def _maker(flags, state: State):
+    """(overrides, number) -> trial of this sweep, its config checked."""
+    file = sweep_trials.relative(pathlib.Path(state.settings['config']))
+    return functools.partial(sweep_trials.make_trial, file, state.directory, dict(flags.overrides))
+
+
+def _one_of(search: Search, make, number: int) -> Trial:
+    """A trial that the space may give, in place of those that are not chosen yet.
+
+    Raises:
+      SweepError: of many none can be trained; some may hold settings that do not go together, which the search passes over.
+    """
+    drawn = config_sweep.sample(search.space, DRAWN, search.seed)
+    for varied in drawn:
+        with contextlib.suppress(SweepError):
+            return make(varied, number)
+    return make(drawn[0], number)  # which raises
 
 
 def _check_mesh(trial: Trial, flags) -> None:
@@ -208,9 +255,37 @@ def _show_plan(flags, state: State, search: Search | None) -> None:
 
 
 def _run(flags, state: State, search: Search | None, where: list[str]) -> int:
+    with _held(state.directory):
+        return _run_held(flags, state, search, where)
+
+
+@contextlib.contextmanager
+def _held(directory: pathlib.Path):
+    """Holds the directory while the block runs: two sweeps at a time would start the same trials.
+
+    Raises:
+      SweepError: another sweep runs there.
+    """
+    from transxssm_jax.training import lease  # it imports jax
+
+    def lost(message):
+        cli.print_error(message)
+        os.kill(os.getpid(), signal.SIGTERM)  # all trials save
+
+    try:
+        held = lease.Lease(directory, on_lost=lost)
+    except lease.LeaseError as error:
+        raise SweepError(str(error).replace('--workdir', '--output').replace('another run', 'another sweep')) from None
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def _run_held(flags, state: State, search: Search | None, where: list[str]) -> int:
     study = None
     if search is not None or flags.pruner != 'none':
-        study = Study(state.directory, search, flags.pruner, flags.goal)
+        study = Study(state.directory, search, flags.pruner, flags.goal, flags.metric)
     if where == ['ray']:
         place = OnRay(flags.ray or 'auto', flags.devices_per_trial, flags.parallel)
         stack = contextlib.closing(place)
@@ -220,9 +295,6 @@ def _run(flags, state: State, search: Search | None, where: list[str]) -> int:
     print(
         f'{total} trials, {place.slots} at a time; {counts(state) or "none is chosen yet"}; results go to {state.directory}'
     )
-    make = functools.partial(
-        sweep_trials.make_trial, pathlib.Path(state.settings['config']), state.directory, dict(flags.overrides)
-    )
     with stack:
         code = Sweep(
             state,
@@ -231,7 +303,7 @@ def _run(flags, state: State, search: Search | None, where: list[str]) -> int:
             retries=flags.retries,
             study=study,
             search=search,
-            make=make,
+            make=_maker(flags, state),
             show=Table(),
         ).run()
     result = _finish(flags, state)
@@ -254,8 +326,20 @@ def _run_one(flags, output: pathlib.Path) -> int:
     os.execv(sys.executable, trial.command())  # a signal comes to the training itself
 
 
-def _queue(flags, state: State, kind: str) -> int:
-    """Hands the trials that are not finished to SLURM or GKE."""
+def _queue(flags, state: State, saved: dict | None, kind: str) -> int:
+    """Hands the trials that are not finished to SLURM or GKE.
+
+    Raises:
+      SweepError: elements of an array that still wait would take other trials, because the sweep file has changed.
+    """
+    if kind == 'slurm':
+        names = [trial.name for trial in state.trials]
+        for number, record in enumerate((saved or {}).get('trials', [])):
+            if names[number : number + 1] != [record['name']]:
+                raise SweepError(
+                    f'trial {number} was {cli.shorten(record["name"], 80)} before, and a job that waits takes its trial by this '
+                    'number; add trials at the end of the sweep, or name another --output'
+                )
     trials = [t for t, fate in zip(state.trials, state.fates, strict=True) if fate.status != DONE]
     if not trials:
         return _finish(flags, state)
@@ -292,4 +376,8 @@ def _finish(flags, state: State) -> int:
     if results.best:
         print(f'the best trial, by {flags.metric}:\n  {best_command(results.best)}')
     print(f'written to {state.directory}: table.md, results.json, results.csv, report.html and PNGs')
-    return ExitCode.CRASHED if any(fate.status == FAILED for fate in state.fates) else ExitCode.FINISHED
+    if without := [trial.name for trial, fate, _, value in results.rows if fate.status == DONE and value is None]:
+        found = ', '.join(sorted({name for _, _, records, _ in results.rows if records for name in records.metrics}))
+        print(f'{len(without)} finished trials have no {flags.metric}, {without[0]} for one; measured: {found}')
+    has_failed = any(fate.status == FAILED for fate in state.fates)
+    return ExitCode.CRASHED if has_failed or without else ExitCode.FINISHED

@@ -1,6 +1,7 @@
 """A comparison of models: cells, each a config and a seed with a workdir of its own, and the table of what they reached."""
 
 import dataclasses
+import json
 import pathlib
 import re
 import shlex
@@ -36,11 +37,22 @@ class Cell(Training):
         return f'{self.name}, seed {self.seed}'
 
     def evaluation(self, words: str) -> list[str]:
-        """The command of an evaluation of it, e.g. 'perplexity --lengths=1x'; [] where that has been done."""
+        """The command of an evaluation of it, e.g. 'perplexity --lengths=1x'; [] where that has been done with these flags."""
         kind, *flags = shlex.split(words)
-        if any((self.workdir / 'evals').glob(f'{kind}-step-{self.config.train.steps}-*')):
-            return []
+        for path in (self.workdir / 'evals').glob(f'{kind}-step-{self.config.train.steps}-*'):
+            if sorted(_flags_of(path)) == sorted(flags):
+                return []
         return [sys.executable, '-m', f'transxssm_jax.evals.{kind}', f'--workdir={self.workdir}', *flags]
+
+
+def _flags_of(path: pathlib.Path) -> list[str]:
+    """The flags of the command that wrote a result of an evaluation, without --workdir; what cannot be read has ['']."""
+    try:
+        record = json.loads((path / 'results.json' if path.is_dir() else path).read_text())
+        _, _, _, *flags = shlex.split(record['command'])  # python -m MODULE
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ['']
+    return [flag for flag in flags if not flag.startswith('--workdir=')]
 
 
 def make_cells(
@@ -56,7 +68,11 @@ def make_cells(
 
     Raises:
       ConfigError: a config that cannot work.
+      RunError: an override of what the seeds or the steps set.
     """
+    for name, flag in (('train.seed', 'seeds'), ('data.seed', 'seeds'), *([('train.steps', 'steps')] if steps else [])):
+        if name in overrides:
+            raise RunError(f'--config.{name} is given, and --{flag} sets it; leave it out')
     cells = []
     for seed in seeds:
         for file in files:

@@ -1,6 +1,7 @@
 """Several runs beside each other: which charts there are, a table, and one page that needs nothing else."""
 
 import html
+import math
 import statistics
 from collections.abc import Callable, Sequence
 
@@ -32,7 +33,10 @@ FALLS = ('loss', 'norm', 'perplexity')  # metrics whose first values may lie bey
 
 
 def charts_of(runs: Sequence[RunRecords]) -> list[Chart]:
-    """A chart of each metric that every run has: repeats have one color, and lines of their own."""
+    """A chart of each metric that every run has: repeats have one color, and lines of their own.
+
+    Values that are not finite are left out, and so is a run that has no others.
+    """
     common = common_metrics(runs)
     style = {}
     for color, group in enumerate(repeats(runs)):
@@ -46,8 +50,10 @@ def charts_of(runs: Sequence[RunRecords]) -> list[Chart]:
     for file, title, metric, x in wanted:
         if metric not in common:
             continue
-        curves = [Curve(run.name, run.series(metric, x), *style[run.name]) for run in runs]
-        if all(curve.points for curve in curves):
+        series = {run.name: run.series(metric, x) for run in runs}
+        finite = {name: [point for point in points if math.isfinite(point[1])] for name, points in series.items()}
+        curves = [Curve(name, points, *style[name]) for name, points in finite.items() if points]
+        if curves and all(series.values()):
             skips = any(word in metric for word in FALLS)
             unit = UNITS['loss'] if metric.endswith('/loss') else UNITS.get(metric, metric)
             found.append(Chart(file.replace(' ', '_'), title, UNITS.get(x, x), unit, curves, skips))

@@ -201,6 +201,7 @@ def times_of(call: Callable, calls: int, repeats: int, wait=jax.block_until_read
 
 
 def rates(times: list[float], tokens: int) -> dict:
+    """'ms', 'least_ms', 'most_ms' and 'tokens_per_second' of calls of `tokens` tokens that took so many seconds each."""
     median = statistics.median(times)
     return {
         'ms': 1e3 * median,
@@ -244,16 +245,16 @@ def markdown_table(results: list[dict]) -> str:
 
 
 def ratios(results: list[dict], model: str, other: str) -> list[tuple[str, int, float]]:
-    """(mode, length, tokens/s of `model` over those of `other`) wherever both were measured with equal rows."""
+    """(mode, length, tokens/s of `model` over those of `other`) wherever both had equal rows and as many devices."""
     speed = {
-        (r['mode'], r['length'], r['rows'], r['model']): r['tokens_per_second']
+        (r['mode'], r['length'], r['rows'], r['devices'], r['model']): r['tokens_per_second']
         for r in results
         if 'does_not_fit' not in r
     }
     return [
-        (mode, length, value / speed[mode, length, rows, other])
-        for (mode, length, rows, name), value in speed.items()
-        if name == model and (mode, length, rows, other) in speed
+        (mode, length, value / speed[mode, length, rows, devices, other])
+        for (mode, length, rows, devices, name), value in speed.items()
+        if name == model and (mode, length, rows, devices, other) in speed
     ]
 
 

@@ -43,7 +43,7 @@ def slurm_job(
         '--requeue',
         f'--signal=TERM@{GRACE_SECONDS}',
         '--open-mode=append',
-        f'--output={output / "slurm-%A_%a.out"}',
+        f'--output={str(output).replace("%", "%%")}/slurm-%A_%a.out',
         f'--chdir={pathlib.Path.cwd()}',
         *shlex.split(options),
     ]

@@ -33,6 +33,7 @@ class Results:
             records = trial.records()
             value = records.last(metric) if records else None
             found.append((trial, fate, records, value))
+        self._loss = ['loss'] if metric != 'loss' else []  # a column of its own
         self.rows = sorted(found, key=self._rank)
         self.varied = list(dict.fromkeys(name for trial in state.trials for name in trial.varied))
 
@@ -46,7 +47,7 @@ class Results:
     def best(self) -> Trial | None:
         """The finished trial with the best value; None before there is one."""
         trial, fate, _, value = self.rows[0] if self.rows else (None, Fate(), None, None)
-        return trial if fate.status == DONE and value is not None else None
+        return trial if fate.status == DONE and value is not None and math.isfinite(value) else None
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """(headings, a row per trial): number, the varied settings, the metric, the loss, the status and why."""
@@ -54,7 +55,7 @@ class Results:
             'trial',
             *(name.partition('.')[2] or name for name in self.varied),
             self.metric,
-            'loss',
+            *self._loss,
             'step',
             'status',
         ]
@@ -64,21 +65,23 @@ class Results:
             step = f'{records.training[-1]["step"]:,}' if records and records.training else '-'
             status = fate.status if fate.status != PRUNED else 'stopped early'
             rows.append(
-                [str(trial.number), *settings, _number(value), _number(records.last('loss') if records else None), step]
+                [str(trial.number), *settings, _number(value)]
+                + [_number(records.last(name) if records else None) for name in self._loss]
+                + [step]
                 + [f'{status}: {fate.reason}' if fate.reason and fate.status not in (DONE, PRUNED) else status]
             )
         return headings, rows
 
     def records(self) -> list[dict]:
-        """A plain dict per trial, the best first."""
+        """A plain dict per trial, the best first; a number that is not finite, which JSON has not, is None."""
         return [
             {
                 'trial': trial.number,
                 'name': trial.name,
                 'workdir': str(trial.workdir),
                 **{name: trial.varied.get(name) for name in self.varied},
-                self.metric: value,
-                'loss': records.last('loss') if records else None,
+                self.metric: _finite(value),
+                'loss': _finite(records.last('loss') if records else None),
                 'step': records.training[-1]['step'] if records and records.training else 0,
                 'status': fate.status,
                 'starts': fate.starts,
@@ -193,6 +196,10 @@ def _axis(values: Sequence):
     else:
         shown = charts.ticks(low, high)
     return place, tuple((place(number), charts.label(number)) for number in shown)
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _number(value: float | None) -> str:

@@ -14,7 +14,7 @@ from transxssm_jax.config_sweep import Search, SweepError
 from transxssm_jax.evals.experiment import STOPS
 from transxssm_jax.evals.sweep_places import Place, Started
 from transxssm_jax.evals.sweep_study import Study
-from transxssm_jax.evals.sweep_trials import DONE, FAILED, PRUNED, RUNNING, WAITING, Fate, State, Trial, name_of
+from transxssm_jax.evals.sweep_trials import DONE, FAILED, PRUNED, RUNNING, WAITING, Fate, State, Trial
 
 # Exit codes that the same trial would end with again: they are not tried again.
 FOREVER = (ExitCode.WRONG_INPUT, ExitCode.NOT_FINITE)
@@ -56,21 +56,29 @@ class Sweep:
         self._failures: dict[int, int] = {}  # of this call
         self._hopeless: set[int] = set()
         self._stop_code = 0
+        self._signals = self._passed_on = 0  # how many came, and how many of them the trainings have got
         for fate in state.fates:  # of a call that was killed: the study thinks that they run
             if fate.status == WAITING and fate.study_number >= 0:
                 self._tell(fate, None)
                 fate.study_number = -1
 
     def run(self) -> int:
-        """Runs all that is to be run. Returns 0, or the exit code of the signal that stopped it, all trials having saved."""
+        """Runs all that is to be run. Returns 0, or the exit code of the signal that stopped it, all trials having saved.
+
+        Whatever it raises, no training goes on without it: each is told to stop, saves, and waits for the next call.
+        """
         handlers = {number: signal.signal(number, self._on_signal) for number in STOPS}
         try:
             while (self._start_what_can() and not self._stop_code) or self._running:
                 time.sleep(self._interval)
+                self._pass_signals_on()
                 self._look()
                 self._show.draw(self._state, self._followers, self._metric)
             self._state.save()
             self._show.draw(self._state, self._followers, self._metric)
+        except BaseException:
+            self._stop_all()
+            raise
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -78,14 +86,30 @@ class Sweep:
 
     def _on_signal(self, number, frame) -> None:
         del frame
-        first, self._stop_code = (
-            not self._stop_code,
-            ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.TERMINATED,
-        )
-        if first:
+        # No more here: it may come while a line is printed, or before a training that is being started is among the others.
+        self._signals += 1
+        self._stop_code = ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.TERMINATED
+
+    def _pass_signals_on(self) -> None:
+        if self._passed_on == self._signals:
+            return
+        if not self._passed_on:
             self._show.line(f'stopping: {len(self._running)} trials save')
+        self._passed_on = self._signals
         for started, _ in self._running.values():
             started.stop()
+
+    def _stop_all(self) -> None:
+        """Stops what runs and waits for it; for an error of the sweep's own."""
+        for started, _ in self._running.values():
+            started.stop()
+        while any(started.exit_code() is None for started, _ in self._running.values()):
+            time.sleep(self._interval)
+        for fate in self._state.fates:
+            if fate.status == RUNNING:
+                fate.status = WAITING
+        self._running.clear()
+        self._state.save()
 
     def _start_what_can(self) -> bool:
         """Starts trials in the free slots; whether there is, or may be, anything left to do."""
@@ -112,28 +136,34 @@ class Sweep:
         waiting = [i for i, fate in enumerate(self._state.fates) if fate.status == WAITING]
         if waiting:
             return waiting[0]
-        return self._chosen() if self._search and len(self._state.trials) < self._search.trials else None
+        while self._can_choose():
+            if (index := self._chosen()) is not None:
+                return index
+        return None
+
+    def _can_choose(self) -> bool:
+        return self._search is not None and len(self._state.trials) + self._study.passed_over < self._search.trials
 
     def _next_exists(self) -> bool:
-        can_search = self._search is not None and len(self._state.trials) < self._search.trials
-        return can_search or any(fate.status == WAITING for fate in self._state.fates)
+        return self._can_choose() or any(fate.status == WAITING for fate in self._state.fates)
 
-    def _chosen(self) -> int:
-        """Adds a trial that the study chooses; one that is wrong by itself has failed."""
+    def _chosen(self) -> int | None:
+        """Adds a trial that the study chooses; None, and it counts as one of the search, where it cannot be trained."""
         number = len(self._state.trials)
-        given = self._search.first[number] if number < len(self._search.first) else None
-        study_number, varied = self._study.next(given)
-        known = {trial.name: i for i, trial in enumerate(self._state.trials)}
-        if (twin := known.get(name_of(varied))) is not None:
+        at = number + self._study.passed_over
+        study_number, varied = self._study.next(self._search.first[at] if at < len(self._search.first) else None)
+        twin = next((i for i, trial in enumerate(self._state.trials) if trial.varied == varied), None)
+        if twin is not None:
             # Rounded to the same numbers, or the same choices again: it would be the same training.
-            self._study.end(study_number, self._value(twin))
-            self._search = type(self._search)(**{**vars(self._search), 'trials': self._search.trials - 1})
-            return self._next()
+            is_done = self._state.fates[twin].status == DONE
+            self._study.pass_over(study_number, self._value(twin) if is_done else None)
+            return None
         try:
             self._state.add(self._make(varied, number), Fate(study_number=study_number))
-        except SweepError:
-            self._study.end(study_number, None)
-            raise
+        except SweepError as error:  # settings of the space that do not go together
+            self._show.line(f'not trained: {error}')
+            self._study.pass_over(study_number, None)
+            return None
         return number
 
     def _look(self) -> None:
@@ -155,16 +185,16 @@ class Sweep:
         value = self._value(index)
         if code == 0:
             fate.status, fate.reason = DONE, ''
-            if value is None:
-                fate.status, fate.reason = FAILED, f'metrics.jsonl has no {self._metric}'
-            self._show.line(f'{trial.name}: finished, {self._metric} {value if value is None else f"{value:.5g}"}')
+            reached = 'without' if value is None else f'{value:.5g}'
+            self._show.line(f'{trial.name}: finished, {self._metric} {reached}')
             self._tell(fate, value)
         elif self._stop_code:
             fate.status = WAITING  # it goes on with the next call
             self._tell(fate, None)
             fate.study_number = -1
         elif index in self._hopeless:
-            fate.status, fate.reason = PRUNED, f'{self._metric} {value:.5g} at step {self._followers[index].step}'
+            follower = self._followers[index]
+            fate.status, fate.reason = PRUNED, f'{self._metric} {follower.value:.5g} at step {follower.step}'
             self._show.line(f'{trial.name}: stopped early, {fate.reason}')
             self._tell(fate, None, pruned=True)
         else:
@@ -187,7 +217,7 @@ class Sweep:
 
 
 def last_line(path: pathlib.Path) -> str:
-    """The last line that a training printed."""
+    """The last line that a training printed, at most 160 characters of it."""
     try:
         lines = path.read_text(errors='replace').splitlines()
     except OSError:
@@ -226,11 +256,11 @@ class Follower:
             try:
                 record = json.loads(line)
                 step = int(record['step'])
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, OverflowError):
                 continue
             self.step, self.loss = max(self.step, step), record.get('loss', self.loss)
-            if metric in record and step > self._reported:
-                self._reported, self.value = step, float(record[metric])
+            if isinstance(value := record.get(metric), int | float) and step > self._reported:
+                self._reported, self.value = step, float(value)
                 values.append((step, self.value))
         return values
 

@@ -3,6 +3,7 @@
 import importlib
 import math
 import pathlib
+import urllib.parse
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -23,12 +24,14 @@ class Study:
       search: what to choose from; None: the trials are given, and the study only prunes.
       pruner: one of PRUNERS.
       goal: 'min' or 'max'.
+      metric: name of what trials are compared by.
 
     Raises:
       MissingPackageError: Optuna, or what the sampler needs, is not installed.
+      SweepError: the study that is there has another goal or another metric, or choices of other values.
     """
 
-    def __init__(self, directory: pathlib.Path, search: Search | None, pruner: str, goal: str):
+    def __init__(self, directory: pathlib.Path, search: Search | None, pruner: str, goal: str, metric: str):
         try:
             import optuna
         except ImportError as error:
@@ -39,13 +42,29 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         directory.mkdir(parents=True, exist_ok=True)
         self._study = optuna.create_study(
-            storage=f'sqlite:///{directory / STORAGE}',
+            storage=f'sqlite:///{urllib.parse.quote(str(directory / STORAGE))}',  # a path may hold % and ?
             study_name='sweep',
             load_if_exists=True,
             direction='minimize' if goal == 'min' else 'maximize',
             sampler=self._sampler(),
             pruner=self._pruner(pruner),
         )
+        was = {'--goal': self._study.direction.name.lower()[:3], **self._study.user_attrs}
+        asked = {'--goal': goal, '--metric': metric}
+        for names, distribution in search.space.items() if search else ():
+            if distribution.choices:  # of which Optuna keeps indices
+                key = names if isinstance(names, str) else ','.join(names)
+                asked[f'choices of {key}'] = ' '.join(map(str, distribution.choices))
+        for name, value in asked.items():
+            if was.get(name, value) != value:
+                raise SweepError(
+                    f'{directory / STORAGE} was begun with {name} {was[name]}, not {value}; give that, or name another --output'
+                )
+            self._study.set_user_attr(name, value)
+        # What a call that was killed has enqueued and not begun would be begun in place of the next trial.
+        states = optuna.trial.TrialState
+        while self._study.get_trials(deepcopy=False, states=(states.WAITING,)):
+            self._study.tell(self._study.ask(), state=states.FAIL)
         self._trials: dict[int, Any] = {}  # by their number in the study: those under way
 
     def _sampler(self):
@@ -74,6 +93,16 @@ class Study:
         }
         return make[name]()
 
+    @property
+    def passed_over(self) -> int:
+        """How many trials Optuna chose that were not trained, in all calls."""
+        return self._study.user_attrs.get('passed over', 0)
+
+    def pass_over(self, number: int, value: float | None) -> None:
+        """Ends a trial that is not trained; value: that of the same trial, where it was trained before."""
+        self.end(number, value)
+        self._study.set_user_attr('passed over', self.passed_over + 1)
+
     def next(self, given: int | dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
         """Begins a trial; returns its number in the study and, in a search, its overrides.
 
@@ -86,7 +115,7 @@ class Study:
             overrides = {}
         else:
             if given is not None:
-                self._study.enqueue_trial(self._parameters(given))
+                self._study.enqueue_trial(self._search.parameters_of(given))
             trial = self._study.ask()
             overrides = {}
             for names, distribution in self._search.space.items():
@@ -107,24 +136,6 @@ class Study:
             )
         return {names: value} if isinstance(names, str) else dict(zip(names, value, strict=True))
 
-    def _parameters(self, overrides: dict[str, Any]) -> dict[str, Any]:
-        """Optuna's parameters of overrides that have a value for all of the space."""
-        found = {}
-        for names, distribution in self._search.space.items():
-            several = (names,) if isinstance(names, str) else names
-            if missing := [name for name in several if name not in overrides]:
-                raise SweepError(f'a trial to begin with has no value for {missing[0]}')
-            value = overrides[names] if isinstance(names, str) else tuple(overrides[name] for name in names)
-            if distribution.choices:
-                choices = [tuple(c) if isinstance(c, list) else c for c in distribution.choices]
-                if value not in choices:
-                    raise SweepError(f'{", ".join(several)}={value!r} of a trial to begin with is none of the choices')
-                value = choices.index(value)
-            elif not distribution.low <= value <= distribution.high:
-                raise SweepError(f'{names}={value!r} of a trial to begin with is out of its range')
-            found[','.join(several)] = value
-        return found
-
     def is_hopeless(self, number: int, values: Sequence[tuple[int, float]]) -> bool:
         """Reports (step, value) pairs of a trial under way, in order; whether it should be stopped."""
         trial = self._trials[number]
@@ -137,6 +148,8 @@ class Study:
         """Tells how a trial ended: with a value; pruned; or, with None, failed or given up."""
         states = self._optuna.trial.TrialState
         self._trials.pop(number, None)
+        if number not in {trial.number for trial in self._study.get_trials(deepcopy=False)}:
+            return  # of a study that was deleted meanwhile
         if pruned:
             self._study.tell(number, state=states.PRUNED, skip_if_finished=True)
         elif value is None or not math.isfinite(value):

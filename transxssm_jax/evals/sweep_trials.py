@@ -57,21 +57,31 @@ class Fate:
     study_number: int = -1
 
 
-def names_of(varied: Sequence[dict[str, Any]]) -> list[str]:
+def names_of(varied: Sequence[dict[str, Any]], begun: Sequence[dict] = ()) -> list[str]:
     """A name for each trial: 'optimizer.learning_rate=0.001,data.seed=0' of the settings that differ between trials.
 
+    Args:
+      varied: the settings of each trial, of one at least.
+      begun: 'varied' and 'name' of trials of an earlier call. They keep their names, so that a sweep file to which a setting
+        is added finds what is trained.
+
     Raises:
-      SweepError: two trials are the same.
+      SweepError: two trials are the same, or would have the same directory.
     """
+    for i, trial in enumerate(varied):
+        if (first := varied.index(trial)) != i:
+            raise SweepError(f'trials {first} and {i} of the sweep are the same: {name_of(trial)}')
     same = {
         name: value
         for name, value in varied[0].items()
         if len(varied) > 1 and all(trial.get(name, _MISSING) == value for trial in varied)
     }
     names = [name_of({name: value for name, value in trial.items() if name not in same}) for trial in varied]
+    for i, trial in enumerate(varied):
+        names[i] = next((record['name'] for record in begun if record['varied'] == trial), names[i])
     for i, name in enumerate(names):
         if (first := names.index(name)) != i:
-            raise SweepError(f'trials {first} and {i} of the sweep are the same: {name}')
+            raise SweepError(f'trials {first} and {i} would both be in the directory {name}; name another --output')
     return names
 
 
@@ -79,10 +89,11 @@ _MISSING = object()
 
 
 def name_of(varied: dict[str, Any]) -> str:
-    """The name of a trial's directory."""
+    """The name of a trial's directory; a hash ends it where it does not tell all, so that no two trials share one."""
     words = [f'{name}={_shown(value)}' for name, value in varied.items()]
-    name = re.sub(r'[^\w.,=+\-]', '_', ','.join(words)) or 'all'
-    if len(name) <= LONGEST_NAME:
+    whole = ','.join(words) or 'all'
+    name = re.sub(r'[^\w.,=+\-]', '_', whole, flags=re.ASCII)
+    if len(name) <= LONGEST_NAME and name == whole:
         return name
     return f'{name[: LONGEST_NAME - 13]}-{hashlib.sha256(json.dumps(words).encode()).hexdigest()[:12]}'
 
@@ -186,17 +197,17 @@ def _damaged(path: pathlib.Path, why: str) -> SweepError:
     )
 
 
-def with_fates(state: State, saved: dict | None) -> None:
-    """Gives trials the fates that an earlier call has left; one that was running then waits again, one that failed too."""
+def with_fates(state: State, saved: dict | None, *, again: bool = True) -> None:
+    """Gives trials the fates that an earlier call has left. again: those that were running then, or failed, wait again."""
     kept = {record['name']: record for record in (saved or {}).get('trials', [])}
     for i, trial in enumerate(state.trials):
         if record := kept.get(trial.name):
             fate = Fate(**{field.name: record[field.name] for field in dataclasses.fields(Fate)})
-            if fate.status in (RUNNING, FAILED):
+            if again and fate.status in (RUNNING, FAILED):
                 fate.status, fate.reason = WAITING, ''
             state.fates[i] = fate
         if trial.is_finished():
-            state.fates[i].status = DONE
+            state.fates[i].status, state.fates[i].reason = DONE, ''
         elif state.fates[i].status == DONE:  # its directory is gone
             state.fates[i].status = WAITING
 
@@ -209,6 +220,8 @@ def check_same_sweep(saved: dict | None, settings: dict[str, Any], directory: pa
         return
     for name, value in settings.items():
         was = saved.get('settings', {}).get(name)
+        if name == 'config' and isinstance(was, str):
+            was = os.path.abspath(was)
         if was != json.loads(json.dumps(value)):
             raise SweepError(f'{directory} holds a sweep with {name} {was!r}, not {value!r}; name another --output')
 
@@ -228,8 +241,12 @@ def data_settings(config) -> str:
     return json.dumps([dataclasses.asdict(config.data), config.model.vocab_size, config.train.steps])
 
 
+CHANGES_THE_STEP = ('train.accumulation_steps',)
+
+
 def step_settings(config) -> str:
     """What the compiled step depends on, but for numbers that change no shape."""
     flat = config_lib.flatten(config)
     free = ('seed', 'learning_rate', 'steps', 'weight_decay', 'path')
-    return json.dumps({name: value for name, value in flat.items() if not name.endswith(free)})
+    kept = {name: value for name, value in flat.items() if not name.endswith(free) or name in CHANGES_THE_STEP}
+    return json.dumps(kept)
