@@ -282,7 +282,8 @@ class Command:
                 values[name[2:]] = False
             else:
                 near = nearest('--' + name, [f'--{flag}' for flag in known] + ['--config'] * bool(self.settings))
-                raise UsageError(f'unknown flag --{shorten(name)}{near or "; see --help"}')
+                bare = f'; {self.arguments} is given without a flag' if self.arguments else ''
+                raise UsageError(f'unknown flag --{shorten(name)}{near or "; see --help"}{bare}')
         if arguments and not self.arguments:
             raise self._unexpected(arguments[0])
         for flag in self.flags:
