@@ -18,8 +18,9 @@ lint: .venv/installed
 types: .venv/evaluation
 	.venv/bin/python -m mypy
 
+# Without --quiet, which would hide warnings from --strict too. The variable leaves out an advertisement.
 docs: .venv/evaluation
-	.venv/bin/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
 
 # The environment is made anew when the pinned set changes; a half-made one is finished by the next call.
 .venv/installed: requirements.txt pyproject.toml

@@ -457,6 +457,8 @@ def test_flags_are_parsed(argv, name, value):
         (['--lengths=0'], '--lengths=0 must be at least 1'),
         (['--mode=on'], '--mode=on is not one of the choices; did you mean one?'),
         (['--step=1'], 'unknown flag --step; did you mean --steps?'),
+        (['--mope'], 'unknown flag --mope; did you mean --mode?'),
+        (['--nil'], 'unknown flag --nil; known: '),
         (['--config.train.steps=1'], 'unknown flag --config.train.steps'),
         (['-'], 'unexpected argument -'),
         ([''], 'unexpected argument'),

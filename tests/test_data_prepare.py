@@ -211,7 +211,8 @@ def test_second_run(corpus, prepared, capsys, tmp_path):
     assert 'already holds split' in error and 'delete' not in error
     assert 'another text_field' in refused(capsys, prepared, corpus[0], text_field='body')
     tokenizer = train_tokenizer(tmp_path / 't.json', ['</s>'])
-    assert 'another tokenizer' in refused(capsys, prepared, corpus[0], tokenizer=tokenizer)
+    error = refused(capsys, prepared, corpus[0], tokenizer=tokenizer)
+    assert 'another tokenizer' in error and '{' not in error
     assert 'another tokenizer' in refused(capsys, prepared, other, tokenizer=tokenizer, split='validation')
     assert digests(prepared) == before
 

@@ -103,11 +103,15 @@ def test_the_readme_is_short():
 
 def test_the_site_is_built_without_a_warning(tmp_path):
     pytest.importorskip('material', reason='needs pip install -e .[docs]')
-    command = [sys.executable, '-m', 'mkdocs', 'build', '--strict', '--quiet', f'--site-dir={tmp_path}']
+    command = [sys.executable, '-m', 'mkdocs', 'build', '--strict', f'--site-dir={tmp_path}']
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert not [line for line in result.stderr.splitlines() if line.startswith('WARNING')]
     pages = {page.stem for page in (ROOT / 'docs').glob('*.md')}
+    assert pages == set(re.findall(r': (\w+)\.md$', (ROOT / 'mkdocs.yml').read_text(), re.M)), 'not in the navigation'
+    assert pages - {'index'} <= set(re.findall(r'\((\w+)\.md\)', (ROOT / 'docs/index.md').read_text())), (
+        'not in index.md'
+    )
     assert pages <= {page.stem for page in tmp_path.glob('*.html')}
     # Nothing is loaded from elsewhere.
     index = (tmp_path / 'index.html').read_text()

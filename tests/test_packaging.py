@@ -80,6 +80,12 @@ def test_a_file_here_goes_before_a_shipped_config_and_a_directory_after(tmp_path
     (tmp_path / '30m').write_text('')
     assert settings.find_file('30m') == pathlib.Path('30m')
     assert settings.find_file('search', folder='sweeps') == shipped / 'sweeps' / 'search.py'
+    # As the pages write it, from any working directory.
+    assert settings.find_file('configs/tiny.py') == shipped / 'tiny.py'
+    assert settings.find_file('./configs/paper/small') == shipped / 'paper' / 'small'
+    assert settings.find_file('configs/sweeps/search.py', folder='sweeps') == shipped / 'sweeps' / 'search.py'
+    (tmp_path / 'configs' / 'paper' / 'small').mkdir(parents=True)
+    assert settings.find_file('configs/paper/small') == pathlib.Path('configs/paper/small')
     for name in ('../tiny', '/tiny', ''):
         with pytest.raises(settings.ConfigError, match='no such file'):
             settings.find_file(name)

@@ -123,7 +123,10 @@ def test_other_differences_can_be_allowed(tmp_path, capsys):
     runs = write_run(tmp_path / 'a'), write_run(tmp_path / 'b', optimizer__learning_rate=1e-3)
     assert run(capsys, f'--output={tmp_path / "1"}', '--compared=optimizer.learning_rate', *runs)[0] == 0
     assert run(capsys, f'--output={tmp_path / "2"}', '--allow', *runs)[0] == 0
-    assert 'Not alike: optimizer.learning_rate is 0.0002 in a' in (tmp_path / '2' / 'report.html').read_text()
+    page = (tmp_path / '2' / 'report.html').read_text()
+    assert 'Not alike: optimizer.learning_rate is 0.0002 in a' in page and '--allow' not in page
+    code, _, err = run(capsys, f'--output={tmp_path / "none"}', '--allow', '--compared=optimiser', *runs)
+    assert code == 2 and '--compared=optimiser is no setting' in err
     # The same data from two places, and settings of speed, are no difference.
     alike = [
         write_run(tmp_path / name, fingerprint='x', data__path=f'/{name}', mesh__data=size)
@@ -140,6 +143,7 @@ def test_other_differences_can_be_allowed(tmp_path, capsys):
     'arguments, message',
     [
         ((), 'no RUN is given'),
+        (('--workdir=a',), 'RUN is given without a flag'),
         (('nowhere',), 'nowhere is no run'),
         (('empty',), 'has no records in metrics.jsonl'),
         (('a', 'a'), 'is given twice'),

@@ -85,6 +85,9 @@ def test_without_the_training_data_the_size_is_checked_and_the_rest_reported(wor
         DataError, match=r'gone: .*; that is data.path of the run, whose .* give it with --tokenizer=PATH'
     ):
         open_trained_run(moved)
+    elsewhere = save_run(tmp_path / 'elsewhere', data_path='../gone')  # relative to where the run was started
+    with pytest.raises(DataError, match=r'PATH, or call this where the run was started, because that path is relative'):
+        open_trained_run(elsewhere)
     assert open_trained_run(moved, tokenizer='byte').tokenizer.vocab_size == 257
     err = capsys.readouterr().err
     assert err.startswith('note: --tokenizer=byte has 257 ids, which fit model.vocab_size=264; its digest could not be')

@@ -122,10 +122,11 @@ def expand_path(name: str, path: str, error: type[UserError] = UsageError, is_pl
 
 def nearest(name: str, known) -> str:
     """'; did you mean X?', or what is known where that is little, or ''."""
-    near = difflib.get_close_matches(shorten(name), known := sorted(known), n=1, cutoff=0.6)
+    bare = {word.removeprefix('--'): word for word in sorted(known)}  # two dashes make no flags alike
+    near = difflib.get_close_matches(shorten(name).removeprefix('--'), bare, n=1, cutoff=0.6)
     if near:
-        return f'; did you mean {near[0]}?'
-    return f'; known: {", ".join(known)}' if len(known) <= 16 else ''
+        return f'; did you mean {bare[near[0]]}?'
+    return f'; known: {", ".join(bare.values())}' if len(known) <= 16 else ''
 
 
 def check_range(name: str, value, minimum=None, maximum=None, error: type[UserError] = UsageError) -> None:
@@ -282,7 +283,8 @@ class Command:
                 values[name[2:]] = False
             else:
                 near = nearest('--' + name, [f'--{flag}' for flag in known] + ['--config'] * bool(self.settings))
-                raise UsageError(f'unknown flag --{shorten(name)}{near or "; see --help"}')
+                bare = f'; {self.arguments} is given without a flag' if self.arguments else ''
+                raise UsageError(f'unknown flag --{shorten(name)}{near or "; see --help"}{bare}')
         if arguments and not self.arguments:
             raise self._unexpected(arguments[0])
         for flag in self.flags:

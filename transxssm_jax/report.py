@@ -18,7 +18,7 @@ import pathlib
 from transxssm_jax.cli import Flag
 from transxssm_jax.evals import charts, run_report
 from transxssm_jax.evals.run_evaluations import table_of
-from transxssm_jax.evals.run_records import RunError, check_comparable, read_runs
+from transxssm_jax.evals.run_records import NotAlikeError, RunError, check_comparable, read_runs
 
 COMMAND = cli.Command(
     'transxssm_jax.report',
@@ -48,10 +48,10 @@ def _report(flags) -> None:
     note = ''
     try:
         check_comparable(runs, flags.compared)
-    except RunError as error:
+    except NotAlikeError as error:
         if not flags.allow:
             raise
-        note = f'Not alike: {error}.'
+        note = f'Not alike: {error.difference}.'
     drawn = run_report.charts_of(runs)
     headings, rows = run_report.rows_of(runs)
     names, settings = run_report.settings_of(runs)

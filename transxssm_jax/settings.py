@@ -268,10 +268,10 @@ def shipped() -> pathlib.Path:
 
 
 def find_file(path: str, flag: str = '--config', folder: str = '') -> pathlib.Path:
-    """The file or directory of a path, or of the name of one that comes with this project: '1p3b', 'pods/1p3b_v5e_256'.
+    """The file or directory of a path, or of the name of one that comes with this project: '1p3b', 'configs/1p3b.py'.
 
     Args:
-      path: what was typed; a file that is here goes first, a directory last.
+      path: what was typed; a file that is here goes first, a directory after a shipped name, and before 'configs/NAME'.
       flag: how errors call it.
       folder: of the shipped configs, where the name is looked for.
 
@@ -288,6 +288,12 @@ def find_file(path: str, flag: str = '--config', folder: str = '') -> pathlib.Pa
                 return candidate
         if path and file.exists():  # a directory
             return file
+        # As the pages write it, where the checkout is not the working directory.
+        prefix = pathlib.PurePath('configs') / folder
+        if file.is_relative_to(prefix) and '..' not in file.parts:
+            candidate = shipped_folder / file.relative_to(prefix)
+            if candidate.exists():
+                return candidate
     except OSError as error:
         raise ConfigError(f'{flag}={cli.shorten(path)}: {error.strerror}') from None
     near = [str(p) for place in {file.parent, pathlib.Path('configs')} for p in place.glob('*.py')]

@@ -188,7 +188,7 @@ def prepare(arguments: types.SimpleNamespace) -> Manifest:
             )
             raise DataError(
                 f'{output} already holds split {split!r} with another {name} '
-                f'({json.dumps(manifest.arguments.get(name))}); name another --output or another --split'
+                f'({_shown(manifest.arguments.get(name))}); name another --output or another --split'
             )
         shutil.rmtree(output / f'.incomplete.{split}', ignore_errors=True)  # of a run killed after its last write
         print(f'{output} already holds split {split!r}: {_count(manifest)}; nothing to do')
@@ -224,7 +224,7 @@ def prepare(arguments: types.SimpleNamespace) -> Manifest:
                 chat.describe() if chat else None,
             )
     shutil.rmtree(incomplete)
-    new = f', {tokens / seconds:,.0f} tokens/s with {arguments.num_workers} workers' if tokens else ''
+    new = f', {tokens / seconds:,.0f} tokens/s with {_many(arguments.num_workers, "worker")}' if tokens else ''
     print(f'{output} holds split {split!r}: {_count(manifest)}{new}')
     return manifest
 
@@ -366,7 +366,7 @@ def _check_same(output: Path, tokenizer, chat: Chat | None) -> None:
             raise DataError(f'{output} holds split {other!r} of {kind}; name another --output')
         if described != tokenizer.describe():
             raise DataError(
-                f'{output} holds split {other!r} with another tokenizer ({described}); '
+                f'{output} holds split {other!r} with another tokenizer ({_shown(described)}); '
                 'use that one or name another --output'
             )
 
@@ -406,6 +406,17 @@ def _count(manifest: Manifest) -> str:
     for source in manifest.sources:
         skipped.update(source.skipped)
     return (
-        f'{manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens, {manifest.num_bytes:,} bytes of text, '
-        f'{sum(skipped.values()):,} skipped{reasons(skipped)}, {len(manifest.shards)} shards'
+        f'{_many(manifest.num_documents, "document")}, {manifest.num_tokens:,} tokens, {manifest.num_bytes:,} bytes of text, '
+        f'{sum(skipped.values()):,} skipped{reasons(skipped)}, {_many(len(manifest.shards), "shard")}'
     )
+
+
+def _shown(argument) -> str:
+    """An argument of the manifest, in a few words."""
+    if isinstance(argument, dict) and 'vocab_size' in argument:
+        return f'{argument["kind"]}, {argument["vocab_size"]:,} ids, eos {argument["eos_id"]}'
+    return cli.shorten(json.dumps(argument))
+
+
+def _many(count: int, noun: str) -> str:
+    return f'{count:,} {noun}' + 's' * (count != 1)

@@ -16,6 +16,14 @@ class RunError(cli.UserError, ValueError):
     """A directory that is no run, or runs that cannot be compared; the message is one line."""
 
 
+class NotAlikeError(RunError):
+    """Runs that differ in what is not compared: `difference` tells in what, the message the remedy too."""
+
+    def __init__(self, difference: str, remedy: str):
+        super().__init__(f'{difference}; {remedy}')
+        self.difference = difference
+
+
 SEEDS = ('train.seed', 'data.seed')  # runs that differ in these alone are repeats of one
 # Settings that decide how fast or how often something is done, and not what is trained or measured.
 WITHOUT_EFFECT = (
@@ -199,9 +207,10 @@ def check_comparable(runs: Sequence[RunRecords], compared: Sequence[str]) -> Non
     for name, values in differing_settings(runs).items():
         if allowed.isdisjoint({name, name.partition('.')[0]}):
             i = next(i for i, value in enumerate(values) if value != values[0])
-            raise RunError(
+            raise NotAlikeError(
                 f'{name} is {cli.shorten(repr(values[0]), 60)} in {runs[0].name} and {cli.shorten(repr(values[i]), 60)} in '
-                f'{runs[i].name}, which is not what is compared; add it to --compared={",".join(compared)}, or give --allow'
+                f'{runs[i].name}, which is not what is compared',
+                f'add it to --compared={",".join(compared)}, or give --allow',
             )
     common_metrics(runs)
 

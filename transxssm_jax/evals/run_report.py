@@ -127,6 +127,7 @@ svg .title { fill: var(--ink); font-size: 14px; font-weight: 600; }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--grid); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
 ul { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; }
+@media (max-width: 36rem) { svg text { font-size: 17px; } svg .title { font-size: 19px; } }  /* charts are half as large */
 li svg { width: 2.2rem; height: .7rem; margin-right: .4rem; }
 """
 

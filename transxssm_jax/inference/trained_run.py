@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import pathlib
 import sys
 
 import jax
@@ -100,10 +101,12 @@ def _load_tokenizer(workdir, config: Config, source: str, flag: str):
     try:
         tokenizer = load_tokenizer(source or trained)
     except DataError as error:
+        if source:
+            raise DataError(f'{error} ({flag})') from error
+        is_relative = '://' not in trained and not pathlib.Path(trained).is_absolute()
         raise DataError(
-            f'{error} ({flag})'
-            if source
-            else f'{error}; that is {_setting(config)} of the run, whose tokenizer is needed: give it with {flag}=PATH'
+            f'{error}; that is {_setting(config)} of the run, whose tokenizer is needed: give it with {flag}=PATH'
+            + (', or call this where the run was started, because that path is relative' if is_relative else '')
         ) from error
     name = f'{flag}={source}' if source else f'{_setting(config)}={trained}'
     check_tokenizer(tokenizer, config.model.vocab_size, f'the tokenizer of {name}')
