@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shutil
+import socket
 import time
 
 import jax
@@ -105,6 +106,55 @@ def test_a_second_run_is_kept_out_and_a_lease_that_nobody_renews_is_not_heeded(s
     old = {'owner': 'gone', 'host': 'gone', 'time': time.time() - remote_workdir.LEASE_SECONDS - 1}
     object_store.Files(url).write(remote_workdir.LEASE, json.dumps(old).encode())
     assert train(config, url, **SETTINGS).code == 0
+
+
+def test_a_lease_is_renewed_while_a_large_file_is_copied(store, cache, monkeypatch):
+    monkeypatch.setattr(remote_workdir, 'RENEW_SECONDS', 0.05)
+    monkeypatch.setattr(remote_workdir, 'LEASE_SECONDS', 5.0)
+    url, put, holders = 's3://runs/large', object_store.Files.put, []
+
+    def put_slowly(self, file, name):
+        time.sleep(7)
+        holders.append(remote_workdir.RemoteWorkdir(url)._holder())
+        put(self, file, name)
+
+    monkeypatch.setattr(object_store.Files, 'put', put_slowly)
+    workdir = remote_workdir.RemoteWorkdir(url)
+    workdir.open()
+    (workdir.directory / 'checkpoints' / '1').mkdir(parents=True)
+    (workdir.directory / 'checkpoints' / '1' / 'digests.json').write_text('{}')
+    assert workdir.close() == '' and holders == [socket.gethostname()]
+    assert remote_workdir.LEASE not in object_store.Files(url).names()
+
+
+def test_a_start_that_fails_gives_the_lease_back(store, cache, monkeypatch):
+    files = object_store.Files('s3://runs/failing')
+    files.write('config.json', b'{}')
+
+    def refuse(self, name, copy):
+        raise object_store.StoreError('no space')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(object_store.Files, 'fetch', refuse)
+        with pytest.raises(object_store.StoreError, match='no space'):
+            remote_workdir.RemoteWorkdir(files.url).open()
+    assert files.names() == ['config.json']
+    workdir = remote_workdir.RemoteWorkdir(files.url)
+    workdir.open()
+    assert workdir.close() == ''
+
+
+def test_a_checkpoint_that_could_not_be_copied_outlives_the_next_start(store, cache, caplog):
+    workdir = remote_workdir.RemoteWorkdir('s3://runs/behind')
+    (workdir.directory / 'checkpoints' / '7').mkdir(parents=True)
+    (workdir.directory / 'checkpoints' / '7' / 'digests.json').write_text('{}')
+    workdir.open()
+    assert workdir.close() == ''
+    (kept,) = workdir.directory.parent.glob('not-copied-*/checkpoints/7/digests.json')
+    (warning,) = [record.message for record in caplog.records if record.levelname == 'WARNING']
+    assert str(kept.parents[2]) in warning
+    assert not (workdir.directory / 'checkpoints').exists()
+    assert workdir.directory.name == 'behind', 'the name that trackers give the run'
 
 
 def test_a_store_that_refuses_in_the_midst_does_not_stop_the_run_and_is_told_at_its_end(

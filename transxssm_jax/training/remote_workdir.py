@@ -6,7 +6,8 @@ logs each `LOG_SECONDS` and at the end. A checkpoint that the run removes is rem
 
 When a run starts, what is there is fetched: logs, the newest checkpoints, and of older ones what tells whether they are
 the best. So a run that was killed goes on from what was copied, on any machine. An object `lease.json` keeps a second run
-out while the first renews it.
+out while the first renews it; a thread of its own does so, because a large checkpoint may be copied for longer than a lease
+lasts.
 """
 
 import contextlib
@@ -27,7 +28,8 @@ from transxssm_jax.training import checkpoint_files, lease
 from transxssm_jax.training.checkpoint_files import CheckpointError
 
 SCAN_SECONDS = 2.0  # between looks for something new
-LOG_SECONDS = 30.0  # between copies of logs, and renewals of the lease
+LOG_SECONDS = 30.0  # between copies of logs
+RENEW_SECONDS = 30.0  # between renewals of the lease
 LEASE_SECONDS = 180.0  # after which a lease that nobody renewed is taken over
 FULL_CHECKPOINTS = 2  # newest ones that are fetched whole, the second in case that the first is damaged
 
@@ -71,19 +73,20 @@ class RemoteWorkdir:
     """See the module's docstring.
 
     Attributes:
-      directory: the local one.
+      directory: the local one; its name, by which charts know the run, is the last of the URL.
     """
 
     def __init__(self, url: str):
         self.url = url.rstrip('/')
-        self.directory = object_store.cache_of(self.url) / 'run'
+        self.directory = object_store.cache_of(self.url) / 'run' / self.url.rpartition('/')[2]
         self._files = object_store.Files(self.url)
         self._owner = secrets.token_hex(8)
         self._sent: dict[str, tuple[int, int]] = {}  # name -> (bytes, time) of what was copied or fetched
         self._problem = ''  # of the last attempt to copy
         self._lost = ''  # who holds the lease instead
-        self._stop = threading.Event()
+        self._stop, self._released = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, name=f'copy to {self.url}', daemon=True)
+        self._lease = threading.Thread(target=self._hold, name=f'lease of {self.url}', daemon=True)
 
     def open(self) -> None:
         """Takes the lease, fetches what is there, and begins to copy. Raises as `local`."""
@@ -92,10 +95,19 @@ class RemoteWorkdir:
                 f'--workdir={self.url} is held by a run on {holder}; stop it, or wait {LEASE_SECONDS:.0f} s after it is gone'
             )
         self._renew()
-        shutil.rmtree(self.directory, ignore_errors=True)
-        self.directory.mkdir(parents=True)
+        self._lease.start()
+        try:
+            self._fetch()
+        except BaseException:
+            self._release()
+            raise
+        self._thread.start()
+
+    def _fetch(self) -> None:
         names = self._files.names()
         steps = complete_steps(names)
+        self._set_aside(steps[-1] if steps else -1)
+        self.directory.mkdir(parents=True)
         whole = {f'checkpoints/{step}' for step in steps[-FULL_CHECKPOINTS:]}
         for name in names:
             folder, _, file = name.rpartition('/')
@@ -106,20 +118,49 @@ class RemoteWorkdir:
                 continue
             self._files.fetch(name, self.directory / name)
             self._sent[name] = _stamp(self.directory / name)
-        self._thread.start()
+
+    def _set_aside(self, newest: int) -> None:
+        """Clears the local directory; what an earlier run could not copy, checkpoints after step `newest`, stays beside it."""
+        if any(step > newest for step in checkpoint_files.steps_in(self.directory / 'checkpoints')):
+            aside = self.directory.with_name(f'not-copied-{self._owner}')
+            self.directory.rename(aside)
+            log.warning('checkpoints of an earlier run that were not copied to %s are in %s', self.url, aside)
+        shutil.rmtree(self.directory, ignore_errors=True)
 
     def close(self) -> str:
         """Copies the rest and gives the lease back. Returns what could not be done, '' where all was."""
         self._stop.set()
         self._thread.join()
         self._copy(with_logs=True)
+        if not self._lost and not self._problem:
+            self._release()
+            return ''
+        self._end_lease()
         if self._lost:
             return f'--workdir={self.url} was taken over by a run on {self._lost}; what this one saved is in {self.directory}'
-        if self._problem:
-            return f'{self._problem}; what was not copied is in {self.directory}'
-        with contextlib.suppress(object_store.StoreError, FileNotFoundError):  # it will end by itself
-            self._files.remove([LEASE])
-        return ''
+        return f'{self._problem}; what was not copied is in {self.directory}'
+
+    def _end_lease(self) -> None:
+        self._released.set()
+        self._lease.join()
+
+    def _release(self) -> None:
+        """Gives the lease back."""
+        self._end_lease()
+        if not self._lost:
+            with contextlib.suppress(object_store.StoreError, FileNotFoundError):  # it will end by itself
+                self._files.remove([LEASE])
+
+    def _hold(self) -> None:
+        """Renews the lease until it is given back, or another run has it."""
+        while not self._lost and not self._released.wait(RENEW_SECONDS):
+            with contextlib.suppress(object_store.StoreError, OSError):  # what is wrong with the store, copying tells
+                self._check_lease()
+
+    def _check_lease(self) -> None:
+        self._lost = self._lost or self._holder()
+        if not self._lost:
+            self._renew()
 
     def _work(self) -> None:
         logs_at = time.monotonic()
@@ -131,10 +172,8 @@ class RemoteWorkdir:
     def _copy(self, with_logs: bool) -> None:
         before, self._problem = self._problem, ''
         try:
-            if with_logs and not self._lost:
-                self._lost = self._holder()
-                if not self._lost:
-                    self._renew()
+            if with_logs:
+                self._check_lease()
             if not self._lost:
                 self._send(with_logs)
         except (object_store.StoreError, OSError) as error:
@@ -159,6 +198,8 @@ class RemoteWorkdir:
         # A checkpoint that was written anew is not complete until all of it is there.
         self._files.remove([name for name in changed if name in self._sent and name.endswith('/' + _LAST)])
         for name in sorted(changed, key=lambda name: (_step_of(name) is not None and name.endswith(_LAST), name)):
+            if self._lost:
+                return
             try:
                 self._files.put(self.directory / name, name)
             except FileNotFoundError:  # removed meanwhile
