@@ -66,3 +66,6 @@ def test_pytorch_takes_what_peft_passes_and_refuses_what_is_not_computed(tmp_pat
     assert torch.equal(model(tokens, **passed).logits, model(tokens).logits)
     with pytest.raises(ValueError, match='output_hidden_states is not computed by this model; leave it out'):
         model(tokens, output_hidden_states=True)
+    whole = model(tokens).logits
+    for keep, places in ((2, [22, 23]), (torch.tensor([3, 7]), [3, 7])):
+        torch.testing.assert_close(model(tokens, logits_to_keep=keep).logits, whole[:, places])

@@ -326,9 +326,6 @@ class Block(nn.Module):
         return self.mlp_residual(x, self.mlp(x)) if hasattr(self, 'mlp') else x
 
 
-# ---- models ---------------------------------------------------------------------
-
-
 class TransXSSMPreTrainedModel(PreTrainedModel):
     config: TransXSSMConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     config_class = TransXSSMConfig
@@ -414,23 +411,24 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
         past_key_values: TransXSSMCache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
         **others: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """See `TransXSSMModel.forward`; logits are those of the last logits_to_keep tokens, 0: of all.
+        """See `TransXSSMModel.forward`; logits are of the last logits_to_keep tokens, 0: of all, or at those indices.
 
         Args:
           labels: [B, L], the tokens themselves, -100 where no loss is taken; that of token t is predicted from those before.
           use_cache: whether the output has the cache, for the next call.
           others: what peft passes always, None or False; ValueError: another value, which is not computed here.
         """
-        if wanted := [name for name, value in others.items() if value is not None and value is not False]:
-            raise ValueError(f'{wanted[0]} is not computed by this model; leave it out')
+        if refused := [name for name, value in others.items() if value is not None and value is not False]:
+            raise ValueError(f'{refused[0]} is not computed by this model; leave it out')
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
         cache = cache or past_key_values or (TransXSSMCache() if use_cache else None)
         hidden_BLD = self.model(input_ids, attention_mask, cache)
-        logits = self.lm_head(hidden_BLD[:, -logits_to_keep:] if logits_to_keep else hidden_BLD).float()
+        wanted = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_BLD[:, wanted]).float()
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(logits.device))
