@@ -10,7 +10,7 @@ from train_fixtures import checkpoint_steps, losses, prepare_bytes, train, write
 
 from transxssm_jax.data import object_store
 from transxssm_jax.data.loader import make_loader
-from transxssm_jax.training import remote_workdir
+from transxssm_jax.training import remote_workdir, store_lease
 
 
 @pytest.fixture(scope='module')
@@ -63,6 +63,6 @@ def test_a_run_on_google_cloud_storage_goes_on_on_another_machine(google, tmp_pa
     assert second.code == 0 and 'resuming from step 2' in second.out, second
     names = object_store.Files(url).names()
     assert remote_workdir.complete_steps(names) == checkpoint_steps(tmp_path / 'whole')
-    assert remote_workdir.LEASE not in names
+    assert store_lease.NAME not in names
     object_store.Files(url).fetch('metrics.jsonl', tmp_path / 'there' / 'metrics.jsonl')
     assert losses(tmp_path / 'there') == losses(tmp_path / 'whole')

@@ -27,7 +27,7 @@ from train_fixtures import (
 from transxssm_jax import convert, generate
 from transxssm_jax.data import object_store
 from transxssm_jax.parallel import processes
-from transxssm_jax.training import checkpoint, digest, lease, ledger, remote_workdir
+from transxssm_jax.training import checkpoint, digest, lease, ledger, remote_workdir, store_lease
 from transxssm_jax.training.checkpoint_exchange import PLACE, CheckpointExchange
 from transxssm_jax.training.checkpoint_files import CheckpointError
 
@@ -65,7 +65,7 @@ def test_a_run_goes_on_from_the_store_on_another_machine(store, config, tmp_path
     result = train(config, url, **SETTINGS | dict(train__steps=4))
     assert result.code == 0, result
     names = object_store.Files(url).names()
-    assert remote_workdir.LEASE not in names
+    assert store_lease.NAME not in names
     assert {'config.json', 'metrics.jsonl'} <= set(names) and steps_there(url)[-1] == 4
     cache()
     result = train(config, url, **SETTINGS)
@@ -124,7 +124,7 @@ class Looks:
 
 def write_lease(url, **changes):
     elsewhere = {'host': 'elsewhere', 'host_identity': 'elsewhere', 'process': 7, 'token': 'of another', 'renewals': 1}
-    object_store.Files(url).write(remote_workdir.LEASE, json.dumps(elsewhere | changes).encode())
+    object_store.Files(url).write(store_lease.NAME, json.dumps(elsewhere | changes).encode())
 
 
 @pytest.mark.parametrize(
@@ -139,35 +139,84 @@ def test_a_lease_is_watched_before_it_is_taken_over(store, cache, monkeypatch, h
         gone.wait()
         write_lease(url, **lease.own_identity() | {'process': gone.pid, 'process_start': '1'})
     elif how == 'no lease at all':
-        object_store.Files(url).write(remote_workdir.LEASE, b'[')
+        object_store.Files(url).write(store_lease.NAME, b'[')
     else:
         write_lease(url)
     if how == 'ended meanwhile':
-        looks = Looks(2, lambda: object_store.Files(url).remove([remote_workdir.LEASE]))
+        looks = Looks(2, lambda: object_store.Files(url).remove([store_lease.NAME]))
     elif how == 'alive elsewhere':
         looks = Looks(2, lambda: write_lease(url, renewals=2))
     workdir = remote_workdir.RemoteWorkdir(url)
-    monkeypatch.setattr(remote_workdir.time, 'sleep', looks)
+    monkeypatch.setattr(store_lease.time, 'sleep', looks)
     if how == 'alive elsewhere':
         with pytest.raises(CheckpointError, match=f'{url} is held by a run on elsewhere; end that one first'):
             workdir.open()
         return
     workdir.open()
-    assert looks.count == {'killed elsewhere': remote_workdir.LOOKS, 'ended meanwhile': 2}.get(how, 0)
-    assert json.loads(object_store.Files(url).read(remote_workdir.LEASE))['process'] == os.getpid()
+    assert looks.count == {'killed elsewhere': store_lease.LOOKS, 'ended meanwhile': 2}.get(how, 0)
+    assert json.loads(object_store.Files(url).read(store_lease.NAME))['process'] == os.getpid()
     assert workdir.close() == '' and object_store.Files(url).names() == []
+
+
+def test_a_lease_is_renewed_while_a_large_file_is_copied(store, cache, monkeypatch):
+    """Also at the end, when the run is over."""
+    monkeypatch.setattr(store_lease, 'RENEW_SECONDS', 0.05)
+    files, put = object_store.Files('s3://runs/large'), object_store.Files.put
+    renewed = []
+
+    def put_slowly(self, file, name):
+        before, deadline = files.read(store_lease.NAME), time.monotonic() + 60
+        while files.read(store_lease.NAME) == before and time.monotonic() < deadline:
+            time.sleep(0.05)
+        renewed.append(files.read(store_lease.NAME) != before)
+        put(self, file, name)
+
+    monkeypatch.setattr(object_store.Files, 'put', put_slowly)
+    workdir = remote_workdir.RemoteWorkdir(files.url)
+    workdir.open()
+    (workdir.directory / 'checkpoints' / '1').mkdir(parents=True)
+    (workdir.directory / 'checkpoints' / '1' / 'digests.json').write_text('{}')
+    assert workdir.close() == '' and renewed == [True]
+    assert store_lease.NAME not in files.names()
+
+
+def test_a_start_that_fails_gives_the_lease_back(store, cache, monkeypatch):
+    files = object_store.Files('s3://runs/failing')
+    files.write('config.json', b'{}')
+
+    def refuse(self, name, copy):
+        raise object_store.StoreError('no space')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(object_store.Files, 'fetch', refuse)
+        with pytest.raises(object_store.StoreError, match='no space'):
+            remote_workdir.RemoteWorkdir(files.url).open()
+    assert files.names() == ['config.json']
+
+
+def test_a_checkpoint_that_could_not_be_copied_outlives_the_next_start(store, cache, caplog):
+    workdir = remote_workdir.RemoteWorkdir('s3://runs/behind')
+    (workdir.directory / 'checkpoints' / '7').mkdir(parents=True)
+    (workdir.directory / 'checkpoints' / '7' / 'digests.json').write_text('{}')
+    workdir.open()
+    assert workdir.close() == ''
+    (kept,) = workdir.directory.parent.glob('not-copied-*/checkpoints/7/digests.json')
+    (warning,) = [record.message for record in caplog.records if record.levelname == 'WARNING']
+    assert str(kept.parents[2]) in warning
+    assert not (workdir.directory / 'checkpoints').exists()
+    assert workdir.directory.name == 'behind', 'the name that trackers give the run'
 
 
 def test_a_run_that_lost_its_lease_copies_nothing_more(store, cache, monkeypatch):
     url = 's3://runs/lost'
-    monkeypatch.setattr(remote_workdir, 'RENEW_SECONDS', 0.05)
+    monkeypatch.setattr(store_lease, 'RENEW_SECONDS', 0.05)
     workdir = remote_workdir.RemoteWorkdir(url)
     workdir.open()
     write_lease(url)
-    workdir._renewing.join(60)
+    workdir._lease._thread.join(60)
     (workdir.directory / 'metrics.jsonl').write_text('{}')
     assert 'was taken over by a run on elsewhere' in workdir.close()
-    assert object_store.Files(url).names() == [remote_workdir.LEASE], 'the lease of the other stays'
+    assert object_store.Files(url).names() == [store_lease.NAME], 'the lease of the other stays'
 
 
 def test_a_store_that_refuses_in_the_midst_does_not_stop_the_run_and_is_told_at_its_end(
@@ -219,10 +268,10 @@ def test_processes_without_a_common_directory_go_on_from_the_store(store, config
     ends = of_two(config, url, train__steps=4).finish()
     assert [end.code for end in ends] == [0, 0], ends
     names = object_store.Files(url).names()
-    assert {'ledger/process-0.jsonl', 'ledger/process-1.jsonl'} <= set(names) and remote_workdir.LEASE not in names
+    assert {'ledger/process-0.jsonl', 'ledger/process-1.jsonl'} <= set(names) and store_lease.NAME not in names
     assert not [name for name in names if name.startswith(PLACE)] and steps_there(url)[-1] == 4
     local = object_store.cache_of(url)
-    assert not any((local / 'process-1' / 'checkpoints').iterdir()), 'nothing is left that process 0 has'
+    assert not any((local / 'process-1' / 'two' / 'checkpoints').iterdir()), 'nothing is left that process 0 has'
     cache()
     object_store.Files(url).write(f'{PLACE}/5-of-a-killed-run/params/d', b'left')
     ends = of_two(config, url).finish()

@@ -361,8 +361,8 @@ def test_pytorch_goes_on_from_a_cache(tmp_path, transformers, name):
     key = 'cache' if 'cache' in first else 'past_key_values'
     again = model.generate(first.sequences, max_new_tokens=7, do_sample=False, **{key: first[key]})
     assert again.tolist() == whole.sequences.tolist()
-    kept = first[key].layers[0]['state'].shape
-    assert kept == whole[key].layers[0]['state'].shape, 'the state grows'
+    kept = first[key].layers[0].state.shape
+    assert kept == whole[key].layers[0].state.shape, 'the state grows'
 
 
 @pytest.mark.torch

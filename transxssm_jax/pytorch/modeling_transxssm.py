@@ -6,7 +6,7 @@
 is computed in chunks, in float32; on a GPU and in 16 bits, mamba_ssm's Triton kernel takes its place where that package is
 installed. What a layer keeps of the tokens before has a constant size, but for the keys and values of attention.
 
-A batch may be padded on either side. Padding is no part of a row: it moves no position and no state.
+A batch may be padded anywhere. Padding is no part of a row: it moves no position and no state.
 
 Shape legend: B batch, L length, S cached and new tokens, D model, F MLP, H heads, G groups, K attention head width, P head width
 of the scan, N state, Q and R tokens of a chunk, W width of the convolution, V vocabulary.
@@ -14,6 +14,7 @@ of the scan, N state, Q and R tokens of a chunk, W width of the convolution, V v
 
 import inspect
 import math
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +43,6 @@ class TransXSSMConfig(PretrainedConfig):
 
     model_type = 'transxssm_jax'
     keys_to_ignore_at_inference = ['cache', 'past_key_values']
-
     vocab_size: int = 50304
     hidden_size: int = 2048
     intermediate_size: int = 6144  # 0: layers have no MLP
@@ -87,14 +87,14 @@ class TransXSSMCache:
     def __init__(self, max_length: int | None = None):
         self.max_length = max_length
         self.length = 0  # tokens seen, padding included
-        self.layers: list[dict[str, Tensor]] = []
+        self.layers: list[SimpleNamespace] = []  # hooks that move inputs to a device would copy a dict
         self.rows: dict[str, Tensor] = {}  # 'position' [B] of the next token, 'valid' [B, S], 'rope_length' [B]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        for kept in (*self.layers, self.rows):
+        for kept in (*map(vars, self.layers), self.rows):
             for name, value in kept.items():
                 kept[name] = value.index_select(0, beam_idx.to(value.device))
 
@@ -115,9 +115,7 @@ def rope_tables(config: TransXSSMConfig, positions_BL: Tensor, width: int, lengt
     """Cosines and sines, float32 [B, L, 1, width / 2], of angles in float64."""
     wide = torch.float32 if positions_BL.device.type == 'mps' else torch.float64
     exponent = torch.arange(0, width, 2, dtype=wide, device=positions_BL.device) / width
-    frequency = config.rotary_base**-exponent
-    if config.rotary_scaling == 'linear':
-        frequency = frequency / config.rotary_factor
+    frequency = config.rotary_base**-exponent / (config.rotary_factor if config.rotary_scaling == 'linear' else 1.0)
     if config.rotary_scaling == 'dynamic':
         longer_B = length_B.to(wide).clamp(min=config.rotary_original_length) / config.rotary_original_length
         stretch_B11 = (config.rotary_factor * longer_B - (config.rotary_factor - 1))[:, None, None]
@@ -181,9 +179,8 @@ class Residual(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: TransXSSMConfig):
         super().__init__()
-        width = config.intermediate_size
-        self.in_proj = InputProjections(config, {'gate': width, 'up': width})
-        self.out_proj = Linear(width, config.hidden_size, bias=config.use_bias)
+        self.in_proj = InputProjections(config, dict.fromkeys(('gate', 'up'), config.intermediate_size))
+        self.out_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.use_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.in_proj(x)
@@ -191,7 +188,7 @@ class MLP(nn.Module):
 
 
 class Convolution(nn.Module):
-    """silu of a causal convolution, one filter per channel; `kept` holds the W - 1 inputs before."""
+    """silu of a causal convolution, one filter per channel; `kept` holds the W - 1 inputs before that are no padding."""
 
     def __init__(self, width: int, features: dict[str, int]):
         super().__init__()
@@ -199,16 +196,20 @@ class Convolution(nn.Module):
         for name, size in features.items():
             setattr(self, name, nn.Conv1d(size, size, width, groups=size))
 
-    def forward(self, inputs: list[Tensor], kept: dict[str, Tensor]) -> list[Tensor]:
-        outputs = []
+    def forward(self, inputs: list[Tensor], kept: SimpleNamespace, valid_BL: Tensor | None) -> list[Tensor]:
+        outputs, order, back = [], None, None
+        if valid_BL is not None:  # padding goes before all else, so that a token's window is the tokens before it
+            order = F.pad(valid_BL.int(), (self.before, 0), value=1).argsort(dim=1, stable=True)[..., None]
+            back = valid_BL.int().argsort(dim=1, stable=True).argsort(dim=1)[..., None]
         for name, u_BLC in zip(self.names, inputs):
-            tail = kept.get(name, u_BLC.new_zeros(u_BLC.shape[0], self.before, u_BLC.shape[2]))
+            tail = getattr(kept, name, u_BLC.new_zeros(u_BLC.shape[0], self.before, u_BLC.shape[2]))
             window = torch.cat([tail, u_BLC], dim=1)
-            kept[name] = window[:, window.shape[1] - self.before :]
+            window = window if order is None else window.take_along_dim(order, dim=1)
+            setattr(kept, name, window[:, window.shape[1] - self.before :])
             filters = getattr(self, name)
-            weight, bias = filters.weight.float(), filters.bias.float()
-            y_BCL = F.conv1d(window.float().transpose(1, 2), weight, bias, groups=window.shape[2])
-            outputs.append(F.silu(y_BCL).transpose(1, 2).to(u_BLC.dtype))
+            y_BCL = F.conv1d(window.float().mT, filters.weight.float(), filters.bias.float(), groups=window.shape[2])
+            y_BLC = F.silu(y_BCL).transpose(1, 2).to(u_BLC.dtype)
+            outputs.append(y_BLC if back is None else y_BLC.take_along_dim(back, dim=1))
         return outputs
 
 
@@ -259,7 +260,7 @@ class ScanMixer(nn.Module):
         self.d_skip = nn.Parameter(torch.ones(self.heads)) if convolved else None
         self.norm = Norm(inner, config.rms_norm_eps) if self.is_mamba2 else None
 
-    def forward(self, x_BLD: Tensor, at: Positions, kept: dict[str, Tensor]) -> Tensor:
+    def forward(self, x_BLD: Tensor, at: Positions, kept: SimpleNamespace) -> Tensor:
         (B, L, _), H, G = x_BLD.shape, self.heads, self.config.num_ssd_groups
         *gate, x, b, c, dt_BLH = self.in_proj(x_BLD)
         dt_BLH = F.softplus(dt_BLH if self.dt_bias is None else dt_BLH + self.dt_bias.float())
@@ -267,20 +268,20 @@ class ScanMixer(nn.Module):
             dt_BLH = dt_BLH * at.valid[..., None]
         if self.conv is not None:
             inputs = [x, b, c] if at.valid is None else [v * at.valid[..., None] for v in (x, b, c)]
-            x, b, c = self.conv(inputs, kept)
+            x, b, c = self.conv(inputs, kept, at.valid)
         x_BLHP, b_BLGN, c_BLGN = x.view(B, L, H, -1), b.view(B, L, G, -1), c.view(B, L, G, -1)
         rope = None if self.is_mamba2 else at.rope['ssd']
         if at.scale is not None and rope is not None:
             c_BLGN = (c_BLGN * at.scale).to(c_BLGN.dtype)
-        state = kept.get('state', x_BLD.new_zeros(B, H, x_BLHP.shape[-1], b_BLGN.shape[-1], dtype=torch.float32))
-        a_H = -torch.exp(self.a_log.float())
-        y_BLHP, kept['state'] = scan(x_BLHP, dt_BLH, a_H, rotate(b_BLGN, rope), rotate(c_BLGN, rope), state)
+        state = getattr(kept, 'state', x_BLD.new_zeros(B, H, x_BLHP.shape[-1], b_BLGN.shape[-1], dtype=torch.float32))
+        b_BLGN, c_BLGN = rotate(b_BLGN, rope), rotate(c_BLGN, rope)
+        y_BLHP, kept.state = scan(x_BLHP, dt_BLH, -torch.exp(self.a_log.float()), b_BLGN, c_BLGN, state)
         if self.d_skip is not None:
             y_BLHP = y_BLHP.float() + self.d_skip.float()[:, None] * x_BLHP.float()
         if self.norm is not None:  # over the heads of one group, in float32
             y = (y_BLHP.flatten(2) * F.silu(gate[0].float())).view(B, L, G, -1)
-            y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.norm.epsilon)
-            y_BLHP = y.flatten(2) * self.norm.weight.float()
+            inverse = torch.rsqrt(y.square().mean(-1, keepdim=True) + self.norm.epsilon)
+            y_BLHP = (y * inverse).flatten(2) * self.norm.weight.float()
         return self.out_proj(y_BLHP.reshape(B, L, -1).to(x_BLD.dtype))
 
 
@@ -292,16 +293,16 @@ class Attention(nn.Module):
         self.in_proj = InputProjections(config, {'q': heads, 'k': groups, 'v': groups})
         self.out_proj = Linear(heads, config.hidden_size, bias=config.use_bias)
 
-    def forward(self, x_BLD: Tensor, at: Positions, kept: dict[str, Tensor]) -> Tensor:
+    def forward(self, x_BLD: Tensor, at: Positions, kept: SimpleNamespace) -> Tensor:
         q, k, v = (y.unflatten(-1, (-1, self.width)) for y in self.in_proj(x_BLD))
         rope = at.rope['attention']
         q, k = rotate(q, rope), rotate(k, rope)
         if at.scale is not None and rope is not None:
             q = (q * at.scale).to(q.dtype)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # [B, heads, L, K]
-        if 'k' in kept:
-            k, v = torch.cat([kept['k'], k], dim=2), torch.cat([kept['v'], v], dim=2)
-        kept['k'], kept['v'] = k, v
+        if hasattr(kept, 'k'):
+            k, v = torch.cat([kept.k, k], dim=2), torch.cat([kept.v, v], dim=2)
+        kept.k, kept.v = k, v
         L, S, mask, gqa = q.shape[2], k.shape[2], None, k.shape[1] != q.shape[1]
         if at.keys is not None or 1 < L < S:
             order = torch.arange(S, device=q.device)
@@ -320,12 +321,9 @@ class Block(nn.Module):
         if config.intermediate_size:
             self.mlp, self.mlp_residual = MLP(config), Residual(config.hidden_size)
 
-    def forward(self, x: Tensor, at: Positions, kept: dict[str, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, at: Positions, kept: SimpleNamespace) -> Tensor:
         x = self.mixer_residual(x, self.mixer(x, at, kept))
         return self.mlp_residual(x, self.mlp(x)) if hasattr(self, 'mlp') else x
-
-
-# ---- models ---------------------------------------------------------------------
 
 
 class TransXSSMPreTrainedModel(PreTrainedModel):
@@ -363,7 +361,7 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
         """
         cache = TransXSSMCache() if cache is None else cache
         at = self._positions(input_ids, attention_mask, cache)
-        cache.layers = cache.layers or [{} for _ in self.layers]
+        cache.layers = cache.layers or [SimpleNamespace() for _ in self.layers]
         x = self.embed_tokens(input_ids)
         for layer, kept in zip(self.layers, cache.layers):
             x = layer(x, at, kept)
@@ -385,20 +383,19 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
         if 'attention' in self.kinds:
             rows['valid'] = keys = torch.cat([rows['valid'], valid], dim=1) if cache.length else valid
         cache.length += L
-        widths = {'ssd': config.state_size, 'attention': config.head_dim}
-        encodings = {'ssd': config.ssd_encoding, 'attention': config.attention_encoding}
-        rope = {
-            kind: rope_tables(config, positions, width, rows['rope_length']) if encodings[kind] == 'rope' else None
-            for kind, width in widths.items()
-        }
-        n, scale = positions.float() + 1, None
-        if config.rotary_scaling == 'length':
-            scale = (n.log() / math.log(config.rotary_original_length)).clamp(min=1)[..., None, None]
+        rope = {'ssd': None, 'attention': None}
+        if config.ssd_encoding == 'rope':
+            rope['ssd'] = rope_tables(config, positions, config.state_size, rows['rope_length'])
+        if config.attention_encoding == 'rope':
+            rope['attention'] = rope_tables(config, positions, config.head_dim, rows['rope_length'])
+        log_length = (positions.float() + 1).log() / math.log(config.rotary_original_length)
+        scale = log_length.clamp(min=1)[..., None, None] if config.rotary_scaling == 'length' else None
         return Positions(rope, scale, *(None if v is None or bool(v.all()) else v for v in (valid, keys)))
 
 
 class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {'lm_head.weight': 'model.embed_tokens.weight'}
+    accepts_loss_kwargs = False  # of Trainer, in spite of **others
 
     def __init__(self, config: TransXSSMConfig):
         super().__init__(config)
@@ -414,28 +411,29 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
         past_key_values: TransXSSMCache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        **others: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """See `TransXSSMModel.forward`; logits are those of the last logits_to_keep tokens, 0: of all.
+        """See `TransXSSMModel.forward`; logits are of the last logits_to_keep tokens, 0: of all, or at those indices.
 
         Args:
           labels: [B, L], the tokens themselves, -100 where no loss is taken; that of token t is predicted from those before.
           use_cache: whether the output has the cache, for the next call.
+          others: what peft passes always, None or False; ValueError: another value, which is not computed here.
         """
-        cache = past_key_values if cache is None else cache
+        if refused := [name for name, value in others.items() if value is not None and value is not False]:
+            raise ValueError(f'{refused[0]} is not computed by this model; leave it out')
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
-        if use_cache and cache is None:
-            cache = TransXSSMCache()
+        cache = cache or past_key_values or (TransXSSMCache() if use_cache else None)
         hidden_BLD = self.model(input_ids, attention_mask, cache)
-        logits = self.lm_head(hidden_BLD[:, -logits_to_keep:] if logits_to_keep else hidden_BLD).float()
+        wanted = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_BLD[:, wanted]).float()
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(logits.device))
         output = CausalLMOutputWithPast(loss=loss, logits=logits, **({CACHE: cache} if use_cache else {}))  # pyright: ignore
         return output.to_tuple() if return_dict is False else output
-
-    # ---- generate() ----
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict[str, Any], *args, **kwargs):  # pyright: ignore
         if generation_config.use_cache is not False and model_kwargs.get(CACHE) is None:

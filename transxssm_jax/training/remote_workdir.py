@@ -7,9 +7,7 @@ run removes is removed there too, its `digests.json` first. The others copy thei
 `checkpoint_exchange.py` brings their arrays into the checkpoints.
 
 When a run starts, what is there is fetched: logs, the newest checkpoints, and of older ones what tells whether they are
-the best. So a run that was killed goes on from what was copied, on any machines. An object `lease.json` keeps a second run
-out: a run that finds one watches it, is refused where it is renewed, and takes it over where it is not, so that a run that
-was killed is started again by the same command at once. Clocks of machines are not compared.
+the best. So a run that was killed goes on from what was copied, on any machines. `store_lease.py` keeps a second run out.
 """
 
 import contextlib
@@ -28,14 +26,12 @@ from transxssm_jax.parallel import processes
 from transxssm_jax.training import checkpoint_files, lease, ledger
 from transxssm_jax.training.checkpoint_exchange import PLACE, CheckpointExchange
 from transxssm_jax.training.checkpoint_files import CheckpointError
+from transxssm_jax.training.store_lease import StoreLease
 
 SCAN_SECONDS = 2.0  # between looks for something new
 LOG_SECONDS = 30.0  # between copies of logs
-RENEW_SECONDS = 5.0  # between renewals of the lease
-LOOKS = 12  # at a lease of another host, RENEW_SECONDS apart, until one that does not change is taken over
 FULL_CHECKPOINTS = 2  # newest ones that are fetched whole, the second in case that the first is damaged
 
-LEASE = 'lease.json'
 _LAST = 'digests.json'
 _SMALL = (_LAST, 'config.json', 'data.json', 'metrics.json')
 _LOCAL = (lease.NAME, 'compiled', 'profile', PLACE)  # of this machine, or of no run that is under way
@@ -78,50 +74,59 @@ class RemoteWorkdir:
     """See the module's docstring.
 
     Attributes:
-      directory: the local one.
+      directory: the local one; its name, by which charts know the run, is the last of the URL.
     """
 
     def __init__(self, url: str):
         self.url = url.rstrip('/')
         index = processes.process_index()
         # Processes of one host have one cache.
-        self.directory = object_store.cache_of(self.url) / (f'process-{index}' if index else 'run')
+        self.directory = object_store.cache_of(self.url) / f'process-{index}' / self.url.rpartition('/')[2]
         self._own = f'{ledger.DIRECTORY}/process-{index}.jsonl' if index else ''  # '': all is
         self._files = object_store.Files(self.url)
-        self._who, self._renewals = lease.own_identity() | {'token': secrets.token_hex(8)}, 0
+        self._lease = StoreLease(self._files)
         self._sent: dict[str, tuple[int, int]] = {}  # name -> (bytes, time) of what was copied or fetched
         self._problem = ''  # of the last attempt to copy
-        self._lost = ''  # who holds the lease instead
         self._stop = threading.Event()
         self._copying = threading.Lock()
         self._thread = threading.Thread(target=self._work, name=f'copy to {self.url}', daemon=True)
-        # Beside the other, because a large checkpoint takes minutes to copy.
-        self._renewing = threading.Thread(
-            target=self._keep_renewing, name=f'renew the lease of {self.url}', daemon=True
-        )
 
     def open(self) -> None:
         """Takes the lease, fetches what is there, and begins to copy; process 0 comes first. Raises as `local`."""
         if not self._own:
-            self._await_lease()
-            self._renew()
-            self._renewing.start()
+            self._lease.acquire()
+        try:
+            self._fetch()
+        except BaseException:
+            self._give_back()
+            raise
+        self._thread.start()
+
+    def _fetch(self) -> None:
+        if not self._own:
             self.exchange().clear()
-        shutil.rmtree(self.directory, ignore_errors=True)
-        self.directory.mkdir(parents=True)
         names = self._files.names()
         steps = complete_steps(names)
+        self._set_aside(steps[-1] if steps else -1)
+        self.directory.mkdir(parents=True)
         whole = {f'checkpoints/{step}' for step in steps[-FULL_CHECKPOINTS:]}
         for name in names:
             folder, _, file = name.rpartition('/')
-            if name == LEASE or name.partition('/')[0] in _LOCAL or self._own not in ('', name):
+            if name.partition('/')[0] in _LOCAL or self._own not in ('', name):
                 continue
             step = _step_of(name)
             if step is not None and (step not in steps or (f'checkpoints/{step}' not in whole and file not in _SMALL)):
                 continue
             self._files.fetch(name, self.directory / name)
             self._sent[name] = _stamp(self.directory / name)
-        self._thread.start()
+
+    def _set_aside(self, newest: int) -> None:
+        """Clears the local directory; what an earlier run could not copy, checkpoints after step `newest`, stays beside it."""
+        if any(step > newest for step in checkpoint_files.steps_in(self.directory / 'checkpoints')):
+            aside = self.directory.with_name(f'not-copied-{secrets.token_hex(4)}')
+            self.directory.rename(aside)
+            log.warning('checkpoints of an earlier run that were not copied to %s are in %s', self.url, aside)
+        shutil.rmtree(self.directory, ignore_errors=True)
 
     def exchange(self) -> CheckpointExchange:
         """What hands checkpoints from process to process."""
@@ -132,16 +137,20 @@ class RemoteWorkdir:
         self._stop.set()
         self._thread.join()
         self._copy(with_logs=True)
+        if not self._lease.lost and not self._problem:
+            self._give_back()
+            return ''
+        self._lease.end()
+        if self._lease.lost:
+            return (
+                f'--workdir={self.url} was taken over by a run on {self._lease.lost}; what this one saved is in '
+                f'{self.directory}'
+            )
+        return f'{self._problem}; what was not copied is in {self.directory}'
+
+    def _give_back(self) -> None:
         if not self._own:
-            self._renewing.join()
-        if self._lost:
-            return f'--workdir={self.url} was taken over by a run on {self._lost}; what this one saved is in {self.directory}'
-        if self._problem:
-            return f'{self._problem}; what was not copied is in {self.directory}'
-        if not self._own:
-            with contextlib.suppress(object_store.StoreError, FileNotFoundError):  # it will end by itself
-                self._files.remove([LEASE])
-        return ''
+            self._lease.release()
 
     def _work(self) -> None:
         logs_at = time.monotonic()
@@ -155,7 +164,7 @@ class RemoteWorkdir:
         with self._copying:
             before, self._problem = self._problem, ''
             try:
-                if not self._lost:
+                if not self._lease.lost:
                     self._send(with_logs)
             except (object_store.StoreError, OSError) as error:
                 self._problem = checkpoint_files.first_line(error)
@@ -180,6 +189,8 @@ class RemoteWorkdir:
         # A checkpoint that was written anew is not complete until all of it is there.
         self._files.remove([name for name in changed if name in self._sent and name.endswith('/' + _LAST)])
         for name in sorted(changed, key=lambda name: (_step_of(name) is not None and name.endswith(_LAST), name)):
+            if self._lease.lost:
+                return
             try:
                 self._files.put(self.directory / name, name)
             except FileNotFoundError:  # removed meanwhile
@@ -192,50 +203,6 @@ class RemoteWorkdir:
             self._files.remove([name for name in there if name == below + _LAST])
             self._files.remove([name for name in there if name != below + _LAST])
             self._sent = {name: stamp for name, stamp in self._sent.items() if not name.startswith(below)}
-
-    # ---- the lease ---------------------------------------------------------
-
-    def _read_lease(self) -> dict:
-        """What the lease tells of its holder; {} where there is none."""
-        try:
-            content = json.loads(self._files.read(LEASE))
-        except (FileNotFoundError, ValueError, RecursionError):
-            return {}
-        return content if isinstance(content, dict) else {}
-
-    def _await_lease(self) -> None:
-        """Returns once no other run holds the lease. Raises CheckpointError where one does."""
-        found = self._read_lease()
-        if not found or lease.is_alive(found) is False:
-            return
-        if lease.is_alive(found) is None:
-            log.warning('waiting to see whether the run on %s that holds %s is alive', found.get('host'), self.url)
-            for _ in range(LOOKS):
-                time.sleep(RENEW_SECONDS)
-                now = self._read_lease()
-                if not now:
-                    return  # it has ended
-                if now != found:
-                    break
-            else:
-                log.warning('the lease of %s is taken over: nobody renews it', self.url)
-                return
-        raise CheckpointError(f'--workdir={self.url} is held by a run on {found.get("host")}; end that one first')
-
-    def _keep_renewing(self) -> None:
-        while not self._stop.wait(RENEW_SECONDS):
-            try:
-                found = self._read_lease()
-                if found and found.get('token') != self._who['token']:
-                    self._lost = str(found.get('host'))
-                    return
-                self._renew()
-            except (object_store.StoreError, OSError):  # `_copy` tells of a store that refuses
-                continue
-
-    def _renew(self) -> None:
-        self._renewals += 1
-        self._files.write(LEASE, json.dumps(self._who | {'renewals': self._renewals}).encode())
 
 
 def fetch_checkpoint(reference: str, step: int) -> tuple[pathlib.Path, int]:

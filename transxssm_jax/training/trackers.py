@@ -5,7 +5,7 @@ step waits for a network, and whatever it raises is a warning, so that no servic
 reached gets nothing more until the run is started again.
 
 A resumed run goes on in the same chart: WORKDIR/trackers.json keeps the id of the run at each service, and the last step
-that was sent. Records of earlier steps, which a resumed run writes again, are not sent twice. Where the services are, and
+that was sent with the names of its metrics. What a resumed run writes again is not sent twice. Where the services are, and
 which project or experiment a run belongs to, their own environment variables tell (WANDB_PROJECT, WANDB_MODE,
 MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME).
 """
@@ -134,7 +134,8 @@ class InBackground:
         self._thread.start()
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        self._records.put((step, values))
+        if self._thread.is_alive():  # else nobody takes them, and they would pile up
+            self._records.put((step, values))
 
     def close(self) -> None:
         if self._is_closed:
@@ -150,15 +151,19 @@ class InBackground:
         try:
             saved = _read(self._workdir).get(self._name, {})
             run_id, last = str(saved.get('id', '')), int(saved.get('last_step', -1))
+            # A step has several records, of training and of evaluations; a name comes once.
+            sent = set(saved.get('last_names', []))
             run_id = tracker.start(self._workdir, self._config, run_id)
-            self._keep(run_id, last)
+            self._keep(run_id, last, sent)
             while record := self._records.get():
                 step, values = record
-                if step >= last and values:
+                if step > last:
+                    last, sent = step, set()
+                values = {name: value for name, value in values.items() if name not in sent}
+                if step == last and values:
                     tracker.write(step, values)
-                    if step > last:
-                        self._keep(run_id, step)
-                    last = step
+                    sent |= values.keys()
+                    self._keep(run_id, step, sent)
             tracker.close()
         except Exception as error:  # whatever a network, a service or its package raises
             log.warning(
@@ -167,9 +172,10 @@ class InBackground:
                 checkpoint_files.first_line(error),
             )
 
-    def _keep(self, run_id: str, last_step: int) -> None:
+    def _keep(self, run_id: str, last_step: int, names: set[str]) -> None:
         with _file_lock:
-            content = _read(self._workdir) | {self._name: {'id': run_id, 'last_step': last_step}}
+            entry = {'id': run_id, 'last_step': last_step, 'last_names': sorted(names)}
+            content = _read(self._workdir) | {self._name: entry}
             write_file(self._workdir / FILE, (json.dumps(content, indent=2) + '\n').encode())
 
 
@@ -177,7 +183,7 @@ _file_lock = threading.Lock()  # of two trackers' threads
 
 
 def _read(workdir: pathlib.Path) -> dict:
-    """{name: {'id', 'last_step'}} of what was sent so far; what is damaged counts as nothing."""
+    """{name: {'id', 'last_step', 'last_names'}} of what was sent so far; what is damaged counts as nothing."""
     try:
         content = json.loads((workdir / FILE).read_bytes())
         return {name: entry for name, entry in content.items() if isinstance(entry, dict)}
