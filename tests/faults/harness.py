@@ -152,12 +152,14 @@ def _run(argv, paths, cache, strike, most_bytes, patch) -> None:
     jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
     share_compiled_steps(pathlib.Path(cache))
     if most_bytes:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, resource.RLIM_INFINITY))
     if patch:
         getattr(importlib.import_module(patch[0]), patch[1])()
     if strike:
         arm(strike)
     code = train.main(argv)
+    # The output, which the bound cuts too, is no part of the disk that is full.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     sys.stdout.flush()
     sys.exit(code)
 
