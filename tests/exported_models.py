@@ -35,6 +35,9 @@ VARIANTS = {
     'attention': dict(model_pattern='attention', model_num_kv_heads=1),
     'dynamic': dict(model_d_state=32, model_rope_scaling='dynamic', model_rope_original_length=16),
     'linear': dict(model_attention_period=0, model_attention_offset=0, model_rope_scaling='linear'),
+    'norms, capped logits': dict(
+        model_pattern='ssd,mamba2,2xattention', model_qk_norm=True, model_bc_norm=True, model_logit_soft_cap=0.5
+    ),
     'length': dict(model_rope_scaling='length', model_rope_original_length=16),
 }
 

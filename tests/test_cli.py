@@ -198,7 +198,7 @@ def test_one_name_for_one_thing():
 def test_every_error_of_the_package_is_a_user_error():
     seen = set()
     for module in pkgutil.walk_packages(transxssm_jax.__path__, 'transxssm_jax.'):
-        if module.name in ('transxssm_jax.evals.harness', 'transxssm_jax.pytorch.modeling_transxssm'):
+        if module.name == 'transxssm_jax.evals.harness' or module.name.endswith('_transxssm'):
             continue  # what they need may not be installed
         for name, value in vars(importlib.import_module(module.name)).items():
             if inspect.isclass(value) and issubclass(value, Exception) and value.__module__ == module.name:

@@ -67,6 +67,7 @@ def main() -> int:
 
 def _measure(torch, case: dict) -> dict:
     from transxssm_jax.pytorch import modeling_transxssm as modeling
+    from transxssm_jax.pytorch import scan_transxssm
     from transxssm_jax.pytorch.transformers_fields import fields_of
 
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -84,7 +85,7 @@ def _measure(torch, case: dict) -> dict:
     first, times = speed.times_of(call, case['calls'], case['repeats'], wait=lambda _: synchronize())
     found = speed.rates(times, tokens.numel()) | {
         'compile_seconds': first - statistics.median(times),
-        'scan': 'plain' if device == 'cpu' or modeling.mamba_chunk_scan_combined is None else 'mamba_ssm',
+        'scan': 'plain' if device == 'cpu' or scan_transxssm.mamba_chunk_scan_combined is None else 'mamba_ssm',
         'torch': torch.__version__,
     }
     return found | ({'memory_gib': torch.cuda.max_memory_allocated() / 2**30} if device == 'cuda' else {})

@@ -2,9 +2,10 @@
 
     model = AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)
 
-`python -m transxssm_jax.convert export` puts this file beside the weights; it needs torch and transformers alone. The scan
-is computed in chunks, in float32; on a GPU and in 16 bits, mamba_ssm's Triton kernel takes its place where that package is
-installed. What a layer keeps of the tokens before has a constant size, but for the keys and values of attention.
+`python -m transxssm_jax.convert export` puts this file and scan_transxssm.py beside the weights; they need torch and
+transformers alone. The scan is computed in chunks, in float32; on a GPU and in 16 bits, mamba_ssm's Triton kernel takes its
+place where that package is installed. What a layer keeps of the tokens before has a constant size, but for the keys and values
+of attention.
 
 A batch may be padded anywhere. Padding is no part of a row: it moves no position and no state.
 
@@ -24,18 +25,15 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-try:
-    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined  # pyright: ignore[reportMissingImports]
-except ImportError:
-    mamba_chunk_scan_combined = None
+from .scan_transxssm import Convolution, Norm, rope_tables, rotate, scan
 
-CHUNK = 128  # tokens of the scan that are computed at a time
 # How this version of transformers calls what a model keeps between calls.
 _NAMES = inspect.signature(vars(GenerationMixin)['prepare_inputs_for_generation']).parameters
 CACHE = 'cache' if 'cache' in _NAMES else 'past_key_values'
 # What stays float32 in a model of 16 bits; transformers 4 takes no 'bias' here.
 _BIAS = () if transformers.__version__.startswith('4.') else ('bias',)
-FLOAT32 = ('norm', 'final_norm', 'mixer_residual', 'mlp_residual', 'conv', 'a_log', 'dt_bias', 'd_skip', *_BIAS)
+NORMS = ('norm', 'q_norm', 'k_norm', 'b_norm', 'c_norm', 'final_norm')
+FLOAT32 = (*NORMS, 'mixer_residual', 'mlp_residual', 'conv', 'a_log', 'dt_bias', 'd_skip', *_BIAS)
 
 
 class TransXSSMConfig(PretrainedConfig):
@@ -58,6 +56,9 @@ class TransXSSMConfig(PretrainedConfig):
     ssd_encoding: str = 'rope'  # or 'conv1d_d', 'decay_only'
     use_bias: bool = False
     use_dt_bias: bool = True
+    qk_norm: bool = False  # RMSNorm of every head of q and k before they rotate
+    bc_norm: bool = False  # RMSNorm of every group of b and c
+    logit_soft_cap: float = 0.0  # logits are cap * tanh(logits / cap); 0: as they are
     rotary_base: float = 10000.0
     rotary_scaling: str = 'none'  # or 'linear', 'dynamic', 'length'
     rotary_factor: float = 4.0
@@ -108,42 +109,7 @@ class Positions(NamedTuple):
     keys: Tensor | None  # bool [B, S]
 
 
-# ---- positions ------------------------------------------------------------------
-
-
-def rope_tables(config: TransXSSMConfig, positions_BL: Tensor, width: int, length_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, float32 [B, L, 1, width / 2], of angles in float64."""
-    wide = torch.float32 if positions_BL.device.type == 'mps' else torch.float64
-    exponent = torch.arange(0, width, 2, dtype=wide, device=positions_BL.device) / width
-    frequency = config.rotary_base**-exponent / (config.rotary_factor if config.rotary_scaling == 'linear' else 1.0)
-    if config.rotary_scaling == 'dynamic':
-        longer_B = length_B.to(wide).clamp(min=config.rotary_original_length) / config.rotary_original_length
-        stretch_B11 = (config.rotary_factor * longer_B - (config.rotary_factor - 1))[:, None, None]
-        frequency = frequency * stretch_B11 ** (-exponent * width / (width - 2))
-    angle = (positions_BL.to(wide)[..., None] * frequency)[:, :, None]
-    return angle.cos().float(), angle.sin().float()
-
-
-def rotate(x_BLHK: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Turns the pairs (i, i + K/2), in float32."""
-    if rope is None:
-        return x_BLHK
-    (first, second), (cos, sin) = x_BLHK.float().chunk(2, dim=-1), rope
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BLHK.dtype)
-
-
 # ---- layers ---------------------------------------------------------------------
-
-
-class Norm(nn.Module):
-    def __init__(self, features: int, epsilon: float):
-        super().__init__()
-        self.weight, self.epsilon = nn.Parameter(torch.ones(features)), epsilon
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)
-        return (wide * inverse * self.weight.float()).to(x.dtype)
 
 
 class Linear(nn.Linear):
@@ -187,60 +153,6 @@ class MLP(nn.Module):
         return self.out_proj(F.silu(gate) * up)
 
 
-class Convolution(nn.Module):
-    """silu of a causal convolution, one filter per channel; `kept` holds the W - 1 inputs before that are no padding."""
-
-    def __init__(self, width: int, features: dict[str, int]):
-        super().__init__()
-        self.before, self.names = width - 1, tuple(features)
-        for name, size in features.items():
-            setattr(self, name, nn.Conv1d(size, size, width, groups=size))
-
-    def forward(self, inputs: list[Tensor], kept: SimpleNamespace, valid_BL: Tensor | None) -> list[Tensor]:
-        outputs, order, back = [], None, None
-        if valid_BL is not None:  # padding goes before all else, so that a token's window is the tokens before it
-            order = F.pad(valid_BL.int(), (self.before, 0), value=1).argsort(dim=1, stable=True)[..., None]
-            back = valid_BL.int().argsort(dim=1, stable=True).argsort(dim=1)[..., None]
-        for name, u_BLC in zip(self.names, inputs):
-            tail = getattr(kept, name, u_BLC.new_zeros(u_BLC.shape[0], self.before, u_BLC.shape[2]))
-            window = torch.cat([tail, u_BLC], dim=1)
-            window = window if order is None else window.take_along_dim(order, dim=1)
-            setattr(kept, name, window[:, window.shape[1] - self.before :])
-            filters = getattr(self, name)
-            y_BCL = F.conv1d(window.float().mT, filters.weight.float(), filters.bias.float(), groups=window.shape[2])
-            y_BLC = F.silu(y_BCL).transpose(1, 2).to(u_BLC.dtype)
-            outputs.append(y_BLC if back is None else y_BLC.take_along_dim(back, dim=1))
-        return outputs
-
-
-def scan(x_BLHP: Tensor, dt_BLH: Tensor, a_H: Tensor, b_BLGN: Tensor, c_BLGN: Tensor, state_BHPN: Tensor):
-    """h_t = exp(dt_t a) h_{t-1} + dt_t x_t b_t^T;  y_t = h_t c_t. Returns y in x's dtype and the last state, float32."""
-    if mamba_chunk_scan_combined and x_BLHP.is_cuda and x_BLHP.dtype != torch.float32 and x_BLHP.shape[1] > 1:
-        arrays = [v.contiguous() for v in (x_BLHP, dt_BLH, a_H, b_BLGN, c_BLGN)]
-        states = dict(initial_states=state_BHPN.contiguous(), return_final_states=True)
-        y, state = mamba_chunk_scan_combined(*arrays, chunk_size=256, **states)
-        return y.to(x_BLHP.dtype), state.float()
-    G, wide = b_BLGN.shape[2], torch.float32 if x_BLHP.device.type == 'mps' else torch.float64
-    state = state_BHPN.float().unflatten(1, (G, -1))
-    outputs = []
-    for x, dt, b, c in zip(*(v.split(CHUNK, dim=1) for v in (x_BLHP, dt_BLH, b_BLGN, c_BLGN))):
-        x, b, c = x.float().unflatten(2, (G, -1)), b.float(), c.float()  # x [B, Q, G, heads of a group, P]
-        # Sums in float64: where a strong decay stands before weak ones, float32 would lose these.
-        cum_BHQ = torch.cumsum((dt * a_H).to(wide), dim=1).transpose(1, 2)
-        since = (cum_BHQ[..., :, None] - cum_BHQ[..., None, :]).float()  # [B, H, Q, R]
-        causal = torch.ones(since.shape[-2:], dtype=torch.bool, device=since.device).tril()
-        decay = torch.exp(since.masked_fill(~causal, -math.inf)) * dt.transpose(1, 2)[:, :, None]
-        enter, leave = torch.exp(cum_BHQ).float(), torch.exp(cum_BHQ[..., -1:] - cum_BHQ).float() * dt.transpose(1, 2)
-        decay, enter, leave = (v.unflatten(1, (G, -1)) for v in (decay, enter, leave))
-        weights = torch.einsum('bqgn,brgn->bgqr', c, b)[:, :, None] * decay
-        y = torch.einsum('bghqr,brghp->bqghp', weights, x)
-        y = y + torch.einsum('bqgn,bghpn->bqghp', c, state) * enter.permute(0, 3, 1, 2)[..., None]
-        local = torch.einsum('brghp,brgn->bghpn', x * leave.permute(0, 3, 1, 2)[..., None], b)
-        state = enter[..., -1, None, None] * state + local
-        outputs.append(y.flatten(2, 3).to(x_BLHP.dtype))
-    return torch.cat(outputs, dim=1), state.flatten(1, 2)
-
-
 class ScanMixer(nn.Module):
     """The rotary state-space layer ('ssd'), or Mamba-2, which has a gate, a convolution and a D skip and no rotation."""
 
@@ -259,6 +171,8 @@ class ScanMixer(nn.Module):
         self.conv = Convolution(config.conv_width, features) if convolved else None
         self.d_skip = nn.Parameter(torch.ones(self.heads)) if convolved else None
         self.norm = Norm(inner, config.rms_norm_eps) if self.is_mamba2 else None
+        if config.bc_norm:
+            self.b_norm, self.c_norm = (Norm(config.state_size, config.rms_norm_eps) for _ in 'bc')
 
     def forward(self, x_BLD: Tensor, at: Positions, kept: SimpleNamespace) -> Tensor:
         (B, L, _), H, G = x_BLD.shape, self.heads, self.config.num_ssd_groups
@@ -270,6 +184,8 @@ class ScanMixer(nn.Module):
             inputs = [x, b, c] if at.valid is None else [v * at.valid[..., None] for v in (x, b, c)]
             x, b, c = self.conv(inputs, kept, at.valid)
         x_BLHP, b_BLGN, c_BLGN = x.view(B, L, H, -1), b.view(B, L, G, -1), c.view(B, L, G, -1)
+        if self.config.bc_norm:
+            b_BLGN, c_BLGN = self.b_norm(b_BLGN), self.c_norm(c_BLGN)
         rope = None if self.is_mamba2 else at.rope['ssd']
         if at.scale is not None and rope is not None:
             c_BLGN = (c_BLGN * at.scale).to(c_BLGN.dtype)
@@ -288,13 +204,17 @@ class ScanMixer(nn.Module):
 class Attention(nn.Module):
     def __init__(self, config: TransXSSMConfig):
         super().__init__()
-        self.width = config.head_dim
+        self.width, self.has_norms = config.head_dim, config.qk_norm
         heads, groups = config.num_attention_heads * self.width, config.num_key_value_heads * self.width
         self.in_proj = InputProjections(config, {'q': heads, 'k': groups, 'v': groups})
         self.out_proj = Linear(heads, config.hidden_size, bias=config.use_bias)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (Norm(self.width, config.rms_norm_eps) for _ in 'qk')
 
     def forward(self, x_BLD: Tensor, at: Positions, kept: SimpleNamespace) -> Tensor:
         q, k, v = (y.unflatten(-1, (-1, self.width)) for y in self.in_proj(x_BLD))
+        if self.has_norms:
+            q, k = self.q_norm(q), self.k_norm(k)
         rope = at.rope['attention']
         q, k = rotate(q, rope), rotate(k, rope)
         if at.scale is not None and rope is not None:
@@ -428,7 +348,8 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
         cache = cache or past_key_values or (TransXSSMCache() if use_cache else None)
         hidden_BLD = self.model(input_ids, attention_mask, cache)
         wanted = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden_BLD[:, wanted]).float()
+        logits, cap = self.lm_head(hidden_BLD[:, wanted]).float(), self.config.logit_soft_cap
+        logits = cap * torch.tanh(logits / cap) if cap else logits
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(logits.device))

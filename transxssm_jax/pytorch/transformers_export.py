@@ -26,7 +26,7 @@ from transxssm_jax.pytorch.tokenizer_files import CHAT_TEMPLATE, files_for_trans
 from transxssm_jax.training import checkpoint, run_reference
 
 LAYOUTS = ('transformers', 'llama')
-MODELING = pathlib.Path(__file__).with_name(f'{fields_lib.MODELING}.py')
+CODE = [pathlib.Path(__file__).with_name(f'{name}.py') for name in (fields_lib.MODELING, 'scan_transxssm')]
 CARD, GENERATION = 'README.md', 'generation_config.json'
 
 
@@ -56,7 +56,7 @@ def export_transformers(
     """
     (workdir, step), out = run_reference.resolve(workdir, step), pathlib.Path(out)
     is_llama = layout == 'llama'
-    check_output(out, (CARD, GENERATION, CHAT_TEMPLATE, MODELING.name))
+    check_output(out, (CARD, GENERATION, CHAT_TEMPLATE, *(file.name for file in CODE)))
     params, config = checkpoint.find_params(workdir, step, weights)
     config = config_lib.replace(config, overrides or {})
     model, notes = config.model, []
@@ -78,7 +78,7 @@ def export_transformers(
     card = write_card(workdir, out.absolute().name, config, taken, is_llama=is_llama, has_tokenizer=loaded is not None)
     files[CARD] = card.encode()
     if not is_llama:
-        files[MODELING.name] = MODELING.read_bytes()
+        files |= {file.name: file.read_bytes() for file in CODE}
     out.mkdir(parents=True, exist_ok=True)
     with (
         Writer(out, list(tensors.values()), max_shard_bytes, dtype, 'float32') as writer,

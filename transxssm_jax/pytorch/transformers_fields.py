@@ -30,6 +30,9 @@ SAME = {  # field of modeling_transxssm.py -> the setting of ours that means the
     'ssd_encoding': 'ssd_encoding',
     'use_bias': 'use_bias',
     'use_dt_bias': 'use_dt_bias',
+    'qk_norm': 'qk_norm',
+    'bc_norm': 'bc_norm',
+    'logit_soft_cap': 'logit_soft_cap',
     'rotary_base': 'rope_theta',
     'rotary_scaling': 'rope_scaling',
     'rotary_factor': 'rope_factor',
@@ -38,7 +41,8 @@ SAME = {  # field of modeling_transxssm.py -> the setting of ours that means the
     'initializer_range': 'init_std',
     'tie_word_embeddings': 'tie_embeddings',
 }
-LEFT_OUT = {'tie_word_embeddings': True}  # a default of transformers 4, which does not save it
+# A default of transformers 4, which does not save it; and what earlier exports have not.
+LEFT_OUT = {'tie_word_embeddings': True, 'qk_norm': False, 'bc_norm': False, 'logit_soft_cap': 0.0}
 PLACED = {'pattern', 'attention_period', 'attention_offset'}  # what layer_kinds says
 # What a trained model does not depend on.
 WITHOUT_EFFECT = {

@@ -23,12 +23,12 @@ _EVERYWHERE = (
     r'(mixer|mlp)/in_proj/norm/scale|(mixer|mlp)_residual/weight|(mixer|mlp)/out_proj/(kernel|bias)|'
     r'mlp/in_proj/(gate|up)/(kernel|bias)'
 )
-_SCAN = r'mixer/(a_log|dt_bias|d_skip)|mixer/conv/(x|b|c)/(kernel|bias)'
+_SCAN = r'mixer/(a_log|dt_bias|d_skip)|mixer/conv/(x|b|c)/(kernel|bias)|mixer/(b|c)_norm/scale'
 # Kind of layer -> its arrays that modeling_transxssm.py computes with.
 _COMPUTED = {
     'ssd': rf'{_EVERYWHERE}|{_SCAN}|mixer/in_proj/(x|b|c|dt)/(kernel|bias)',
     'mamba2': rf'{_EVERYWHERE}|{_SCAN}|mixer/in_proj/(z|x|b|c|dt)/(kernel|bias)|mixer/norm/scale',
-    'attention': rf'{_EVERYWHERE}|mixer/in_proj/(q|k|v)/(kernel|bias)',
+    'attention': rf'{_EVERYWHERE}|mixer/in_proj/(q|k|v)/(kernel|bias)|mixer/(q|k)_norm/scale',
 }
 _LLAMA_TOP = _TOP | {('final_norm', 'scale'): 'model.norm.weight'}
 _LLAMA = {  # ours within a layer, without the leaf -> LlamaForCausalLM's
