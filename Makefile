@@ -18,7 +18,8 @@ lint: .venv/installed
 types: .venv/evaluation
 	.venv/bin/python -m mypy
 
-# Without --quiet, which would hide warnings from --strict too. The variable leaves out an advertisement.
+# Without --quiet, which would hide warnings from --strict too. The variable leaves out a notice of
+# mkdocs-material about its own future, which is no warning about the pages.
 docs: .venv/evaluation
 	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
 

@@ -1,16 +1,30 @@
-"""What a resumed run prints about its settings and its learning rate."""
+"""What a run prints about its settings, and what a resumed one says of its learning rate."""
 
 import dataclasses
+import types
 
 import pytest
 from small import small_config
 
+from transxssm_jax.parallel import mesh
 from transxssm_jax.training import announcement, optimizer
 
 
 def changed(step=10, **settings):
     saved = dict(optimizer_learning_rate=1e-2, optimizer_schedule='cosine', train_steps=20, optimizer_warmup_steps=2)
     return announcement.describe_resumption(small_config(**saved), small_config(**(saved | settings)), step)
+
+
+@pytest.mark.parametrize(
+    'groups, idle', [('', []), ('dt: 0.3', []), ('convolution: 2; dt: 0.3; biases: 1', ['biases', 'convolution'])]
+)
+def test_groups_without_parameters_are_named(groups, idle, monkeypatch):
+    """Configs are shared between architectures, so that such a group is no error."""
+    monkeypatch.setattr(announcement.splits, 'describe', lambda config, loader: [])
+    config = small_config(optimizer_groups=groups)
+    lines = announcement.describe(config, mesh.build(config), types.SimpleNamespace(num_tokens=100), 'runs/a', 10.0)
+    found = [line.split()[-1] for line in lines if 'this model has no parameters in' in line]
+    assert found == idle
 
 
 def test_the_same_settings_need_one_line():

@@ -216,11 +216,11 @@ class Trainer:
             self._eval_loss = self.step, values['loss']
         return values
 
-    def sample(self, prompt: str = '', num_tokens: int = 100, *, temperature: float = 0.8, seed: int = 0) -> str:
+    def sample(self, prompt: str = '', max_tokens: int = 100, *, temperature: float = 0.8, seed: int = 0) -> str:
         """The prompt and its continuation. For many prompts, see `generator`.
 
         Raises:
-          InputError: num_tokens < 1 or temperature < 0.
+          InputError: max_tokens < 1 or temperature < 0.
         """
         with jax.set_mesh(self.mesh):
             return sample_text(
@@ -228,7 +228,7 @@ class Trainer:
                 self.config,
                 self.tokenizer,
                 prompt=prompt,
-                num_tokens=num_tokens,
+                max_tokens=max_tokens,
                 temperature=temperature,
                 seed=seed,
             )

@@ -240,7 +240,7 @@ class Generator:
 
 
 def sample(
-    params: dict, config: Config, tokenizer, *, prompt: str, num_tokens: int, temperature: float = 0.8, seed: int = 0
+    params: dict, config: Config, tokenizer, *, prompt: str, max_tokens: int, temperature: float = 0.8, seed: int = 0
 ) -> str:
     """A prompt and its continuation, which ends early at the tokenizer's end-of-document token: a glance at a run.
 
@@ -248,14 +248,14 @@ def sample(
       params: parameters as in the state of step.py.
       tokenizer: of the training data.
       prompt: text to continue; '' begins a document.
-      num_tokens: most tokens to sample.
+      max_tokens: most tokens to sample.
       temperature: >= 0; lower is less varied, 0 takes the likeliest token.
       seed: the same seed gives the same text.
 
     Raises:
-      InputError: num_tokens < 1 or temperature < 0.
+      InputError: max_tokens < 1 or temperature < 0.
     """
     [tokens] = encode_prompts(tokenizer, [prompt])
-    generator = Generator(params, config, tokenizer, max_length=len(tokens) + max(num_tokens, 1) + 1, batch=1)
-    [completion] = generator.generate([tokens], max_tokens=num_tokens, sampling=Sampling(temperature), seeds=[seed])
+    generator = Generator(params, config, tokenizer, max_length=len(tokens) + max(max_tokens, 1) + 1, batch=1)
+    [completion] = generator.generate([tokens], max_tokens=max_tokens, sampling=Sampling(temperature), seeds=[seed])
     return prompt + completion.text

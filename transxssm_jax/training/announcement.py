@@ -9,7 +9,7 @@ from transxssm_jax.config import Config
 from transxssm_jax.data.loader import Loader
 from transxssm_jax.model import costs, parameters
 from transxssm_jax.parallel import processes
-from transxssm_jax.training import metrics, optimizer, splits
+from transxssm_jax.training import metrics, optimizer, parameter_groups, splits
 
 
 def describe(config: Config, device_mesh: jax.sharding.Mesh, loader: Loader, workdir, attended: float) -> list[str]:
@@ -27,6 +27,10 @@ def describe(config: Config, device_mesh: jax.sharding.Mesh, loader: Loader, wor
     files = ['config.json', f'metrics.jsonl every {train.log_every_steps:,} steps', 'ledger/']
     files += ['tensorboard/'] if train.tensorboard else []
     files += [f'checkpoints/ every {train.checkpoint_every_steps:,} steps (the newest {train.keep_last} stay)']
+    idle = []
+    if config.optimizer.groups:
+        shapes = jax.eval_shape(lambda: parameters.init_params(config.model, 0))
+        idle = parameter_groups.without_parameters(config.optimizer, shapes)
     evaluated = ', '.join(splits.eval_splits(config))
     return [
         *lines,
@@ -42,6 +46,7 @@ def describe(config: Config, device_mesh: jax.sharding.Mesh, loader: Loader, wor
                 f'{costs.row_attended(config.data.seq_len):,.0f}, as if one document filled every row',
                 f'evaluated on {evaluated} every {train.eval_every_steps:,} steps' if evaluated else 'not evaluated',
                 *filter(None, [metrics.missing_mfu(devices[0])]),
+                *(f'optimizer.groups: this model has no parameters in {name}' for name in idle),
             ],
         ),
         *_block('data', splits.describe(config, loader)),

@@ -51,7 +51,7 @@ def print_sample(run, sample: Callable) -> None:
         tokenizer,
         prompt=prompt,
         seed=config.train.seed,
-        num_tokens=config.train.sample_tokens,
+        max_tokens=config.train.sample_tokens,
     )
     print(f'--- from the {split} split ---\n{prompt}\n--- a sampled continuation ---\n{text[len(prompt) :]}\n---')
 

@@ -51,6 +51,11 @@ def decay_mask(params):
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)
 
 
+def without_parameters(optimizer: Optimizer, params) -> list[str]:
+    """Groups of `optimizer.groups` to which no parameter of a model belongs."""
+    return sorted(set(optimizer.of_group) - set(jax.tree.leaves(groups(params))))
+
+
 def factors(optimizer: Optimizer, params):
     """Tree of float like params: what the learning rate of each is multiplied by."""
     of_group = optimizer.of_group
