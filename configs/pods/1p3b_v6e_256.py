@@ -4,8 +4,8 @@ python -m transxssm_jax.train --config=configs/pods/1p3b_v6e_256.py --workdir=DI
 python -m transxssm_jax.plan --config=configs/pods/1p3b_v6e_256.py --topology=v6e:16x16
 
 What plan prints: 7.88 of 31.24 GiB per chip; 7.65 GB sent per chip and step, 1.00 of the least that fsdp and data must
-send; 37 ms of it, 94 ms of HBM and 85 ms of compute bound a step from below, which takes more than 94 ms and stays
-below 77% MFU. Not run on a TPU.
+send; 37 ms of it, 95 ms of HBM and 85 ms of compute bound a step from below, which takes more than 95 ms and stays
+below 76% MFU. Not run on a TPU.
 """
 
 from transxssm_jax.config import start_from
