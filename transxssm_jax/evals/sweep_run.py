@@ -101,9 +101,12 @@ class Sweep:
 
     def _stop_all(self) -> None:
         """Stops what runs and waits for it; for an error of the sweep's own."""
-        for started, _ in self._running.values():
-            started.stop()
+        self._passed_on = -1  # so that all are told once, and again by every signal that comes meanwhile
         while any(started.exit_code() is None for started, _ in self._running.values()):
+            if self._passed_on != self._signals:
+                self._passed_on = self._signals
+                for started, _ in self._running.values():
+                    started.stop()
             time.sleep(self._interval)
         for fate in self._state.fates:
             if fate.status == RUNNING:
