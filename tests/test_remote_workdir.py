@@ -6,6 +6,7 @@ import pathlib
 import shutil
 import subprocess
 import time
+import types
 
 import jax
 import numpy as np
@@ -147,7 +148,7 @@ def test_a_lease_is_watched_before_it_is_taken_over(store, cache, monkeypatch, h
     elif how == 'alive elsewhere':
         looks = Looks(2, lambda: write_lease(url, renewals=2))
     workdir = remote_workdir.RemoteWorkdir(url)
-    monkeypatch.setattr(store_lease.time, 'sleep', looks)
+    monkeypatch.setattr(store_lease, 'time', types.SimpleNamespace(sleep=looks))  # other threads sleep as they did
     if how == 'alive elsewhere':
         with pytest.raises(CheckpointError, match=f'{url} is held by a run on elsewhere; end that one first'):
             workdir.open()
