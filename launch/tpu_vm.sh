@@ -20,7 +20,8 @@
 # The source is what git has committed here. Run it where it may stay for as long as training does (tmux, say). Training
 # itself goes on when the connection breaks or this script is stopped; called again, the script waits for it to end before it
 # starts the command anew. The TPUs cost until the script, or gcloud, deletes them.
-# --workdir and the data are at gs://BUCKET/DIR, which needs no mount, or in /mnt/BUCKET or another directory that all workers share.
+# --workdir and the data are at gs://BUCKET/DIR, which needs no mount, or in /mnt/BUCKET or another directory that all workers
+# share.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=launch/common.sh

@@ -48,7 +48,7 @@ def _private():
     try:
         from jax._src.cudnn import fused_attention_stablehlo as fused
 
-        if unknown := sorted(_added(fused) - _UNUSED):
+        if unknown := sorted(_added() - _UNUSED):
             raise AttributeError(f'they take {", ".join(unknown)} besides')
         return (
             fused._dot_product_attention_fwd_p,
@@ -63,8 +63,10 @@ def _private():
         ) from error
 
 
-def _added(fused):
-    """Names of what the primitives take besides `_TAKEN`."""
+def _added():
+    """Names of what the primitives take besides `_TAKEN`. Called behind `_private`, which explains its errors."""
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
     lowerings = fused._dot_product_attention_fwd_cuda_lowering, fused._dot_product_attention_bwd_cuda_lowering
     return {
         name
@@ -209,14 +211,12 @@ def _packed_operands(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, f, m):
 
 
 def _parameters(scale, mask=None):
-    from jax._src.cudnn import fused_attention_stablehlo as fused
-
     _, _, mask_type, layout = _private()
     if mask is not None:
         mask_type = type(mask_type)[mask]
     return {
         "scale": scale, "seed": 42, "dropout_rate": 0.0, "variadic_args": (False, False),
-        "mask_type": mask_type, "layout": layout, "sliding_window_length": None, **dict.fromkeys(_added(fused)),
+        "mask_type": mask_type, "layout": layout, "sliding_window_length": None, **dict.fromkeys(_added()),
     }  # fmt: skip
 
 

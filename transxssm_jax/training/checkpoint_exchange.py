@@ -8,7 +8,6 @@ as it is read. So a process needs room on its disk for one whole checkpoint, pro
 
 import concurrent.futures
 import contextlib
-import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator
@@ -95,6 +94,6 @@ def _key(partial: pathlib.Path, name: str) -> str:
 
 def _for_all(names: list[str], action: Callable[[str], None]) -> None:
     """Calls an action for every name, several at a time; raises the first error once none is under way."""
-    with concurrent.futures.ThreadPoolExecutor(min(_TRANSFERS, 4 * (os.cpu_count() or 1))) as pool:
+    with concurrent.futures.ThreadPoolExecutor(_TRANSFERS) as pool:
         for done in [pool.submit(action, name) for name in names]:
             done.result()

@@ -146,7 +146,7 @@ class Lease:
                 continue
             if not held and not self._stop.is_set():
                 return self._on_lost(
-                    f'--workdir={self._workdir} was taken over by another run{_described(self._read())}, because this '
+                    f'--workdir={self._workdir} was taken over by another run{described(self._read())}, because this '
                     'one did not answer; it ends here and writes nothing more'
                 )
 
@@ -170,7 +170,7 @@ class Lease:
                     continue
                 self._refuse(holder)
             if self._take_over(found):
-                log.warning('the lease of %s is taken over: its run%s is gone', self._workdir, _described(found))
+                log.warning('the lease of %s is taken over: its run%s is gone', self._workdir, described(found))
                 break
         held = self._read()
         if held is None or self._token.encode() not in held:
@@ -178,14 +178,14 @@ class Lease:
 
     def _refuse(self, holder: bytes | None) -> None:
         raise LeaseError(
-            f'--workdir={self._workdir} is in use by another run{_described(holder)}; end that one first, or use another '
+            f'--workdir={self._workdir} is in use by another run{described(holder)}; end that one first, or use another '
             '--workdir'
         )
 
     def _is_stale(self, found: bytes) -> bool:
-        if (lives := is_alive(_parsed(found))) is not None:
+        if (lives := is_alive(parsed(found))) is not None:
             return not lives
-        log.warning('waiting to see whether the run%s that holds %s is alive', _described(found), self._workdir)
+        log.warning('waiting to see whether the run%s that holds %s is alive', described(found), self._workdir)
         return not self._changes(found)
 
     def _changes(self, found: bytes) -> bool:
@@ -264,7 +264,8 @@ def _opened(directory: pathlib.Path) -> int | None:
         return None
 
 
-def _parsed(content: bytes | None) -> dict:
+def parsed(content: bytes | None) -> dict:
+    """What a lease tells of its holder; {} where it is none."""
     try:
         holder = json.loads(content or b'')
     except (ValueError, RecursionError):
@@ -272,9 +273,9 @@ def _parsed(content: bytes | None) -> dict:
     return holder if isinstance(holder, dict) else {}
 
 
-def _described(content: bytes | None) -> str:
+def described(content: bytes | None) -> str:
     """' (process 7 on host a, for 3 min)', or '' where the lease does not tell."""
-    holder = _parsed(content)
+    holder = parsed(content)
     try:
         minutes = max(0, int(time.time() - holder['since'])) // 60
         age = f'{minutes // 60} h {minutes % 60} min' if minutes >= 60 else f'{minutes} min'

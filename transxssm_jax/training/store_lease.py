@@ -89,10 +89,9 @@ class StoreLease:
     def _read(self) -> dict:
         """What the lease tells of its holder; {} where there is none."""
         try:
-            content = json.loads(self._files.read(NAME))
-        except (FileNotFoundError, ValueError, RecursionError):
+            return lease.parsed(self._files.read(NAME))
+        except FileNotFoundError:
             return {}
-        return content if isinstance(content, dict) else {}
 
     def _renew(self) -> None:
         self._renewals += 1
