@@ -2,6 +2,7 @@
 
 import json
 import logging
+import pathlib
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from transxssm_jax.parallel import mesh
 from transxssm_jax.training import loop, spikes, step
 
 WINDOW = 8
+DATA = pathlib.Path(__file__).parent / 'data'
 
 
 @pytest.fixture(scope='module')
@@ -69,6 +71,27 @@ def test_a_normal_run_raises_no_alarm_and_a_spike_does(tmp_path, caplog):
     assert told(tmp_path)[0]['documents'] == [['', 5000, 0, 32]]
 
 
+def test_a_real_run_raises_no_alarm(tmp_path):
+    """The 600 steps of configs/30m.py on an H100, one of whose gradient norms is twice the median, at a spread of 0.09."""
+    watched = watch(tmp_path, train_spike_window=128)
+    steps = np.loadtxt(DATA / 'run_30m.csv', delimiter=',', skiprows=1)
+    assert steps.shape == (600, 3) and steps[477, 1] > 1.9 * np.median(steps[349:477, 1])
+    for number, values in enumerate(steps.tolist(), 1):
+        watched.observe(number, values_of(*values))
+    assert watched.counts() == {}
+
+
+def test_norms_have_heavy_tails(tmp_path):
+    """Of a run at 20M: gradient norms of 0.34, within 5%, and single ones of up to 1.045, without a trace in the loss."""
+    rng, watched = np.random.default_rng(0), watch(tmp_path, train_spike_window=128)
+    for number in range(1, 301):
+        norm = {150: 1.045, 200: 0.816, 210: 0.740, 280: 0.552}.get(number, 0.34 * np.exp(0.05 * rng.standard_normal()))
+        watched.observe(number, values_of(4.3, norm))
+    assert watched.counts() == {}
+    watched.observe(301, values_of(4.3, 5 * 0.34))
+    assert watched.counts() == {'spikes': 1}
+
+
 @pytest.mark.parametrize('name', spikes.WATCHED)
 def test_each_value_is_watched(tmp_path, name):
     watched = watch(tmp_path)
@@ -103,6 +126,7 @@ def test_the_step_before_takes_no_part_in_the_limits(tmp_path):
 
 def test_a_resumed_run_decides_alike(tmp_path):
     (run_losses, norms), whole = normal_losses(60), watch(tmp_path / 'whole', train_spike_threshold=1.5)
+    norms = norms**2  # of heavy tails
     tmp_path.joinpath('whole').mkdir()
     tmp_path.joinpath('cut').mkdir()
     for number in range(1, 61):
