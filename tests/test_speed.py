@@ -9,6 +9,7 @@ import pytest
 
 from tests.small import small_config
 from transxssm_jax import bench
+from transxssm_jax import config as config_lib
 from transxssm_jax.cli import ExitCode
 from transxssm_jax.evals import speed
 from transxssm_jax.model import costs
@@ -93,6 +94,39 @@ def test_the_command_writes_its_results(tmp_path, capsys):
     assert (tmp_path / 'bench.png').stat().st_size > 10_000
 
 
+def test_other_configs_beside_it(tmp_path):
+    """--against takes configs, to which the settings of the command line apply too."""
+    other = tmp_path / 'recurrent.py'
+    other.write_text(
+        'from transxssm_jax import config as c\n'
+        'def get_config():\n'
+        '    return c.replace(c.load("configs/tiny.py"), {"model.pattern": "mamba2"})\n'
+    )
+    flags = bench.COMMAND.parse([*TINY, f'--against={other},attention', '--lengths=32', '--tokens=512'])
+    cases = bench.cases(config_lib.from_flags(flags), flags)
+    assert [case.model for case in cases] == ['config', str(other), 'attention']
+    assert [case.config.model.layer_pattern[0] for case in cases] == ['ssd', 'mamba2', 'attention']
+    assert len({case.config.model.d_model for case in cases}) == 1 and {case.rows for case in cases} == {16}
+
+
+def test_a_chart_places_lengths_by_their_logarithm():
+    results = [
+        {'model': model, 'mode': mode, 'length': length, 'tokens_per_second': 10.0 * length}
+        for model in ('config', 'attention')
+        for mode in ('train', 'forward')
+        for length in (1024, 8192)
+    ]
+    chart = speed.chart([*results, {'model': 'config', 'mode': 'decode', 'length': 4096, 'does_not_fit': ''}], 'title')
+    assert [(curve.name, curve.color, curve.dash) for curve in chart.curves] == [
+        ('config, train', 0, 0),
+        ('config, forward', 0, 1),
+        ('attention, train', 1, 0),
+        ('attention, forward', 1, 1),
+    ]
+    assert chart.curves[0].points == [(10.0, 10240.0), (13.0, 81920.0)]
+    assert chart.x_ticks == ((10.0, '1,024'), (13.0, '8,192'))
+
+
 @pytest.mark.parametrize(
     'flags, message',
     [
@@ -100,6 +134,7 @@ def test_the_command_writes_its_results(tmp_path, capsys):
         (['--documents_per_row=65'], '--documents_per_row=65 must be at most --lengths=64'),
         (['--peers', '--documents_per_row=2'], '--documents_per_row=2 must be 1 with --peers'),
         (['--modes=trian'], 'did you mean train?'),
+        (['--against=llama3_1b'], 'llama3_1b'),
     ],
 )
 def test_wrong_input_is_one_line(flags, message, capsys):

@@ -3,11 +3,13 @@
   python -m transxssm_jax.bench --config=configs/1p3b.py --config.data.global_batch=8
   python -m transxssm_jax.bench --config=configs/1p3b.py --modes=train,forward,prefill,decode --output=DIR
   python -m transxssm_jax.bench --config=configs/1p3b.py --against=attention --lengths=2048,16384,65536 --tokens=65536
+  python -m transxssm_jax.bench --config=1p3b --against=llama3_1p3b,mamba2_1p3b,jamba_1p3b --lengths=1024,8192 --tokens=65536
 
 Rows: with --tokens, as many as make that many tokens over all devices; otherwise data.global_batch, with any length.
-'attention' is the config with attention in every layer; 'attention-xla' the same without fused attention. With --peers
-the same model in PyTorch is measured too, in training and forward, on one GPU (pip install torch transformers; with
-mamba_ssm its scan is Triton's).
+--against names configs, to which the settings of the command line apply too, or one of two words: 'attention' is the
+config with attention in every layer, 'attention-xla' the same without fused attention. With --peers the same model in
+PyTorch is measured too, in training and forward, on one GPU (pip install torch transformers; with mamba_ssm its scan is
+Triton's).
 
 Columns: ms is the median time of a call (a training step, a forward pass with the loss, a prefill, one decoded token per
 row) over --repeats blocks of --calls calls; least and most are of the blocks. MFU counts the model's own work, HFU also
@@ -50,7 +52,7 @@ COMMAND = cli.Command(
     __doc__,
     [
         Flag('modes', ('train',), 'What is measured.', choices=speed.MODES),
-        Flag('against', (), 'Other models to measure beside the config.', choices=tuple(AGAINST)),
+        Flag('against', (), f'Other models to measure beside the config: {", ".join(AGAINST)}, or configs.'),
         Flag('peers', False, 'Whether to measure the model in PyTorch too.'),
         Flag('lengths', (0,), 'Tokens per row; 0: data.seq_len.', minimum=0),
         Flag(
@@ -77,9 +79,10 @@ def cases(config: Config, flags) -> list[speed.Case]:
     """Every case that the flags ask for.
 
     Raises:
-      ConfigError: --tokens is no whole number of rows, or a row is shorter than its documents are many.
+      ConfigError: --tokens is no whole number of rows, a row is shorter than its documents are many, or --against names
+        no config.
     """
-    models = {'config': config} | {name: AGAINST[name](config) for name in flags.against}
+    models = {'config': config} | {name: _other(name, config, flags.overrides) for name in flags.against}
     found = []
     for mode in flags.modes:
         for length in (length or config.data.seq_len for length in flags.lengths):
@@ -94,6 +97,11 @@ def cases(config: Config, flags) -> list[speed.Case]:
                 speed.Case(name, model, mode, length, rows, flags.documents_per_row) for name, model in models.items()
             ]
     return found
+
+
+def _other(name: str, config: Config, overrides: dict) -> Config:
+    """A model that --against names."""
+    return AGAINST[name](config) if name in AGAINST else config_lib.load(name, overrides)
 
 
 def _bench(flags) -> int:

@@ -160,9 +160,9 @@ def write_png(path: pathlib.Path, chart: Chart) -> None:
     for curve in chart.curves:
         xs, ys = zip(*_thinned(curve.points))
         color, style = COLORS[curve.color % len(COLORS)], styles[curve.dash % len(styles)]
-        marker = 'o' if len(xs) == 1 or chart.dots else None
+        marker = 'o' if len(xs) <= 12 or chart.dots else None  # few points are measurements
         style = '' if chart.dots else style
-        axes.plot(xs, ys, color=color, linestyle=style, marker=marker, linewidth=1.4, label=curve.name)
+        axes.plot(xs, ys, color=color, linestyle=style, marker=marker, markersize=4, linewidth=1.4, label=curve.name)
     x_low, x_high, y_low, y_high = chart.ranges()
     axes.set(xlabel=chart.x, ylabel=chart.y, title=chart.title, xlim=(x_low, x_high), ylim=(y_low, y_high))
     x_ticks = chart.x_ticks or [(tick, label(tick)) for tick in ticks(x_low, x_high)]

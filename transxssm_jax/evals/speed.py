@@ -5,6 +5,7 @@ blocks of calls that follow each other without waiting, as in a run; the first c
 """
 
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -259,14 +260,21 @@ def ratios(results: list[dict], model: str, other: str) -> list[tuple[str, int, 
 
 
 def chart(results: list[dict], title: str) -> charts.Chart:
-    """tokens/s by tokens per row, one curve per model and mode."""
+    """tokens/s by tokens per row, whose axis is logarithmic: a color for each model, a style of line for each mode."""
     measured = [r for r in results if 'does_not_fit' not in r]
+    models, modes = (list(dict.fromkeys(r[of] for r in measured)) for of in ('model', 'mode'))
     curves = [
         charts.Curve(
             f'{model}, {mode}',
-            sorted((r['length'], r['tokens_per_second']) for r in measured if (r['model'], r['mode']) == (model, mode)),
-            color=i,
+            sorted(
+                (math.log2(r['length']), r['tokens_per_second'])
+                for r in measured
+                if (r['model'], r['mode']) == (model, mode)
+            ),
+            color=models.index(model),
+            dash=modes.index(mode),
         )
-        for i, (model, mode) in enumerate(dict.fromkeys((r['model'], r['mode']) for r in measured))
+        for model, mode in dict.fromkeys((r['model'], r['mode']) for r in measured)
     ]
-    return charts.Chart('bench', title, 'tokens per row', 'tokens/s', curves)
+    places = tuple((math.log2(length), f'{length:,}') for length in sorted({r['length'] for r in measured}))
+    return charts.Chart('bench', title, 'tokens per row', 'tokens/s', curves, x_ticks=places)
