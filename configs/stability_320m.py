@@ -2,7 +2,7 @@
 
 python -m transxssm_jax.experiment --configs=configs/stability --workdir=DIR --data=PREPARED --seeds=0
 
-configs/stability_320m.py alone is the default that the others are compared with. Not measured.
+configs/stability_320m.py alone is the default that the others are compared with. What came is in docs/optimizers.md.
 """
 
 from transxssm_jax.config import start_from
