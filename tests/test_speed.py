@@ -134,7 +134,7 @@ def test_a_chart_places_lengths_by_their_logarithm():
         (['--documents_per_row=65'], '--documents_per_row=65 must be at most --lengths=64'),
         (['--peers', '--documents_per_row=2'], '--documents_per_row=2 must be 1 with --peers'),
         (['--modes=trian'], 'did you mean train?'),
-        (['--against=llama3_1b'], 'llama3_1b'),
+        (['--against=llama3_1p3'], '--against=llama3_1p3: no such file; did you mean llama3_1p3b?'),
     ],
 )
 def test_wrong_input_is_one_line(flags, message, capsys):

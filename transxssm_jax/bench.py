@@ -32,6 +32,7 @@ import sys
 import jax
 
 from transxssm_jax import config as config_lib
+from transxssm_jax import settings
 from transxssm_jax.cli import ExitCode, Flag
 from transxssm_jax.config import Config, ConfigError
 from transxssm_jax.data.manifest import write_file
@@ -101,7 +102,9 @@ def cases(config: Config, flags) -> list[speed.Case]:
 
 def _other(name: str, config: Config, overrides: dict) -> Config:
     """A model that --against names."""
-    return AGAINST[name](config) if name in AGAINST else config_lib.load(name, overrides)
+    return (
+        AGAINST[name](config) if name in AGAINST else config_lib.load(settings.find_file(name, '--against'), overrides)
+    )
 
 
 def _bench(flags) -> int:
