@@ -206,7 +206,8 @@ def _unstack(state) -> list:
     def single(leaf):
         size = leaf.shape[0] * leaf.shape[1]
         # The transpose of a split is one concatenation; that of n slices would be n padded arrays, added up.
-        return [part[0] for part in jax.lax.split(leaf.reshape(size, *leaf.shape[2:]), [1] * size)]
+        parts = jax.lax.split(leaf.reshape(size, *leaf.shape[2:]), [1] * size)
+        return [part[0] for part in jax.lax.optimization_barrier(parts)]
 
     return [jax.tree.unflatten(tree, layer) for layer in zip(*map(single, leaves), strict=True)]
 

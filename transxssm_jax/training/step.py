@@ -120,8 +120,9 @@ def train_step(config: Config):
     def step(state: State, batch: Batch, limits: jax.Array | None = None):
         params = state['params']
         # The barrier: with the pieces of a stacked gradient fused into the optimizer, its one pass ran at a third of the
-        # memory's speed.
-        sums, grads = jax.lax.optimization_barrier(gradient(params, batch))
+        # memory's speed. And the parameters' norm: in that pass it would need the old values behind the new ones, so that
+        # XLA wrote all parameters elsewhere and copied them back.
+        (sums, grads), param_norm = jax.lax.optimization_barrier((gradient(params, batch), optax.global_norm(params)))
         tokens = jnp.maximum(sums['tokens'], 1.0)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32) / tokens, grads)
         updates, opt_state = optimizer.update(tx, grads, state['opt_state'], params, state['step'] + updates_before)
@@ -130,7 +131,7 @@ def train_step(config: Config):
             'tokens': sums['tokens'],
             'grad_norm': optax.global_norm(grads),
             'update_norm': optax.global_norm(updates),
-            'param_norm': optax.global_norm(params),
+            'param_norm': param_norm,
             'learning_rate': jnp.asarray(learning_rate(state['step']), jnp.float32),
             'grad_norms': jax.tree_util.tree_map_with_path(_norm_by_layer, grads),
         }
