@@ -27,6 +27,14 @@ def test_groups_without_parameters_are_named(groups, idle, monkeypatch):
     assert found == idle
 
 
+@pytest.mark.parametrize('dtype, is_told', [('bfloat16', True), ('float32', False)])
+def test_that_a_cpu_is_slow_in_bfloat16_is_told(dtype, is_told, monkeypatch):
+    monkeypatch.setattr(announcement.splits, 'describe', lambda config, loader: [])
+    config = small_config(model_dtype=dtype)
+    lines = announcement.describe(config, mesh.build(config), types.SimpleNamespace(num_tokens=100), 'runs/a', 10.0)
+    assert any('--config.model.dtype=float32' in line for line in lines) == is_told
+
+
 def test_the_same_settings_need_one_line():
     assert changed() == ['resuming from step 10']
 

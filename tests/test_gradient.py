@@ -1,6 +1,7 @@
 """In which dtype gradients are summed over each mesh axis: the setting, its default, and why that is what it is."""
 
 import functools
+import re
 
 import jax
 import numpy as np
@@ -116,6 +117,34 @@ def test_the_setting_decides_what_is_rounded():
             errors[dtype] = max(errors.get(dtype, 0.0), error)
     assert errors['float32'] < 2e-5
     assert 1e-3 < errors['bfloat16'] < 2e-2
+
+
+@pytest.mark.parametrize(
+    'settings', [{}, dict(train_accumulation_steps=2), dict(mesh_fsdp=2), dict(mesh_tensor=2)], ids=str
+)
+@pytest.mark.parametrize('dtype, tolerance', [('float32', 1e-6), ('bfloat16', 1e-2)])
+def test_unrolled_layers_have_the_gradient_of_a_scan(dtype, tolerance, settings):
+    """The form of GPUs, whose weights are cast as a stack; in bfloat16 a compiler may round sums elsewhere."""
+    settings, devices = dict(model_num_layers=4, model_dtype=dtype) | settings, 2 if 'mesh' in str(settings) else 1
+    grads = [gradient_of(small_config(model_layer_loop=loop, **settings), devices) for loop in ('scan', 'unrolled')]
+    for (path, wanted), found in zip(jax.tree_util.tree_leaves_with_path(grads[0]), jax.tree.leaves(grads[1])):
+        assert found.dtype == wanted.dtype, path
+        wanted, found = np.asarray(wanted, np.float64), np.asarray(found, np.float64)
+        assert np.linalg.norm(found - wanted) <= tolerance * np.linalg.norm(wanted), path
+
+
+def test_a_weight_is_cast_once_for_all_layers():
+    """Unrolled, and to the dtype of the products: no layer reads float32, forward or backward."""
+    config = small_config(
+        model_num_layers=8, model_dtype='bfloat16', model_layer_loop='unrolled', model_remat='matmuls'
+    )
+    params = jax.eval_shape(lambda: parameters.init_params(config.model, 0))
+    with jax.set_mesh(mesh.build(config, jax.devices()[:1])):
+        batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in packed_batch(config).items()}
+        text = jax.jit(summed_gradient(config)).lower(params, batch).as_text()
+    gates = re.findall(r'stablehlo.convert .*\(tensor<((?:[0-9]+x)*64x96)xf32>\) -> tensor<[0-9x]*xbf16>', text)
+    # Of ssd and attention; four as they are, and four gradients.
+    assert set(gates) == {'2x3x64x96', '2x1x64x96'} and len(gates) == 8
 
 
 def test_the_price_is_known():
