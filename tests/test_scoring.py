@@ -1,5 +1,6 @@
 """Log-likelihoods of continuations: those of the forward pass, whatever the batch."""
 
+import dataclasses
 import math
 import types
 
@@ -14,6 +15,7 @@ from small import small_config
 from transxssm_jax.data import packing
 from transxssm_jax.evals import scoring
 from transxssm_jax.model import parameters
+from transxssm_jax.model.language_model import is_unrolled
 from transxssm_jax.parallel import mesh
 
 NINETY = types.SimpleNamespace(vocab_size=90, begin_id=7)
@@ -182,3 +184,12 @@ def test_a_scorer_refuses(model, settings, message):
     params, config, _ = model
     with pytest.raises(ValueError, match=message):
         scoring.Scorer(params, config, **{**dict(tokenizer=NINETY, max_length=40, batch_tokens=256), **settings})
+
+
+@pytest.mark.parametrize('loop, unrolled', [('auto', False), ('scan', False), ('unrolled', True)])
+def test_evaluations_scan_where_training_unrolls(loop, unrolled):
+    """They compile for many shapes, each of which is used for seconds."""
+    model = dataclasses.replace(small_config().model, layer_loop=loop, remat='full')
+    evaluated = nnx.merge(*parameters.split_for_evaluation(model)).model
+    assert is_unrolled(model, 'gpu') == (loop != 'scan') and is_unrolled(evaluated, 'gpu') == unrolled
+    assert dataclasses.replace(evaluated, layer_loop=loop, remat='full') == model

@@ -138,7 +138,7 @@ def losses_by_position(
     padding = -len(tokens_BL) % batch
     tokens_BL = np.pad(tokens_BL, ((0, padding), (0, 0)))
     targets_BL = np.pad(targets_BL, ((0, padding), (0, 0)), constant_values=IGNORED)
-    graph, _ = parameters.split_model(config_lib.replace(config, {'model.remat': 'none'}).model)
+    graph, _ = parameters.split_for_evaluation(config.model)
 
     def of_block(params, tokens_BL, targets_BL):
         model = nnx.merge(graph, params)

@@ -45,7 +45,7 @@ class Scorer:
         check_tokenizer(tokenizer, config.model.vocab_size)
         self.params, self.max_length, self.batch_tokens = params, max_length, batch_tokens
         self._begin_id = tokenizer.begin_id
-        graph, _ = parameters.split_model(config.model)
+        graph, _ = parameters.split_for_evaluation(config.model)
         rows = ('batch', None)
 
         def hidden(params, tokens_BL, positions_BL):
