@@ -127,7 +127,7 @@ def test_a_cell_is_a_process_that_gets_signals(tmp_path, monkeypatch):
     ]  # fmt: skip
     script = 'trap "exit 75" TERM; kill -TERM $PPID; while :; do sleep 0.1; done'
     real = subprocess.Popen
-    monkeypatch.setattr(lib.subprocess, 'Popen', lambda command, **kwargs: real(['bash', '-c', script], **kwargs))
+    monkeypatch.setattr(subprocess, 'Popen', lambda command, **kwargs: real(['bash', '-c', script], **kwargs))
     assert lib.run(cell.command()) == 75
     assert cell.evaluation("needle --depths='0, 50'")[1:] == [
         '-m', 'transxssm_jax.evals.needle', f'--workdir={tmp_path / "a"}', '--depths=0, 50',

@@ -6,7 +6,6 @@ import pathlib
 import re
 import shlex
 import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 
@@ -18,6 +17,7 @@ from transxssm_jax.evals.run_evaluations import READERS
 from transxssm_jax.evals.run_records import RunError, RunRecords
 from transxssm_jax.evals.training_process import Training
 from transxssm_jax.model import parameters
+from transxssm_jax.parallel import children
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -124,7 +124,7 @@ def run(command: list[str]) -> int:
 
     before = {number: signal.signal(number, pass_on) for number in STOPS}
     try:
-        process = subprocess.Popen(command, start_new_session=True)
+        process = children.start(command)
         for number in early:
             process.send_signal(number)
         return process.wait()

@@ -13,6 +13,7 @@ from typing import Protocol
 from transxssm_jax import cli
 from transxssm_jax.cli import ExitCode
 from transxssm_jax.config_sweep import SweepError
+from transxssm_jax.parallel import children
 
 
 class Started(Protocol):
@@ -72,16 +73,14 @@ class Here:
         self.slots = len(self._groups)
 
     def start(self, slot: int, command: Sequence[str], log: pathlib.Path) -> Started:
-        # A session of its own: Ctrl-C comes to the sweep, which asks the trainings to stop.
         with open(log, 'ab') as file:
             return _Process(
-                subprocess.Popen(
+                children.start(
                     command,
                     env=os.environ | self._groups[slot],
                     stdin=subprocess.DEVNULL,
                     stdout=file,
                     stderr=subprocess.STDOUT,
-                    start_new_session=True,
                 )
             )
 
@@ -172,14 +171,13 @@ def _call(command: list[str], directory: str, environment: dict[str, str], log: 
     """Runs on a node of the cluster. Returns the exit code."""
     with open(log, 'ab') as file:
         gpus = {name: os.environ[name] for name in ('CUDA_VISIBLE_DEVICES',) if name in os.environ}  # that Ray chose
-        process = subprocess.Popen(
+        process = children.start(
             command,
             cwd=directory,
             env=environment | gpus,
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
         )
     while process.poll() is None:
         try:
