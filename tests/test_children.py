@@ -9,12 +9,12 @@ import textwrap
 
 import pytest
 
-from transxssm_jax.parallel import children
+from transxssm_jax import children
 
 PATIENCE = 120  # seconds until a test gives up
 CHILD = """
     import signal, sys, time
-    from transxssm_jax.parallel import children
+    from transxssm_jax import children
     signal.signal(signal.SIGTERM, lambda *_: (print('asked to stop', flush=True), sys.exit(75)))
     children.stop_with_parent()
     print('ready', flush=True)
@@ -23,7 +23,7 @@ CHILD = """
 """
 PARENT = """
     import sys
-    from transxssm_jax.parallel import children
+    from transxssm_jax import children
     child = children.start([sys.executable, '-c', sys.argv[1]], stdin=-3)
     print('started', flush=True)
     sys.stdin.read()

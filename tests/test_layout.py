@@ -11,7 +11,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 # A wing imports only from the wings before it and from what all stand on; commands import wings, and nobody imports a command.
 GROUND = {
-    'config', 'config_optimizer', 'config_rules', 'config_sweep', 'config_watch', 'settings', 'layer_pattern', 'cli', 'streams',
+    'config', 'config_optimizer', 'config_rules', 'config_sweep', 'config_watch', 'settings', 'layer_pattern', 'cli', 'children',
+    'streams',
 }  # fmt: skip
 WINGS = ['parallel', 'model', 'data', 'training', 'inference', 'planning', 'pytorch', 'evals']
 CALL_KERNELS = {'model', 'inference'}  # the mixers and their forms for decoding

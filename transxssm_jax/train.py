@@ -32,7 +32,7 @@ from transxssm_jax import config as config_lib
 from transxssm_jax.cli import ExitCode, Flag
 from transxssm_jax.data import object_store
 from transxssm_jax.inference.generator import sample
-from transxssm_jax.parallel import children, processes
+from transxssm_jax.parallel import processes
 from transxssm_jax.planning.fitting import fit
 from transxssm_jax.pytorch.conversion import open_weights
 from transxssm_jax.training import loop, remote_workdir
@@ -87,7 +87,6 @@ def _train(flags) -> int:
     logging.getLogger('absl').addFilter(_not_of_orbax)
     stop = StopRequest()
     stop.install()
-    children.stop_with_parent()
     with stop.watch():
         exit_code = _run(flags, stop)
     processes.shutdown(exit_code)

@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from transxssm_jax import cli
+from transxssm_jax import children, cli
 from transxssm_jax import config as config_lib
 from transxssm_jax.config import Config
 from transxssm_jax.evals import run_report
@@ -17,7 +17,6 @@ from transxssm_jax.evals.run_evaluations import READERS
 from transxssm_jax.evals.run_records import RunError, RunRecords
 from transxssm_jax.evals.training_process import Training
 from transxssm_jax.model import parameters
-from transxssm_jax.parallel import children
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 

@@ -10,10 +10,9 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
-from transxssm_jax import cli
+from transxssm_jax import children, cli
 from transxssm_jax.cli import ExitCode
 from transxssm_jax.config_sweep import SweepError
-from transxssm_jax.parallel import children
 
 
 class Started(Protocol):

@@ -18,7 +18,7 @@ def start(command: Sequence[str], env: dict[str, str] | None = None, **arguments
     """Starts a command in a session of its own, so that a Ctrl-C comes to this process alone.
 
     Args:
-      command: of a program that calls `stop_with_parent`; any other runs on by itself.
+      command: of this project, all of which call `stop_with_parent`; any other runs on by itself.
       env: its environment; default: that of this process.
       arguments: of subprocess.Popen.
 
