@@ -11,6 +11,7 @@ import train_fixtures
 
 from transxssm_jax import config as config_lib
 from transxssm_jax import experiment
+from transxssm_jax.data import prepare
 from transxssm_jax.evals import experiment as lib
 from transxssm_jax.model.parameters import count_params
 
@@ -95,9 +96,18 @@ def test_cells_are_trained_once_and_end_in_a_table(tmp_path, prepared, in_this_p
     # With other flags it is another evaluation.
     both = ['--evaluate=perplexity --lengths=1x', '--evaluate=perplexity --lengths=2x']
     assert run(capsys, *arguments, *both)[0] == 0 and calls[10:] == made
-    # A run of another length, or with other settings, is not taken for one of this experiment.
+    # A run of another length, with other settings or of other data is not taken for one of this experiment.
+    (tmp_path / 'other').mkdir()
+    (tmp_path / 'other' / 'text.txt').write_text('Another text. ' * 200)
+    words = [
+        f'--output={tmp_path / "other" / "data"}',
+        '--tokenizer=byte',
+        f'--source={tmp_path / "other" / "text.txt"}',
+    ]
+    assert prepare.main([*words, '--split=train']) == prepare.main([*words, '--split=validation']) == 0
     for other, message in (
         ('--steps=5', 'was begun with train.steps=4, not 5'),
+        (f'--data={tmp_path / "other" / "data"}', 'seed-0 was begun on other data than'),
         ('--config.model.d_mlp=48', 'model.d_mlp='),
     ):
         code, _, err = run(capsys, *arguments, other)

@@ -137,10 +137,10 @@ def read_run(workdir: pathlib.Path | str, name: str = '') -> RunRecords:
     ]
     if not records:
         raise RunError(f'{workdir} has no records in metrics.jsonl; train it first')
-    return RunRecords(name or workdir.name, workdir, config, _fingerprint(workdir), training, evaluations)
+    return RunRecords(name or workdir.name, workdir, config, data_fingerprint(workdir), training, evaluations)
 
 
-def _fingerprint(workdir: pathlib.Path) -> str:
+def data_fingerprint(workdir: pathlib.Path) -> str:
     """The fingerprint of the data that the newest checkpoint was trained on; '' where there is none."""
     folders = [path for path in workdir.glob('checkpoints/*') if path.name.isdigit()]
     for folder in sorted(folders, key=lambda path: int(path.name), reverse=True):

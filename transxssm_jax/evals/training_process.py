@@ -6,7 +6,8 @@ import sys
 
 from transxssm_jax import config as config_lib
 from transxssm_jax.config import Config
-from transxssm_jax.evals.run_records import RunError, RunRecords, is_without_effect, read_run
+from transxssm_jax.data.manifest import DataError, read_manifest
+from transxssm_jax.evals.run_records import RunError, RunRecords, data_fingerprint, is_without_effect, read_run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ class Training:
             return None  # it was stopped before its first record
 
     def check(self) -> None:
-        """Raises RunError where its workdir holds a run of another config, which would be taken for this one."""
+        """Raises RunError where its workdir holds a run of another config or other data, which would be taken for this one."""
         if not (self.workdir / 'metrics.jsonl').exists():
             return
         begun = config_lib.from_json((self.workdir / 'config.json').read_bytes())
@@ -53,6 +54,16 @@ class Training:
                 raise RunError(
                     f'{self.workdir} was begun with {name}={was!r}, not {wanted!r}; give the same command, or another directory'
                 )
+        if not self.config.data.path:
+            return  # data.sources are among the settings
+        try:
+            data = read_manifest(self.config.data.path, self.config.data.train_split).fingerprint()
+        except DataError:
+            return  # a training refuses it, in words of its own; a finished one needs it no more
+        if (of_run := data_fingerprint(self.workdir)) and of_run != data:
+            raise RunError(
+                f'{self.workdir} was begun on other data than {self.config.data.path}; give the same, or another directory'
+            )
 
     def is_finished(self) -> bool:
         """Whether it is trained to the end."""
