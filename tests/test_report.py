@@ -169,7 +169,7 @@ def test_a_run_is_read_as_it_stands(tmp_path):
         read_run(tmp_path / 'a')
 
 
-def test_evaluations_of_a_run_are_the_newest_of_each_command(tmp_path, capsys):
+def test_evaluations_of_a_run_are_those_of_the_newest_step_of_each_command(tmp_path, capsys):
     folder = write_run(tmp_path / 'a') / 'evals'
     folder.mkdir()
     parts = [{'from': 0, 'to': 32, 'perplexity': 9.0}, {'from': 32, 'to': 64, 'perplexity': 8.0}]
@@ -179,6 +179,8 @@ def test_evaluations_of_a_run_are_the_newest_of_each_command(tmp_path, capsys):
         'perplexity-step-9-2026-02.json': {'results': [by_position | {'perplexity': 1.0}]},
         'perplexity-step-40-2026-01.json': {'results': [by_position, other]},
         'perplexity-step-41-2026-01.json': {'other': 1},
+        'harness-step-40-2025-01.json': {'results': {'piqa': {'acc,none': 0.5}, 'arc_easy': {'acc,none': 0.25}}},
+        'harness-step-9-2026-01.json': {'results': {'lambada': {'acc,none': 0.5}}},
         'harness-step-40-2026-01.json': {
             'results': {'piqa': {'acc,none': 0.625, 'acc_stderr,none': 0.1, 'alias': 'piqa'}}
         },
@@ -195,6 +197,7 @@ def test_evaluations_of_a_run_are_the_newest_of_each_command(tmp_path, capsys):
         'perplexity, 32 to 64 of 64': 8.0,
         'needle chosen, 512 tokens': 0.75,
         'piqa, acc': 0.625,
+        'arc_easy, acc': 0.25,
     }
     write_run(tmp_path / 'b')
     assert run(capsys, f'--output={tmp_path / "out"}', tmp_path / 'a', tmp_path / 'b')[0] == 0

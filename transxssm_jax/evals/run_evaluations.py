@@ -10,15 +10,24 @@ from transxssm_jax.evals.run_records import RunRecords
 
 
 def evaluations_of(run: RunRecords) -> dict[str, float]:
-    """Quantity -> value, of the newest result of each evaluation command; a file that cannot be read is passed over."""
+    """Quantity -> value, of the newest step that each evaluation command was made of.
+
+    Of several results of that step all quantities count, and of one quantity the newest value. A file that cannot be read
+    is passed over.
+    """
     found: dict[str, float] = {}
     for kind, read in READERS.items():
+        step = None
         for path in sorted((run.workdir / 'evals').glob(f'{kind}-step-*'), key=_age, reverse=True):
-            try:
-                found |= read(json.loads((path / 'results.json' if path.is_dir() else path).read_text()))
+            if step not in (None, _age(path)[0]):
                 break
+            try:
+                values = read(json.loads((path / 'results.json' if path.is_dir() else path).read_text()))
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 continue
+            step = _age(path)[0]
+            for name, value in values.items():
+                found.setdefault(name, value)
     return found
 
 
