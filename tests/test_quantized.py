@@ -16,7 +16,7 @@ from transxssm_jax.training import step as step_lib
 
 # A number of float8_e4m3fn is off by at most 1/16, one of float8_e5m2 by at most 1/8, uniformly below that; of int8 the
 # largest of a token is 127. Products of independent roundings add up in the square.
-EXPECTED = {'fp8': (0.045, 0.08, 0.08), 'int8': (0.013, 0.013, 1e-6)}
+EXPECTED = {'fp8': (0.04, 0.08, 0.08), 'int8': (0.013, 0.013, 1e-6)}
 
 
 def relative(value, exact):
@@ -50,8 +50,7 @@ def test_zeros_and_the_range_of_the_types_give_finite_products():
             y, pullback = jax.vjp(
                 functools.partial(quantized.matmul, quantization=quantization), x, jnp.eye(32, dtype=x.dtype)
             )
-            rounding = 1 / 16 if quantization == 'fp8' else 0.01
-            np.testing.assert_allclose(np.asarray(y, np.float64), np.asarray(x, np.float64), rtol=rounding)
+            np.testing.assert_allclose(np.asarray(y, np.float64), np.asarray(x, np.float64), rtol=0.01)
             assert all(np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in pullback(x))
 
 
@@ -122,6 +121,6 @@ def test_a_missing_library_is_named(monkeypatch):
         return real(name, *arguments, **keywords)
 
     monkeypatch.setattr(builtins, '__import__', without)
-    with pytest.raises(cli.MissingPackageError, match=r'model.quantization=.int8. needs qwix .*pip install') as raised:
+    with pytest.raises(cli.MissingPackageError, match=r'model.quantization needs qwix .*pip install') as raised:
         losses('int8')
     assert raised.value.exit_code == cli.ExitCode.WRONG_INPUT and '\n' not in str(raised.value)

@@ -45,17 +45,16 @@ def start(command: Sequence[str], env: dict[str, str] | None = None, **arguments
 
 def stop_with_parent() -> None:
     """From now on SIGTERM comes to this process when that which started it with `start` is gone."""
-    reader = os.environ.pop(VARIABLE, None)  # what this one starts has another parent
-    if reader is not None:
-        threading.Thread(target=_wait, args=[int(reader)], name='parent', daemon=True).start()
-
-
-def _wait(reader: int) -> None:
+    reader = int(os.environ.pop(VARIABLE, -1))  # what this one starts has another parent
     try:
         if not stat.S_ISFIFO(os.fstat(reader).st_mode):
             return
-        os.set_inheritable(reader, False)
-        os.read(reader, 1)
-    except OSError:  # the variable was handed on, and the pipe was not
+    except OSError:  # nobody did, or the variable was handed on, and the pipe was not
         return
+    os.set_inheritable(reader, False)
+    threading.Thread(target=_wait, args=[reader], name='parent', daemon=True).start()
+
+
+def _wait(reader: int) -> None:
+    os.read(reader, 1)
     os.kill(os.getpid(), signal.SIGTERM)

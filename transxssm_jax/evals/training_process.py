@@ -1,6 +1,7 @@
 """One training that another command starts: its config, its command line, and what it has left in its workdir."""
 
 import dataclasses
+import functools
 import pathlib
 import sys
 
@@ -57,7 +58,7 @@ class Training:
         if not self.config.data.path:
             return  # data.sources are among the settings
         try:
-            data = read_manifest(self.config.data.path, self.config.data.train_split).fingerprint()
+            data = _fingerprint(self.config.data.path, self.config.data.train_split)
         except DataError:
             return  # a training refuses it, in words of its own; a finished one needs it no more
         if (of_run := data_fingerprint(self.workdir)) and of_run != data:
@@ -78,3 +79,9 @@ class Training:
     def command(self) -> list[str]:
         """The command that trains it, or goes on with it."""
         return [sys.executable, '-m', 'transxssm_jax.train', *self.arguments()]
+
+
+@functools.cache
+def _fingerprint(path: str, split: str) -> str:
+    """That of prepared data, read once for all trainings of a sweep."""
+    return read_manifest(path, split).fingerprint()

@@ -187,7 +187,7 @@ def _cast_matrices(state, dtype: str):
     """The state with what layers multiply with in dtype, in which they use it; where fsdp shards that, as it is.
 
     Cast in each layer, XLA copied the float32 weights of all layers out of their stack and kept them for the backward
-    pass, which cast them again: 15 bytes a weight where 6 do, and 4 kept where 2 do.
+    pass, which cast them again: 16 bytes a weight where 6 do, and 4 kept where 2 do.
     """
 
     def cast(param):

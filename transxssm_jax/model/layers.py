@@ -72,7 +72,7 @@ class Linear(nnx.Module):
 
     def __init__(self, model: Model, inputs: dict[str, int], outputs: dict[str, int], *, rngs: nnx.Rngs):
         self.quantization = model.quantization
-        if self.quantization == 'int8':
+        if self.quantization != 'none':
             quantized.qwix()  # that it is missing is said before anything is computed
         sizes = inputs | outputs
         kernel = model.init_std * jax.random.normal(rngs.params(), tuple(sizes.values()), jnp.float32)
