@@ -53,6 +53,12 @@ def test_random_rows_hold_documents():
     assert (batch['positions'][starts] == 0).all() and (np.diff(batch['positions'])[~starts[:, 1:]] == 1).all()
 
 
+def test_ids_of_random_rows_are_as_frequent_as_words_of_text():
+    batch = speed.random_batch(small_config(data_seq_len=5000, data_global_batch=4, model_vocab_size=1024))
+    share = np.bincount(batch['tokens'].ravel(), minlength=1024) / batch['tokens'].size
+    assert 0.05 < share[0] < 0.08 and 0.0001 < share[512:].mean() < 0.0005
+
+
 def test_what_does_not_fit_is_a_row_of_its_own(monkeypatch):
     monkeypatch.setattr(fitting, 'usable_bytes', lambda device_mesh: 1000)
     result = speed.measure(speed.Case('config', small_config(), 'train', 48, 8), calls=1, repeats=1)

@@ -3,8 +3,11 @@
 Shape legend: B batch, L length, D model, V vocabulary.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Int32
@@ -147,13 +150,40 @@ def embed(table_VD: jax.Array, tokens_BL: jax.Array, dtype) -> jax.Array:
     # The table is gathered over D before the look-up: looking up sharded rows would gather activations.
     table_VD = collectives.all_gather_params(table_VD, ('vocab', 'embed'), dtype)
     if not collectives.sharded_over('vocab'):
-        return jnp.take(table_VD, tokens_BL, axis=0)
+        return look_up(table_VD, tokens_BL)
     # A device holds some of the rows and gives zeros for the tokens of the others.
     num_rows = table_VD.shape[0]
     row_BL = tokens_BL - collectives.shard_index('vocab') * num_rows
     row_BL = jnp.where(row_BL < 0, num_rows, row_BL)  # negative indices would count from the end
-    x_BLD = jnp.take(table_VD, row_BL, axis=0, mode='fill', fill_value=0)
+    x_BLD = look_up(table_VD, row_BL, 0.0)
     return collectives.all_reduce(x_BLD, 'vocab')
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def look_up(table_VD: jax.Array, ids: jax.Array, outside: float = np.nan) -> jax.Array:
+    """Rows of the table in its dtype, [*ids.shape, D]; its gradient is the sum for each id, rounded once from float32.
+
+    Args:
+      ids: integers, any shape, not negative.
+      outside: what an id of V or more gets; it has no gradient.
+    """
+    return jnp.take(table_VD, ids, axis=0, mode='fill', fill_value=outside)
+
+
+def _look_up_forward(table_VD, ids, outside):
+    return look_up(table_VD, ids, outside), (table_VD[:, :0], ids)
+
+
+def _look_up_backward(outside, residuals, d_rows):
+    # Added up in bfloat16, as the gradient of indexing is, a frequent id loses most of its sum (6 to 11% off at Zipf's
+    # frequencies), and GPUs add one token after the other: 17 ms for the batch of a 320M model on an H100, not 0.4.
+    table_V0, ids = residuals
+    d_table_VD = jnp.zeros((len(table_V0), d_rows.shape[-1]), jnp.float32)
+    d_table_VD = d_table_VD.at[ids].add(d_rows.astype(jnp.float32), mode='drop')
+    return d_table_VD.astype(table_V0.dtype), None
+
+
+look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 def to_logits(hidden_BLD: jax.Array, head_VD: jax.Array, cap: float) -> jax.Array:
