@@ -102,6 +102,29 @@ def test_a_step_is_checked_when_the_next_one_comes_and_at_a_flush():
         pending.flush()
 
 
+class OnDevice:
+    """A scalar whose copy to the host is noted in `calls`, as is when it is read."""
+
+    def __init__(self, name, calls):
+        self.name, self.calls = name, calls
+
+    def copy_to_host_async(self):
+        self.calls.append(('copied', self.name))
+
+    def __array__(self, dtype=None, copy=None):
+        self.calls.append(('read', self.name))
+        return np.asarray(1.0, dtype)
+
+
+def test_copies_to_the_host_are_asked_for_before_the_next_step_is_given_out():
+    calls, pending = [], metrics.PendingMetrics()
+    names = ('loss', 'tokens', 'grad_norm', 'update_norm', 'param_norm', 'learning_rate')
+    pending.push(1, {name: OnDevice(name, calls) for name in (*names, 'grad_norms')})
+    assert sorted(calls) == sorted(('copied', name) for name in names)
+    pending.push(2, step_metrics(1.0))
+    assert ('read', 'loss') in calls and ('read', 'grad_norms') not in calls
+
+
 # ---- files -----------------------------------------------------------------
 
 

@@ -232,6 +232,7 @@ def train(config: Config, task: Task, *, target: float, report=print) -> dict:
             for step in range(1, settings.steps + 1):
                 pending_metrics = metrics
                 state, metrics = train_step(state, jax.device_put(batch(TRAIN, step), batch_sharding))
+                jax.copy_to_host_async((metrics['loss'], metrics['grad_norm']))  # see `metrics.PendingMetrics.push`
                 _check_finite(step - 1, pending_metrics)  # waits for the step before, so that few are in flight
                 bar.update()
                 if step < settings.steps and not (settings.eval_every_steps and step % settings.eval_every_steps == 0):

@@ -4,6 +4,8 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
+import jax
+
 from transxssm_jax.data.loader import Loader
 from transxssm_jax.training import metrics
 
@@ -45,13 +47,16 @@ class HeldOutLoss:
         self._should_stop, self._prefixes = should_stop, tuple(prefixes)
 
     def run(self, params: dict) -> Iterator[tuple[str, float]]:
-        nll, tokens = 0.0, 0.0
+        nll, tokens, newest = 0.0, 0.0, {'nll': 0.0, 'tokens': 0.0}
         with self._open_split() as loader:
             for batch in itertools.islice(loader, self._max_batches or None):
                 if self._should_stop():
                     return
-                sums = self._eval_step(params, batch)
-                nll, tokens = nll + float(sums['nll']), tokens + float(sums['tokens'])
+                before, newest = newest, self._eval_step(params, batch)
+                # As in `metrics.PendingMetrics`, sums are read when the devices have been given the next batch.
+                jax.copy_to_host_async(newest)
+                nll, tokens = nll + float(before['nll']), tokens + float(before['tokens'])
+            nll, tokens = nll + float(newest['nll']), tokens + float(newest['tokens'])
             targets_per_byte = metrics.targets_per_byte(loader)
         for prefix in self._prefixes:
             yield from metrics.of_loss(nll / tokens, targets_per_byte, prefix).items()

@@ -155,6 +155,9 @@ class PendingMetrics:
           health.NotFiniteError: the step before is not finite.
         """
         previous, self._newest = self._newest, (step, step_metrics)
+        # On GPUs a copy waits for all that the device had been given when it was asked for: asked for now, it does not
+        # wait for the next step.
+        jax.copy_to_host_async({name: value for name, value in step_metrics.items() if name != 'grad_norms'})
         self._read(previous)
 
     def flush(self) -> None:
