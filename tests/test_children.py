@@ -70,3 +70,17 @@ def test_a_process_that_nobody_started_so_watches_nothing(monkeypatch):
     children.stop_with_parent()
     assert children.VARIABLE not in os.environ
     subprocess.run([sys.executable, '-c', f'import os; assert {children.VARIABLE!r} not in os.environ'], check=True)
+
+
+def test_run_gives_input_and_returns_what_was_written():
+    words = 'import sys; text = sys.stdin.read(); print(text.upper()); print(text, file=sys.stderr); sys.exit(3)'
+    done = children.run([sys.executable, '-c', words], input='as given')
+    assert (done.returncode, done.stdout, done.stderr) == (3, 'AS GIVEN\n', 'as given\n')
+
+
+def test_run_kills_what_takes_too_long(monkeypatch):
+    started, start = [], children.start
+    monkeypatch.setattr(children, 'start', lambda *args, **kwargs: started.append(start(*args, **kwargs)) or started[0])
+    with pytest.raises(subprocess.TimeoutExpired):
+        children.run([sys.executable, '-c', 'import time; time.sleep(600)'], timeout=0.1)
+    assert started[0].returncode == -signal.SIGKILL

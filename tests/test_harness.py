@@ -461,6 +461,20 @@ def test_the_papers_tasks_have_their_usual_names(harness):
     assert set(names) <= set(TaskManager().all_tasks)
 
 
+def test_a_transformers_that_cannot_be_imported_is_reported_before_the_first_question(
+    harness, workdir, tmp_path, monkeypatch, capsys
+):
+    import lm_eval.utils
+
+    (tmp_path / 'transformers').mkdir()
+    (tmp_path / 'transformers' / '__init__.py').write_text("raise ImportError('huggingface-hub<2.0 is required')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, 'transformers', raising=False)
+    monkeypatch.setattr(lm_eval.utils, 'is_transformers_available', lambda: True)
+    assert harness.main([f'--workdir={workdir}', '--tasks=piqa', '--tokenizer=byte']) == 2
+    assert 'cannot be imported here (huggingface-hub<2.0 is required); mend' in capsys.readouterr().err
+
+
 def test_without_the_harness_the_command_reports_what_to_install(monkeypatch, capsys):
     for name in ('lm_eval', 'lm_eval.api.model', 'lm_eval.api.registry', 'lm_eval.models.utils'):
         monkeypatch.setitem(sys.modules, name, None)

@@ -466,12 +466,12 @@ def test_wrong_input_is_one_line_before_anything_starts(tmp_path, prepared, stan
 def test_every_trial_is_planned_before_the_first_starts(tmp_path, prepared, stand_in, monkeypatch, capsys):
     calls = []
 
-    def plan(command, **options):
+    def plan(command):
         calls.append(command)
         fits = '--config.model.d_mlp=64' not in command
         return subprocess.CompletedProcess(command, 0 if fits else 3, json.dumps({'nearest': {'mesh.fsdp': 8}}), '')
 
-    monkeypatch.setattr(sweep.subprocess, 'run', plan)
+    monkeypatch.setattr(sweep.children, 'run', plan)
     body = "product(vary('train.accumulation_steps', [1, 2]), vary('model.d_mlp', [32, 64]), vary('data.seed', [0, 1]))"
     code, _, err = call(capsys, prepared, write_sweep(tmp_path, body), tmp_path / 'runs', '--plan=v5e:2x2')
     assert (

@@ -43,6 +43,25 @@ def start(command: Sequence[str], env: dict[str, str] | None = None, **arguments
     return process
 
 
+def run(
+    command: Sequence[str], *, input: str | None = None, timeout: float | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`start`, and waits for its end; texts of stdout and stderr are kept. It is killed where waiting ends otherwise.
+
+    Args:
+      input: what it reads from stdin.
+      timeout: seconds, after which subprocess.TimeoutExpired is raised.
+    """
+    process = start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        out, err = process.communicate(input, timeout)
+    except BaseException:
+        process.kill()
+        process.communicate()
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
 def stop_with_parent() -> None:
     """From now on SIGTERM comes to this process when that which started it with `start` is gone."""
     reader = int(os.environ.pop(VARIABLE, -1))  # what this one starts has another parent

@@ -17,7 +17,7 @@ Exit codes: 0 all trials are finished or were stopped early; 1 some failed; 2 wr
 Ctrl-C, all trials having saved.
 """
 
-from transxssm_jax import cli
+from transxssm_jax import children, cli
 
 if __name__ == '__main__':
     cli.start('transxssm_jax.sweep')
@@ -29,7 +29,6 @@ import os
 import pathlib
 import shlex
 import signal
-import subprocess
 import sys
 
 from transxssm_jax import config as config_lib
@@ -224,7 +223,7 @@ def _compile(flags, trials: list[Trial]) -> None:
         print(f'plan for {flags.plan}: {trial.name}', flush=True)
         words = [f'--config={trial.file}', *(f'--config.{name}={value}' for name, value in trial.overrides.items())]
         command = [sys.executable, '-m', 'transxssm_jax.plan', *words, f'--topology={flags.plan}', '--json']
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        result = children.run(command)
         if result.returncode == ExitCode.DOES_NOT_FIT:
             raise SweepError(f'trial {trial.number} ({trial.name}) does not fit {flags.plan}: {_why(result.stdout)}')
         if result.returncode:

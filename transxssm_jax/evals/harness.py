@@ -386,6 +386,7 @@ def _evaluate(flags) -> None:
     logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
     from lm_eval.evaluator import simple_evaluate
 
+    check_transformers()
     lm = TransXSSMLM(
         flags.workdir,
         step=flags.step,
@@ -415,6 +416,23 @@ def _evaluate(flags) -> None:
     made_by = results_lib.of_run(lm.run, COMMAND.module, flags.argv, packages=('lm_eval', 'datasets'))
     write_results(path, results | {'made_by': made_by})
     print(f'results written to {path}')
+
+
+def check_transformers() -> None:
+    """Raises MissingPackageError where transformers is installed and cannot be imported.
+
+    The harness imports it for its version once all questions are answered, and answers would be lost.
+    """
+    from lm_eval.utils import is_transformers_available
+
+    if is_transformers_available():
+        try:
+            import transformers  # noqa: F401
+        except ImportError as error:
+            raise cli.MissingPackageError(
+                f'the evaluation harness records the version of transformers, which cannot be imported here '
+                f'({str(error).splitlines()[0]}); mend or uninstall transformers'
+            ) from error
 
 
 def write_results(path: pathlib.Path, results: dict) -> None:

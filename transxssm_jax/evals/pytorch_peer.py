@@ -14,9 +14,9 @@ was allocated), 'scan' ('mamba_ssm' or 'plain') and 'torch' (its version); or 'd
 
 import json
 import statistics
-import subprocess
 import sys
 
+from transxssm_jax import children
 from transxssm_jax import config as config_lib
 from transxssm_jax.cli import MissingPackageError, UserError
 from transxssm_jax.evals import speed
@@ -35,12 +35,7 @@ def measure(case: dict) -> dict:
       MissingPackageError: torch or transformers is not installed.
       PeerError: it failed, with its last line.
     """
-    done = subprocess.run(
-        [sys.executable, '-m', 'transxssm_jax.evals.pytorch_peer'],
-        input=json.dumps(case),
-        capture_output=True,
-        text=True,
-    )
+    done = children.run([sys.executable, '-m', 'transxssm_jax.evals.pytorch_peer'], input=json.dumps(case))
     if done.returncode == MissingPackageError.exit_code:
         raise MissingPackageError(done.stderr.strip().splitlines()[-1])
     if done.returncode:
@@ -118,4 +113,5 @@ def _forward(torch, compiled, tokens):
 
 
 if __name__ == '__main__':
+    children.stop_with_parent()
     sys.exit(main())

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from tqdm import tqdm
 
 from pallas_kernels.chips import Chip, Tpu
+from transxssm_jax import children
 from transxssm_jax import config as config_lib
 from transxssm_jax.config import Config
 from transxssm_jax.model.costs import REMAT
@@ -179,9 +180,7 @@ def search(
         if candidate.memory >= too_much[remat]:
             continue
         try:
-            run = subprocess.run(
-                [*command, *candidate.overrides.split(), '--json'], capture_output=True, text=True, timeout=left
-            )
+            run = children.run([*command, *candidate.overrides.split(), '--json'], timeout=left)
         except subprocess.TimeoutExpired:
             break
         if run.returncode == 0:
