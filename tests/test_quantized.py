@@ -54,6 +54,26 @@ def test_zeros_and_the_range_of_the_types_give_finite_products():
             assert all(np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in pullback(x))
 
 
+@pytest.mark.parametrize('quantization', ['fp8', 'int8'])
+@pytest.mark.parametrize('policy', ['everything_saveable', 'dots_saveable', 'nothing_saveable'])
+def test_checkpoints_keep_every_number_of_the_types(quantization, policy):
+    """float8_e4m3fn has numbers where types with infinity have it, which jax.checkpoint does not know."""
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((4, 32, 64), (64, 64)))
+
+    def twice(x, kernel):
+        return quantized.matmul(jnp.tanh(quantized.matmul(x, kernel, quantization)), kernel, quantization)
+
+    kept = jax.checkpoint(twice, policy=getattr(jax.checkpoint_policies, policy))
+    plain, found = (
+        jax.jit(jax.value_and_grad(lambda x, kernel: (f(x, kernel) ** 2).sum(), argnums=(0, 1)))(x, kernel)  # noqa: B023
+        for f in (twice, kept)
+    )
+    for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(found)):
+        assert np.isfinite(one).all()
+        np.testing.assert_allclose(other, one, rtol=0.02, atol=0.01 * float(np.abs(one).max()))
+
+
 def losses(quantization, **mesh):
     config = Config(
         model=Model(

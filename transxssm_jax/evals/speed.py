@@ -97,9 +97,8 @@ def random_batch(config: Config, documents: int = 1) -> dict[str, np.ndarray]:
     """
     rows, length = config.data.global_batch, config.data.seq_len
     weight_V = 1 / (np.arange(config.model.vocab_size) + MANDELBROT_SHIFT)
-    tokens = np.random.default_rng(0).choice(
-        config.model.vocab_size, (rows, length + 1), p=weight_V / weight_V.sum()
-    ).astype(np.int32)
+    rng = np.random.default_rng(0)
+    tokens = rng.choice(len(weight_V), (rows, length + 1), p=weight_V / weight_V.sum()).astype(np.int32)
     size = max(length // documents, 1)
     document_L = np.minimum(np.arange(length) // size, documents - 1)
     position_L = np.arange(length) - document_L * size

@@ -16,6 +16,7 @@ would. A scale is that of the part of a matrix that a device holds.
 Shape legend: ... batch axes, I inputs, O outputs.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -42,21 +43,23 @@ def _forward(x, kernel_IO, quantization):
     dtype, _ = TYPES[quantization]
     by_token = tuple(range(x.ndim - 1)) if quantization == 'int8' else ()
     by_output = (1,) if quantization == 'int8' else ()
-    x_q = _named(_quantize(x, dtype, by_token), 'quantized')
-    kernel_q = _named(_quantize(kernel_IO, dtype, by_output), 'quantized_weight')
+    x_bits = _named(_as_bits(_quantize(x, dtype, by_token)), 'quantized')
+    kernel_bits = _named(_as_bits(_quantize(kernel_IO, dtype, by_output)), 'quantized_weight')
     # 'fp8' needs no more than the rounded x afterwards, which is half of x.
-    kept = x if quantization == 'int8' else x_q
-    return _dot(x_q, kernel_q, (x.ndim - 1,), (0,), x.dtype), (kept, kernel_q)
+    kept = x if quantization == 'int8' else x_bits
+    y = _dot(_of_bits(x_bits, dtype), _of_bits(kernel_bits, dtype), (x.ndim - 1,), (0,), x.dtype)
+    return y, (kept, kernel_bits)
 
 
 def _backward(quantization, residuals, dy):
-    x, kernel_q = residuals
-    _, dtype = TYPES[quantization]
+    x, kernel_bits = residuals
+    of_inputs, dtype = TYPES[quantization]
+    kernel_q = _of_bits(kernel_bits, of_inputs)
     tokens = tuple(range(dy.ndim - 1))
     if quantization == 'fp8':
         dy_q = _quantize(dy, dtype)
         dx = _dot(dy_q, kernel_q, (dy.ndim - 1,), (1,), dy.dtype)
-        return dx, _dot(x, dy_q, tokens, tokens, dy.dtype)
+        return dx, _dot(_of_bits(x, of_inputs), dy_q, tokens, tokens, dy.dtype)
     # The scales of W lie along the axis that dx sums over, so they go into dy before it is rounded.
     scale_O = kernel_q.scale.reshape(-1)
     dy_q = _quantize(dy.astype(jnp.float32) * scale_O, dtype, tokens)
@@ -70,6 +73,20 @@ matmul.defvjp(_forward, _backward)
 def _quantize(array: jax.Array, dtype, axes: tuple[int, ...] = ()):
     """The array in 8 bits with a float32 scale for each index of `axes`."""
     return qwix().quantize(array.astype(jnp.float32), dtype, channelwise_axes=axes)
+
+
+def _as_bits(quantized):
+    """The same with its 8-bit numbers as int8.
+
+    What a backward pass keeps is kept so: jax.checkpoint puts a reduce_precision behind kept floats, with the exponent bits
+    of their type. It takes the largest exponent for infinity, where float8_e4m3fn has its numbers from 256 to 448, and
+    where XLA does not remove it, as on CPUs, they become NaN.
+    """
+    return dataclasses.replace(quantized, qvalue=jax.lax.bitcast_convert_type(quantized.qvalue, jnp.int8))
+
+
+def _of_bits(quantized, dtype):
+    return dataclasses.replace(quantized, qvalue=jax.lax.bitcast_convert_type(quantized.qvalue, dtype))
 
 
 def _named(quantized, name: str):
