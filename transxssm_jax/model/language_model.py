@@ -175,8 +175,9 @@ def _look_up_forward(table_VD, ids, outside):
 
 
 def _look_up_backward(outside, residuals, d_rows):
-    # Added up in bfloat16, as the gradient of indexing is, a frequent id loses most of its sum (6 to 11% off at Zipf's
-    # frequencies), and GPUs add one token after the other: 17 ms for the batch of a 320M model on an H100, not 0.4.
+    # The gradient of indexing adds up in bfloat16, in which a sum stops growing at 256 times what is added: 6 to 11% were
+    # lost with ids as frequent as words. And GPUs add one token of an id after the other: 17 ms for 65,536 tokens of
+    # width 1,024 on an H100, where float32 takes 0.4.
     table_V0, ids = residuals
     d_table_VD = jnp.zeros((len(table_V0), d_rows.shape[-1]), jnp.float32)
     d_table_VD = d_table_VD.at[ids].add(d_rows.astype(jnp.float32), mode='drop')
