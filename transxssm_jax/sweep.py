@@ -17,7 +17,7 @@ Exit codes: 0 all trials are finished or were stopped early; 1 some failed; 2 wr
 Ctrl-C, all trials having saved.
 """
 
-from transxssm_jax import children, cli
+from transxssm_jax import cli
 
 if __name__ == '__main__':
     cli.start('transxssm_jax.sweep')
@@ -31,8 +31,8 @@ import shlex
 import signal
 import sys
 
+from transxssm_jax import children, config_sweep, settings
 from transxssm_jax import config as config_lib
-from transxssm_jax import config_sweep, settings
 from transxssm_jax.cli import ExitCode, Flag
 from transxssm_jax.config import ConfigError
 from transxssm_jax.config_sweep import Search, SweepError
