@@ -1,4 +1,4 @@
-"""What a command does about stdin, stdout and stderr that are closed, or that lack a character."""
+"""What a command does about stdin, stdout and stderr that are closed or lack a character, and what is not to be printed."""
 
 import os
 import select
@@ -22,8 +22,28 @@ def stdout_is_gone(error: BaseException) -> bool:
 
 
 def make_usable() -> None:
-    """A stream that was closed (`>&-`) drops what is printed; what the terminal's encoding lacks is printed as '?'."""
+    """A stream that was closed (`>&-`) drops what is printed; what the terminal's encoding lacks is printed as '?'.
+
+    Calls `hide_late_callbacks`.
+    """
     for name, mode in (('stdin', 'r'), ('stdout', 'w'), ('stderr', 'w')):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  with its number, which a file would get otherwise
     sys.stdout.reconfigure(errors='replace')
+    hide_late_callbacks()
+
+
+def hide_late_callbacks() -> None:
+    """From now on Python prints no traceback where a call comes to an event loop that is closed.
+
+    Orbax closes its loop with the first file of a checkpoint that cannot be written or read, which a command reports in one
+    line. TensorStore has other files in hand then, and calls the closed loop when it is done with each.
+    """
+    before = sys.unraisablehook
+
+    def hook(unraisable):
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == 'Event loop is closed'):
+            before(unraisable)
+
+    sys.unraisablehook = hook

@@ -249,12 +249,12 @@ def kill_until_finished(config, workdir, seconds: float, rng: random.Random, kil
         was_running = start.is_running()
         start.kill(number)
         ended = start.finish()
-        assert not ended.has_traceback, ended
+        assert not ended.has_traceback, str(ended)
         if was_running:
             struck.append((signal.Signals(number).name, ended.code))
         if ended.code == 0:
             break
-        assert ended.code in (-signal.SIGKILL, 75, 130, -signal.SIGTERM), ended
+        assert ended.code in (-signal.SIGKILL, 75, 130, -signal.SIGTERM), str(ended)
     ended = run(config, workdir)
-    assert ended.code == 0, ended
+    assert ended.code == 0, str(ended)
     return struck

@@ -34,7 +34,7 @@ def undisturbed(config, tmp_path_factory):
     assert run(config, directory / 'compiles').code == 0
     began = time.monotonic()
     ended = run(config, directory / 'run')
-    assert ended.code == 0 and not ended.has_traceback, ended
+    assert ended.code == 0 and not ended.has_traceback, str(ended)
     return directory / 'run', time.monotonic() - began
 
 
@@ -77,7 +77,7 @@ def strike(config, undisturbed, workdir, within, number, call=1, after_seconds=0
         first.finish()
     before = checkpoint_steps(workdir) if (workdir / 'checkpoints').exists() else []
     ended = run(config, workdir, strike=Strike(within, number, call, after_seconds))
-    assert not ended.has_traceback, ended
+    assert not ended.has_traceback, str(ended)
     after = checkpoint_steps(workdir) if (workdir / 'checkpoints').exists() else []
     if within in BEFORE_THE_FIRST_STEP and not after_seconds:
         assert after == before, (within, before, after)
@@ -100,7 +100,7 @@ IN_SUITE = [
 @pytest.mark.parametrize('within, number', IN_SUITE, ids=[f'{number.name} within {name}' for name, number in IN_SUITE])
 def test_struck_within(config, undisturbed, tmp_path, within, number):
     ended = strike(config, undisturbed, tmp_path / 'run', within, number)
-    assert ended.code == (75 if number == signal.SIGTERM else -number), ended
+    assert ended.code == (75 if number == signal.SIGTERM else -number), str(ended)
 
 
 @pytest.mark.faults
@@ -117,7 +117,7 @@ def test_struck_within_every_part(config, undisturbed, tmp_path, within, number)
         ended = strike(config, undisturbed, workdir, within, number, call, after_seconds)
         code = {signal.SIGTERM: 75, signal.SIGINT: 130}.get(number, -number)
         # A signal that comes late in a part may find the run at its end.
-        assert ended.code == code or (after_seconds and ended.code == 0) or (call > 1 and ended.code == 0), ended
+        assert ended.code == code or (after_seconds and ended.code == 0) or (call > 1 and ended.code == 0), str(ended)
         codes[ended.code] += 1
     print(f'\n{number.name} within {within}: exit codes {dict(codes)}')
 
@@ -147,10 +147,10 @@ def test_a_signal_while_python_imports_ends_quietly(config, tmp_path):
 
 def full_disk(config, undisturbed, workdir, most_bytes):
     ended = run(config, workdir, most_bytes=most_bytes)
-    assert ended.code in (2, 0) and not ended.has_traceback, ended
+    assert ended.code in (2, 0) and not ended.has_traceback, str(ended)
     if ended.code == 2:
         errors = [line for line in ended.err.splitlines() if line.startswith('error')]
-        assert len(errors) == 1 and str(workdir) in errors[0], ended
+        assert len(errors) == 1 and str(workdir) in errors[0], str(ended)
     again = run(config, workdir)
     assert again.code == 0, (ended, again)
     assert_same(workdir, undisturbed[0])
@@ -184,13 +184,13 @@ def test_a_workdir_that_is_taken_away_ends_the_run_in_one_line(config, undisturb
         (workdir / 'checkpoints').mkdir(parents=True)
     start.kill(signal.SIGCONT)
     ended = start.finish()
-    assert ended.code == 2 and not ended.has_traceback, ended
+    assert ended.code == 2 and not ended.has_traceback, str(ended)
     errors = [line for line in ended.err.splitlines() if line.startswith('error')]
-    assert len(errors) == 1 and str(workdir) in errors[0], ended
+    assert len(errors) == 1 and str(workdir) in errors[0], str(ended)
     shutil.rmtree(workdir, ignore_errors=True)
     shutil.move(kept, workdir)  # from a backup
     ended = run(config, workdir)
-    assert ended.code == 0 and 'resuming from step' in ended.out, ended
+    assert ended.code == 0 and 'resuming from step' in ended.out, str(ended)
     assert_same(workdir, undisturbed[0])
 
 
@@ -214,7 +214,7 @@ def test_a_missing_shard_is_named_and_costs_nothing(config, undisturbed, tmp_pat
     (shard,) = data.glob('documents-train.array_record-*')
     shard.rename(tmp_path / 'shard')
     ended = run(config, workdir, data__path=data)
-    assert ended.code == 2 and str(shard) in ended.err and not ended.has_traceback, ended
+    assert ended.code == 2 and str(shard) in ended.err and not ended.has_traceback, str(ended)
     (tmp_path / 'shard').rename(shard)
     assert run(config, workdir, data__path=data).code == 0
     assert_same(workdir, undisturbed[0])
@@ -234,7 +234,7 @@ def poison() -> None:
 
 def test_a_step_that_is_not_finite_is_not_saved(config, undisturbed, tmp_path):
     ended = run(config, tmp_path / 'run', patch=('test_faults', 'poison'))
-    assert ended.code == 3 and 'step 11 is not finite' in ended.err and not ended.has_traceback, ended
+    assert ended.code == 3 and 'step 11 is not finite' in ended.err and not ended.has_traceback, str(ended)
     assert checkpoint_steps(tmp_path / 'run')[-1] == 8
     assert run(config, tmp_path / 'run').code == 0
     assert_same(tmp_path / 'run', undisturbed[0])
@@ -269,7 +269,7 @@ def hang() -> None:
 def test_a_loader_that_hangs_is_given_up(config, undisturbed, tmp_path):
     stop = dict(train__watchdog_seconds=0.3, train__watchdog_action='stop')
     ended = run(config, tmp_path / 'run', patch=('test_faults', 'hang'), **stop)
-    assert ended.code == 75 and not ended.has_traceback, ended
+    assert ended.code == 75 and not ended.has_traceback, str(ended)
     assert 'waiting for the loader to give the batch of step 10' in ended.err and 'Current thread' in ended.err
     assert 'step 9 is saved, and the same command goes on from there' in ended.err
     assert checkpoint_steps(tmp_path / 'run')[-1] == 9
@@ -285,7 +285,7 @@ def slow() -> None:
 @pytest.mark.faults
 def test_a_slow_loader_changes_no_number(config, undisturbed, tmp_path):
     ended = run(config, tmp_path / 'run', patch=('test_faults', 'slow'))
-    assert ended.code == 0 and 'goodput' in ended.out, ended
+    assert ended.code == 0 and 'goodput' in ended.out, str(ended)
     assert_same(tmp_path / 'run', undisturbed[0])
 
 
@@ -306,9 +306,9 @@ def stall() -> None:
 def test_a_step_that_hangs_ends_the_run(config, undisturbed, tmp_path):
     stop = dict(train__watchdog_seconds=0.3, train__watchdog_action='stop')
     ended = run(config, tmp_path / 'run', patch=('test_faults', 'stall'), **stop)
-    assert ended.code == 69 and not ended.has_traceback, ended
+    assert ended.code == 69 and not ended.has_traceback, str(ended)
     assert 'waiting for the devices to finish step' in ended.err and 'File "' in ended.err
     errors = [line for line in ended.err.splitlines() if line.startswith('error')]
-    assert len(errors) == 1 and 'start the same command again' in errors[0], ended
+    assert len(errors) == 1 and 'start the same command again' in errors[0], str(ended)
     assert run(config, tmp_path / 'run').code == 0
     assert_same(tmp_path / 'run', undisturbed[0])

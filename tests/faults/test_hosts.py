@@ -73,7 +73,7 @@ def test_local_checkpoints_serve_where_every_host_has_them(config, tmp_path):
     kill_after(15)
     newest = max(set(steps_of(0)) & set(steps_of(1)))
     [ended, _] = start(newest + 1).finish()
-    assert ended.code == 0 and f'resuming from step {newest}, local' in ended.out, ended
+    assert ended.code == 0 and f'resuming from step {newest}, local' in ended.out, str(ended)
     shutil.rmtree(workdir)
     kill_after(65)
     for path in local.glob('*/process-1/*'):
