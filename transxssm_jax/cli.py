@@ -431,7 +431,7 @@ def start(module: str, takes_signals: bool = False) -> None:
     """
     # JAX takes three quarters of a GPU's memory unless it is told otherwise; a training step wants the rest too.
     os.environ.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.92')
-    streams.make_usable()
+    streams.prepare()
     children.stop_with_parent()
     # Raised in the middle of an extension module's import, KeyboardInterrupt could come out as another error.
     stops = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # what schedulers send

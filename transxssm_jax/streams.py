@@ -21,10 +21,11 @@ def stdout_is_gone(error: BaseException) -> bool:
     return True
 
 
-def make_usable() -> None:
-    """A stream that was closed (`>&-`) drops what is printed; what the terminal's encoding lacks is printed as '?'.
+def prepare() -> None:
+    """To be called before anything is printed.
 
-    Calls `hide_late_callbacks`.
+    A stream that was closed (`>&-`) drops what is printed; what the terminal's encoding lacks is printed as '?'; and what
+    `hide_late_callbacks` names is not printed.
     """
     for name, mode in (('stdin', 'r'), ('stdout', 'w'), ('stderr', 'w')):
         if getattr(sys, name) is None:

@@ -431,7 +431,7 @@ def check_transformers() -> None:
         except ImportError as error:
             raise cli.MissingPackageError(
                 f'the evaluation harness records the version of transformers, which cannot be imported here '
-                f'({str(error).splitlines()[0]}); mend or uninstall transformers'
+                f'({cli.one_line(error)}); mend or uninstall transformers'
             ) from error
 
 

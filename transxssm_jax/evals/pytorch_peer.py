@@ -70,7 +70,8 @@ def _measure(torch, case: dict) -> dict:
     torch.manual_seed(0)
     model = modeling.TransXSSMForCausalLM(modeling.TransXSSMConfig(**fields_of(config, 'float32'))).to(device)
     compiled = torch.compile(model)
-    tokens = torch.randint(config.model.vocab_size, (case['rows'], case['length']), device=device)
+    ids = speed.random_ids(config.model.vocab_size, (case['rows'], case['length']))
+    tokens = torch.from_numpy(ids).to(device, torch.int64)
     call = _training(torch, model, compiled, tokens) if case['mode'] == 'train' else _forward(torch, compiled, tokens)
 
     def synchronize():

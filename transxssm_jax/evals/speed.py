@@ -90,15 +90,9 @@ def measure(case: Case, calls: int, repeats: int) -> dict:
 
 
 def random_batch(config: Config, documents: int = 1) -> dict[str, np.ndarray]:
-    """A global batch of random tokens, in rows of `documents` documents of equal length (the last one longer).
-
-    An id is as frequent as the word of its rank in text (Zipf's law in Mandelbrot's form): how often ids repeat decides
-    what the gradient of the embedding costs, and equally frequent ones hid a tenfold cost.
-    """
+    """A global batch of `random_ids`, in rows of `documents` documents of equal length (the last one longer)."""
     rows, length = config.data.global_batch, config.data.seq_len
-    weight_V = 1 / (np.arange(config.model.vocab_size) + MANDELBROT_SHIFT)
-    rng = np.random.default_rng(0)
-    tokens = rng.choice(len(weight_V), (rows, length + 1), p=weight_V / weight_V.sum()).astype(np.int32)
+    tokens = random_ids(config.model.vocab_size, (rows, length + 1))
     size = max(length // documents, 1)
     document_L = np.minimum(np.arange(length) // size, documents - 1)
     position_L = np.arange(length) - document_L * size
@@ -108,6 +102,15 @@ def random_batch(config: Config, documents: int = 1) -> dict[str, np.ndarray]:
         'segment_ids': np.broadcast_to(1 + document_L, (rows, length)).astype(np.int32),
         'positions': np.broadcast_to(position_L, (rows, length)).astype(np.int32),
     }
+
+
+def random_ids(vocab_size: int, shape: tuple[int, ...]) -> np.ndarray:
+    """int32 ids, each as frequent as the word of its rank in text (Zipf's law in Mandelbrot's form).
+
+    How often ids repeat decides what the gradient of an embedding costs; equally frequent ones had hidden a tenfold cost.
+    """
+    weight_V = 1 / (np.arange(vocab_size) + MANDELBROT_SHIFT)
+    return np.random.default_rng(0).choice(vocab_size, shape, p=weight_V / weight_V.sum()).astype(np.int32)
 
 
 def _measure_step(case: Case, calls: int, repeats: int) -> dict:
@@ -165,7 +168,7 @@ def _measure_step(case: Case, calls: int, repeats: int) -> dict:
 
 def _measure_prefill(case: Case, calls: int, repeats: int) -> dict:
     decoder = _decoder(case)
-    tokens = np.random.default_rng(0).integers(0, case.config.model.vocab_size, (case.rows, case.length), np.int32)
+    tokens = random_ids(case.config.model.vocab_size, (case.rows, case.length))
     length_B = np.full(case.rows, case.length, np.int32)
     held = [decoder.empty(case.rows, case.length)]
 
