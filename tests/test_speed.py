@@ -12,7 +12,7 @@ from tests.small import small_config
 from transxssm_jax import bench
 from transxssm_jax import config as config_lib
 from transxssm_jax.cli import ExitCode
-from transxssm_jax.evals import speed
+from transxssm_jax.evals import op_table, speed
 from transxssm_jax.model import costs
 from transxssm_jax.planning import fitting
 
@@ -101,6 +101,35 @@ def test_the_command_writes_its_results(tmp_path, capsys):
     assert (tmp_path / 'bench.png').stat().st_size > 10_000
 
 
+def test_the_profile_names_the_ops_of_a_step(tmp_path):
+    arguments = [*TINY, '--modes=train,forward', '--calls=1', '--repeats=1', '--profile', f'--output={tmp_path}']
+    assert bench.main(arguments) == ExitCode.FINISHED
+    train, forward = json.loads((tmp_path / 'bench.json').read_text())['results']
+    for result in (train, forward):
+        rows = result['ops']
+        assert [row['ms'] for row in rows] == sorted((row['ms'] for row in rows), reverse=True)
+        assert all(row['ms'] > 0 and row['count'] > 0 for row in rows) and len(rows) == len({row['op'] for row in rows})
+        page = (tmp_path / f'config-{result["mode"]}-{result["length"]}.md').read_text()
+        assert f'| {rows[0]["op"]} | {rows[0]["kind"]} | ' in page
+    counts = [sum(row['count'] for row in result['ops']) for result in (train, forward)]
+    assert counts[0] > 2 * counts[1] > 0  # a backward pass has two products for each of the forward pass
+
+
+@pytest.mark.parametrize(
+    'name, kind',
+    [
+        ('nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NNN', 'product'),
+        ('dot', 'product'),
+        ('loop_dot_product_fusion', 'other'),
+        ('ncclDevKernel_AllGather_RING_LL', 'collective'),
+        ('all-reduce-start', 'collective'),
+        ('input_reduce_fusion', 'other'),
+    ],
+)
+def test_kinds_of_ops(name, kind):
+    assert op_table._kind(name) == kind
+
+
 def test_other_configs_beside_it(tmp_path):
     """--against takes configs, to which the settings of the command line apply too."""
     other = tmp_path / 'recurrent.py'
@@ -140,6 +169,7 @@ def test_a_chart_places_lengths_by_their_logarithm():
         (['--tokens=100'], '--tokens=100 must be a multiple of --lengths=64'),
         (['--documents_per_row=65'], '--documents_per_row=65 must be at most --lengths=64'),
         (['--peers', '--documents_per_row=2'], '--documents_per_row=2 must be 1 with --peers'),
+        (['--profile'], '--profile needs --output'),
         (['--modes=trian'], 'did you mean train?'),
         (['--against=llama3_1p3'], '--against=llama3_1p3: no such file; did you mean llama3_1p3b?'),
     ],

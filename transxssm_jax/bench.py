@@ -15,7 +15,8 @@ Columns: ms is the median time of a call (a training step, a forward pass with t
 row) over --repeats blocks of --calls calls; least and most are of the blocks. MFU counts the model's own work, HFU also
 what the backward pass computes again. GiB is what the compiler counts per device.
 
---output=DIR writes bench.json (with card, versions, command and date), bench.md and, of several lengths, bench.png.
+--output=DIR writes bench.json (with card, versions, command and date), bench.md and, of several lengths, bench.png; with
+--profile also MODEL-MODE-LENGTH.md, the ops of one device by their time.
 
 Exit codes: 0 finished; 2 wrong input, with one line; 3 nothing fitted into the memory.
 """
@@ -36,7 +37,7 @@ from transxssm_jax import settings
 from transxssm_jax.cli import ExitCode, Flag
 from transxssm_jax.config import Config, ConfigError
 from transxssm_jax.data.manifest import write_file
-from transxssm_jax.evals import charts, pytorch_peer, speed
+from transxssm_jax.evals import charts, op_table, pytorch_peer, speed
 from transxssm_jax.evals import results as results_lib
 from transxssm_jax.evals.decode_speed import transformer_of
 
@@ -65,6 +66,7 @@ COMMAND = cli.Command(
         Flag('documents_per_row', 1, 'Documents per row, of equal length.', minimum=1),
         Flag('calls', 8, 'Calls of a timed block.', minimum=1),
         Flag('repeats', 5, 'Timed blocks.', minimum=1),
+        Flag('profile', False, 'Whether to write where the time of train and forward goes, op by op.'),
         Flag('output', '', 'Directory to write the results to; empty: none.', is_path=True),
     ],
     settings=config_lib.describe,
@@ -110,6 +112,8 @@ def _other(name: str, config: Config, overrides: dict) -> Config:
 def _bench(flags) -> int:
     config = config_lib.from_flags(flags)
     output = pathlib.Path(flags.output) if flags.output else None
+    if flags.profile and not output:
+        raise ConfigError('--profile needs --output, a directory to write to')
     if output:
         output.mkdir(parents=True, exist_ok=True)
     to_measure = cases(config, flags)
@@ -121,9 +125,12 @@ def _bench(flags) -> int:
     title = f'{jax.device_count()} x {made_by["device"]}, jax {jax.__version__}, {made_by["date"][:10]}'
     print(title, flush=True)
     for case in to_measure:
-        results.append(speed.measure(case, flags.calls, flags.repeats))
+        results.append(speed.measure(case, flags.calls, flags.repeats, flags.profile))
         print(_line(results[-1]), flush=True)
         if output:  # after every case: a measurement that is stopped keeps what it has
+            if ops := results[-1].get('ops'):
+                name = f'{pathlib.Path(case.model).stem}-{case.mode}-{case.length}.md'
+                write_file(output / name, op_table.markdown(ops, results[-1]['ms']).encode())
             write_file(output / 'bench.json', (json.dumps(made_by | {'results': results}, indent=2) + '\n').encode())
     table = speed.markdown_table(results)
     print(table)

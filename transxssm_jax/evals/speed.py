@@ -18,7 +18,7 @@ from pallas_kernels import chips
 from transxssm_jax import cli
 from transxssm_jax import config as config_lib
 from transxssm_jax.config import Config
-from transxssm_jax.evals import charts, decode_speed, run_report
+from transxssm_jax.evals import charts, decode_speed, op_table, run_report
 from transxssm_jax.inference.decode import Decoder
 from transxssm_jax.model import costs, parameters
 from transxssm_jax.parallel import mesh
@@ -28,6 +28,7 @@ from transxssm_jax.training import step as step_lib
 
 MODES = ('train', 'forward', 'prefill', 'decode')
 WARM_UP_CALLS = 2
+PROFILED_CALLS = 3
 MANDELBROT_SHIFT = 2.7  # the id of rank r, from 0, is as frequent as 1 / (r + 2.7); 'the' of English text is 4 in 100
 
 
@@ -52,19 +53,21 @@ class Case:
     documents: int = 1
 
 
-def measure(case: Case, calls: int, repeats: int) -> dict:
+def measure(case: Case, calls: int, repeats: int, profile: bool = False) -> dict:
     """Measures one case on the devices that are here.
 
     Args:
       case: what is measured.
       calls: of a timed block.
       repeats: timed blocks.
+      profile: whether the ops of train and forward are measured too.
 
     Returns:
       The case, and 'ms' (median of a call over the blocks), 'least_ms', 'most_ms', 'tokens_per_second' (all devices),
       'compile_seconds', 'first_seconds' (the first call, compiled already), 'memory_gib' (what the compiler counts per
       device; absent for prefill and decoding); for train and forward also 'model_tflops_per_second' (per device), 'mfu' and
-      'hfu' (with what is computed again) where the device's peak is known, and the settings 'remat' and 'microbatches'.
+      'hfu' (with what is computed again) where the device's peak is known, and the settings 'remat' and 'microbatches'; with
+      profile, 'ops' of `op_table.measure`.
       Where the case does not fit the memory: the case and 'does_not_fit', one line.
     """
     result = {
@@ -77,7 +80,7 @@ def measure(case: Case, calls: int, repeats: int) -> dict:
     }
     try:
         if case.mode in ('train', 'forward'):
-            return result | _measure_step(case, calls, repeats)
+            return result | _measure_step(case, calls, repeats, profile)
         if case.mode == 'prefill':
             return result | _measure_prefill(case, calls, repeats)
         return result | _measure_decoding(case, calls, repeats)
@@ -113,7 +116,7 @@ def random_ids(vocab_size: int, shape: tuple[int, ...]) -> np.ndarray:
     return np.random.default_rng(0).choice(vocab_size, shape, p=weight_V / weight_V.sum()).astype(np.int32)
 
 
-def _measure_step(case: Case, calls: int, repeats: int) -> dict:
+def _measure_step(case: Case, calls: int, repeats: int, profile: bool) -> dict:
     config = config_lib.replace(case.config, {'data.seq_len': case.length, 'data.global_batch': case.rows})
     device_mesh = mesh.build(config)
     with jax.set_mesh(device_mesh):
@@ -142,6 +145,7 @@ def _measure_step(case: Case, calls: int, repeats: int) -> dict:
                 return fitted.step(state['params'], batch)
 
         first, times = times_of(call, calls, repeats)
+        ops = {'ops': op_table.measure(call, PROFILED_CALLS)} if profile else {}
     config, sizes = fitted.config, dict(device_mesh.shape)
     attended = costs.row_attended(case.length // case.documents)
     per_token = costs.forward_flops_per_token(config.model, attended)
@@ -158,6 +162,7 @@ def _measure_step(case: Case, calls: int, repeats: int) -> dict:
         'memory_gib': fitting.memory_of(fitted.step) / 2**30,
         'remat': config.model.remat,
         'microbatches': config.train.num_microbatches,
+        **ops,
     }
     flops = result['tokens_per_second'] / jax.device_count() * per_token
     result['model_tflops_per_second'] = flops / 1e12
