@@ -3,7 +3,8 @@
 # make lint    style
 # make types   types of what a program imports
 # make docs    the pages as a site, in build/site
-.PHONY: demo test lint types docs clean
+# make owner OWNER=name    the notebooks' links to Colab and GitHub, for a copy of the repository that belongs to name
+.PHONY: demo test lint types docs owner clean
 
 demo: .venv/installed
 	launch/demo.sh .venv/bin/python
@@ -22,6 +23,11 @@ types: .venv/evaluation
 # mkdocs-material about its own future, which is no warning about the pages.
 docs: .venv/evaluation
 	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
+
+owner:
+	@echo "$(OWNER)" | grep -Eqx '[A-Za-z0-9][A-Za-z0-9-]*' || { echo "make owner needs OWNER=name, an account of GitHub" >&2; exit 2; }
+	sed -i.before -E 's#(github(\.com)?/)[A-Za-z0-9-]+/transxssm_jax#\1$(OWNER)/transxssm_jax#g' notebooks/*.ipynb
+	@rm -f notebooks/*.before
 
 # The environment is made anew when the pinned set changes; a half-made one is finished by the next call.
 .venv/installed: requirements.txt pyproject.toml

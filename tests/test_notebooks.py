@@ -4,12 +4,15 @@ import json
 import os
 import pathlib
 import re
+import shutil
+import subprocess
 import sys
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / 'notebooks').glob('*.ipynb'))
+OWNER = re.compile(r'github(?:\.com)?/([A-Za-z0-9-]+)/transxssm_jax')
 SIZES = "SIZE = 'gpu'  #"
 
 
@@ -53,11 +56,29 @@ def test_outputs_are_cleared(path):
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_opens_in_colab_at_one_size(path):
     [first, *_] = cells(path, 'markdown')
-    assert f'](https://colab.research.google.com/github/OWNER/transxssm_jax/blob/main/notebooks/{path.name})' in first
+    [owner] = set(OWNER.findall(path.read_text()))
+    assert f'](https://colab.research.google.com/github/{owner}/transxssm_jax/blob/main/notebooks/{path.name})' in first
     assert sum(source.startswith(SIZES) for source in cells(path, 'code')) == 1
     for text in cells(path, 'markdown'):
         for link in re.findall(r'\]\(([^):#]+)\)', text):
             assert (path.parent / link).exists(), link
+
+
+def test_one_command_names_the_owner(tmp_path):
+    shutil.copytree(ROOT / 'notebooks', tmp_path / 'notebooks')
+    shutil.copy(ROOT / 'Makefile', tmp_path)
+
+    def make(*arguments):
+        return subprocess.run(['make', 'owner', *arguments], cwd=tmp_path, capture_output=True, text=True)
+
+    for owner in ('state-space-labs', 'another1'):  # a second time too
+        assert make(f'OWNER={owner}').returncode == 0
+        found = [OWNER.findall(path.read_text()) for path in sorted((tmp_path / 'notebooks').iterdir())]
+        assert found == [[owner] * 2] * 2
+    for wrong in ([], ['OWNER=a/b'], ['OWNER=$(HOME)']):
+        result = make(*wrong)
+        assert result.returncode == 2 and 'make owner needs OWNER=name' in result.stderr
+    assert len(list((tmp_path / 'notebooks').iterdir())) == 2
 
 
 def test_both_are_there():
