@@ -1,6 +1,7 @@
 """Properties of the model and its loss: causality, packing, patterns, settings that must mean nothing, rope scaling."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from flax import nnx
 from small import packed_batch, small_config
 
 from transxssm_jax.config import Model
-from transxssm_jax.model import layers, parameters, rope
+from transxssm_jax.model import layers, loss, parameters, rope
 from transxssm_jax.model.language_model import Block
 from transxssm_jax.model.loss import IGNORED, next_token_loss
 
@@ -442,6 +443,27 @@ def test_large_logits_do_not_overflow():
         lambda hidden: next_token_loss(hidden, head, targets, z_loss=1e-4, chunk_tokens=16)[0]
     )(1e3 * hidden)
     assert np.isfinite(value) and np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize('scale', [1.0, 1e4])
+def test_one_pass_finds_the_maximum_and_the_sum(scale):
+    """What GPUs compute, on a CPU."""
+    logits = scale * jax.random.normal(jax.random.key(0), (16, 1000))
+    top, total = jax.jit(loss._top_and_sum_in_one_pass)(logits)
+    np.testing.assert_array_equal(top, logits.max(axis=-1))
+    wide = np.asarray(logits, np.float64)
+    np.testing.assert_allclose(total, np.exp(wide - wide.max(axis=-1, keepdims=True)).sum(axis=-1), rtol=1e-5)
+    for broken in (np.nan, np.inf):
+        top, total = loss._top_and_sum_in_one_pass(logits.at[3, 500].set(broken))
+        assert np.isnan(total[3]) and np.isfinite(total[:3]).all()
+
+
+@pytest.mark.parametrize('platform, reductions_of_pairs', [('cuda', 1), ('tpu', 0), ('cpu', 0)])
+def test_a_gpu_reads_the_logits_once_for_both(platform, reductions_of_pairs):
+    hidden, head, targets = loss_inputs()
+    value = jax.jit(lambda hidden: next_token_loss(hidden, head, targets, z_loss=0.0, chunk_tokens=16)[0])
+    text = value.trace(hidden).lower(lowering_platforms=(platform,)).as_text()
+    assert len(re.findall(r'stablehlo\.reduce\(%\S+ init: %\S+\), \(%\S+ init', text)) == reductions_of_pairs
 
 
 def test_bfloat16_operands_give_a_float32_loss():

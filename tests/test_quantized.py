@@ -2,16 +2,19 @@
 
 import builtins
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small import small_config
 
 from transxssm_jax import cli
-from transxssm_jax.config import Config, Data, Model, Optimizer, Train
+from transxssm_jax.config import Config, ConfigError, Data, Model, Optimizer, Train
 from transxssm_jax.model import quantized
 from transxssm_jax.parallel import mesh as mesh_lib
+from transxssm_jax.training import compilation
 from transxssm_jax.training import step as step_lib
 
 # A number of float8_e4m3fn is off by at most 1/16, one of float8_e5m2 by at most 1/8, uniformly below that; of int8 the
@@ -124,6 +127,23 @@ def test_a_model_learns_as_it_does_in_bfloat16(quantization, bfloat16_losses):
     np.testing.assert_allclose(found[0], bfloat16_losses[0], rtol=2e-3)
     assert found[-1] < 0.5 * found[0]
     np.testing.assert_allclose(found[10], bfloat16_losses[10], rtol=0.05)
+
+
+@pytest.mark.parametrize('pattern', ['ssd', 'attention', 'mamba2'])
+def test_the_products_of_the_mlp_are_quantized_and_no_others(pattern):
+    config = small_config(model_pattern=pattern, model_quantization='fp8', model_remat='none', model_num_layers=1)
+    device_mesh = mesh_lib.build(config, jax.devices()[:1])
+    with jax.set_mesh(device_mesh):
+        traced = jax.jit(step_lib.train_step(config)).trace(*compilation.abstract_inputs(config, device_mesh))
+    products = re.findall(r'stablehlo\.dot_general.*?: \((.*?), (.*?)\) -> ', traced.lower().as_text())
+    of_8_bits = [pair for pair in products if all('f8E' in operand for operand in pair)]
+    assert len(of_8_bits) == 9 < len(products)  # gate, up and out: forward, and the gradients of input and weights
+    assert all(re.search(rf'[<x]{config.model.d_mlp}x', ' '.join(pair)) for pair in of_8_bits)
+
+
+def test_a_model_without_mlps_has_nothing_to_quantize():
+    with pytest.raises(ConfigError, match=r"model.quantization='fp8' is of the MLPs, and with model.d_mlp=0"):
+        small_config(model_pattern='mamba2', model_quantization='fp8', model_d_mlp=0)
 
 
 def test_shards_round_by_scales_of_their_own(bfloat16_losses):

@@ -118,7 +118,7 @@ class Model(Section):
     dtype: str = setting('bfloat16', 'Type of activations and matmul operands.', choices=('bfloat16', 'float32'))
     quantization: str = setting(
         'none',
-        "8-bit operands of the linear maps in training and evaluation: 'fp8' on Hopper, 'int8' on TPU v5e and v6e.",
+        "8-bit operands of the MLPs' linear maps in training and evaluation: 'fp8' on Hopper, 'int8' on TPU v5e and v6e.",
         choices=('none', 'fp8', 'int8'),
     )
     remat: str = setting(

@@ -41,6 +41,11 @@ def check(config) -> None:
             f'model.ssd_chunk_size={model.ssd_chunk_size} must be a multiple of 16; try '
             f'{model.ssd_chunk_size // 16 * 16 + 16}, or 0 to leave it to the device'
         )
+    if model.quantization != 'none' and not model.d_mlp:
+        raise ConfigError(
+            f"model.quantization='{model.quantization}' is of the MLPs, and with model.d_mlp=0 there are none; "
+            'set it to none, or set model.d_mlp'
+        )
     for name in ('b1', 'b2', 'momentum', 'ema_decay'):
         if getattr(optimizer, name) >= 1:
             usual = {'b1': 0.9, 'b2': 0.999, 'momentum': 0.95, 'ema_decay': 0.9999}[name]

@@ -45,7 +45,7 @@ class Remat(typing.NamedTuple):
       again: products that the backward pass computes again, of 'in_proj', 'kernel', 'out_proj' and 'gate_up'.
       norms: how many norms' statistics are kept, one float32 per token each.
       weights: whether the weights of all layers are kept in model.dtype, gathered.
-      rounded: whether the inputs of products are kept as model.quantization='fp8' rounds them.
+      rounded: whether the inputs of the MLP's products are kept as model.quantization='fp8' rounds them.
     """
 
     mixer: tuple[str, ...]
@@ -82,9 +82,9 @@ def saved_bytes(model: Model, costs: LayerCosts, tensor: int = 1) -> float:
     halves = 2 if model.d_mlp else 1  # mixer and MLP, or a mixer alone
     vectors = size * math.ceil(kept.d_model * halves / 2) * model.d_model
     if model.quantization == 'fp8' and kept.rounded:
-        # The inputs of the products, one byte each: norms' outputs, the mixer's and the MLP's.
-        vectors += halves * model.d_model
-        sharded += costs.mixer_out_bytes / size + model.d_mlp
+        # The inputs of the MLP's products, one byte each: its norm's output and what silu(gate) * up is.
+        vectors += model.d_model
+        sharded += model.d_mlp
     return vectors + FLOAT32 * kept.norms * halves / 2 + sharded / tensor
 
 

@@ -66,13 +66,21 @@ class Linear(nnx.Module):
     Args:
       inputs, outputs: name -> size of the contracted axes and of the new ones; the
         names are logical axes ('embed', 'heads', ...), or any other for an axis that is never sharded.
-      model: gives the standard deviation of the initial kernel, whether there is a bias, which starts at 0, and what
-        the products are rounded to.
+      model: gives the standard deviation of the initial kernel, and whether there is a bias, which starts at 0.
+      quantization: what the operands of its products are rounded to, as model.quantization.
     """
 
-    def __init__(self, model: Model, inputs: dict[str, int], outputs: dict[str, int], *, rngs: nnx.Rngs):
-        self.quantization = model.quantization
-        if self.quantization != 'none':
+    def __init__(
+        self,
+        model: Model,
+        inputs: dict[str, int],
+        outputs: dict[str, int],
+        *,
+        rngs: nnx.Rngs,
+        quantization: str = 'none',
+    ):
+        self.quantization = quantization
+        if quantization != 'none':
             quantized.qwix()  # that it is missing is said before anything is computed
         sizes = inputs | outputs
         kernel = model.init_std * jax.random.normal(rngs.params(), tuple(sizes.values()), jnp.float32)
@@ -147,13 +155,22 @@ class InputProjections(nnx.Module):
       outputs: name of a map -> its output axes, as for `Linear`. The parameters of map 'q' are `q/kernel` and, with
         model.use_bias, `q/bias`; those of the norm are `norm/scale`.
       float32: names of the maps whose output is float32; the others keep x's dtype.
+      quantization: of the maps, see `Linear`.
     """
 
-    def __init__(self, model: Model, outputs: dict[str, dict[str, int]], *, rngs: nnx.Rngs, float32=()):
+    def __init__(
+        self,
+        model: Model,
+        outputs: dict[str, dict[str, int]],
+        *,
+        rngs: nnx.Rngs,
+        float32=(),
+        quantization: str = 'none',
+    ):
         self.names, self.float32 = tuple(outputs), tuple(float32)
         self.norm = RMSNorm(model.d_model, model.norm_epsilon)
         for name, axes in outputs.items():
-            setattr(self, name, Linear(model, {'embed': model.d_model}, axes, rngs=rngs))
+            setattr(self, name, Linear(model, {'embed': model.d_model}, axes, rngs=rngs, quantization=quantization))
 
     def __call__(self, x_BLD: jax.Array) -> tuple[jax.Array, ...]:
         """[B, L, D] -> one [B, L, *outputs] per map, in the order of `outputs`."""
@@ -166,12 +183,16 @@ class InputProjections(nnx.Module):
 
 
 class SwiGLU(nnx.Module):
-    """out_proj(silu(gate) * up), with gate and up linear maps of norm(x) (Shazeer, 2020)."""
+    """out_proj(silu(gate) * up), with gate and up linear maps of norm(x) (Shazeer, 2020).
+
+    Its maps alone are those of model.quantization: with the mixers' in 8 bits too the loss rose by 0.6%, and a step of the
+    1.3B model took 1% less.
+    """
 
     def __init__(self, model: Model, *, rngs: nnx.Rngs):
-        width = {'mlp': model.d_mlp}
-        self.in_proj = InputProjections(model, {'gate': width, 'up': width}, rngs=rngs)
-        self.out_proj = Linear(model, width, {'embed': model.d_model}, rngs=rngs)
+        width, how = {'mlp': model.d_mlp}, dict(rngs=rngs, quantization=model.quantization)
+        self.in_proj = InputProjections(model, {'gate': width, 'up': width}, **how)
+        self.out_proj = Linear(model, width, {'embed': model.d_model}, **how)
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         gate_BLF, up_BLF = (checkpoint_name(v, 'mlp_in') for v in self.in_proj(x_BLD))

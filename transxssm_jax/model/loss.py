@@ -88,8 +88,9 @@ def _in_chunks(hidden, head, targets, z_loss, chunk_tokens, cap, with_gradient):
         x_TD, target_T = inputs
         objective, nll, tokens, d_head_VD = carry
         logits_TV = soft_cap(jnp.einsum('TD,VD->TV', x_TD, weights_VD, preferred_element_type=jnp.float32), cap)
-        top_T = collectives.all_reduce_max(jnp.max(logits_TV, axis=-1), 'vocab')
-        lse_T = top_T + jnp.log(collectives.all_reduce(jnp.sum(jnp.exp(logits_TV - top_T[:, None]), axis=-1), 'vocab'))
+        own_top_T, own_sum_T = _top_and_sum(logits_TV)
+        top_T = collectives.all_reduce_max(own_top_T, 'vocab')
+        lse_T = top_T + jnp.log(collectives.all_reduce(own_sum_T * jnp.exp(own_top_T - top_T), 'vocab'))
         is_target_TV = jnp.arange(num_rows_V)[None, :] == (target_T - first_V)[:, None]
         target_logit_T = collectives.all_reduce(_target_logit(logits_TV, target_T - first_V), 'vocab')
         counted_T = (target_T != IGNORED).astype(jnp.float32)
@@ -125,3 +126,25 @@ def _target_logit(logits_TV, row_T):
     is_here_T = (row_T >= 0) & (row_T < logits_TV.shape[1])
     row_T = jnp.where(is_here_T, row_T, 0)
     return jnp.where(is_here_T, jnp.take_along_axis(logits_TV, row_T[:, None], axis=1)[:, 0], 0.0)
+
+
+def _top_and_sum(x_TV):
+    """The largest of each row, and the sum of exp(x - largest)."""
+
+    def in_two_passes(x_TV):
+        top_T = jnp.max(x_TV, axis=-1)
+        return top_T, jnp.sum(jnp.exp(x_TV - top_T[:, None]), axis=-1)
+
+    # Memory is what a GPU waits for; a CPU takes longer for a reduction of pairs than for two of numbers.
+    return jax.lax.platform_dependent(x_TV, cuda=_top_and_sum_in_one_pass, default=in_two_passes)
+
+
+def _top_and_sum_in_one_pass(x_TV):
+    def combine(left, right):
+        (left_top, left_sum), (right_top, right_sum) = left, right
+        top = jnp.maximum(left_top, right_top)
+        return top, left_sum * jnp.exp(left_top - top) + right_sum * jnp.exp(right_top - top)
+
+    # Finite, because the difference of two infinities is none.
+    lowest = jnp.finfo(x_TV.dtype).min
+    return jax.lax.reduce((x_TV, jnp.ones_like(x_TV)), (lowest, jnp.zeros_like(lowest)), combine, (1,))
