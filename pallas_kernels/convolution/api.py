@@ -151,7 +151,7 @@ def _log_line(device, call, chosen, passed_over):
             + (f', {passed_over}' if passed_over else ''))  # fmt: skip
 
 
-# On TPU the kernel: by the compiler's static profile for v5e it takes a quarter of the cycles of XLA's form, forward and
+# On TPU the kernel: by the compiler's static profile for v5e it takes a third of the cycles of XLA's form, forward and
 # backward of x at 1.3B. The GPU kernel has not run on a GPU yet; put it before 'xla' to have it.
 OPERATOR = dispatch.Operator(
     implementations={
