@@ -1,7 +1,7 @@
 """The choice among the implementations of an operator.
 
-Every operator of this package (scan, attention, ring attention, decode attention) has a table of
-named implementations and, per platform, the order in which they are tried:
+Every operator of this package (scan, attention, ring attention, decode attention, convolution, gated norm) has
+a table of named implementations and, per platform, the order in which they are tried:
 
   * A named implementation serves the call, or raises `UnsupportedError` with the reason.
   * None takes the first of the platform's order that can serve, and logs that choice once.
@@ -58,6 +58,14 @@ def current_device() -> Device:
 
 
 def _never(device: Device, call: typing.Any) -> None:
+    return None
+
+
+def not_hopper(device: Device) -> str | None:
+    """Why a kernel for Hopper cannot serve on this GPU, or None; Blackwell (10.x) is another target of the compiler."""
+    if device.backend == 'gpu' and not device.compute_capability.startswith('9.'):
+        return (f'{device.kind} has compute capability {device.compute_capability or "unknown"}, but it is for 9.x '
+                "(Hopper); use implementation='xla'")  # fmt: skip
     return None
 
 
@@ -135,6 +143,25 @@ def in_32_bits(f: typing.Callable) -> typing.Callable:
             return f(*args, **kwargs)
 
     return traced
+
+
+def vary_alike(tree):
+    """Casts every array to vary over all the axes of a shard_map that any of them varies over.
+
+    An array that is replicated over the shards of another varies over fewer axes, as zeros do. After the cast the carries
+    of loops keep one type, and the transpose of the cast is the psum that the gradients of such arrays need.
+    """
+
+    def varying(v):
+        return jax.typeof(v).manual_axis_type.varying
+
+    axes = frozenset().union(*(varying(v) for v in jax.tree.leaves(tree)))
+
+    def cast(v):
+        missing = tuple(sorted(axes - varying(v)))
+        return jax.lax.pcast(v, missing, to='varying') if missing else v
+
+    return jax.tree.map(cast, tree)
 
 
 @functools.cache

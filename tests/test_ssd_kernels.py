@@ -401,7 +401,7 @@ def expected_of_shards(groups):
     return jax.jit(jax.grad(functools.partial(loss, 'reference', rope=rope, segments=segments)))(values)
 
 
-# That one group's gradient is summed over devices is `_vary_alike`'s, which all implementations share.
+# That one group's gradient is summed over devices is `dispatch.vary_alike`'s, which all implementations share.
 @needs_8_devices
 @pytest.mark.parametrize('implementation, groups', [('reference', 2), ('xla', 1), ('xla', 2), ('mosaic_tpu', 1)])
 def test_shard_map_over_batch_and_heads(implementation, groups):

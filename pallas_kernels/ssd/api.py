@@ -181,28 +181,8 @@ def _scan(x, dt, a, b, c, rope, segment_ids, state, chunk_size, implementation, 
         # Numbers of runs, because an id may come back after another one.
         starts_BL = segment_ids[:, 1:] != segment_ids[:, :-1]
         run_BL = jnp.pad(jnp.cumsum(starts_BL, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
-    arrays = _vary_alike((x, dt, a, b, c, rope, run_BL, state))
+    arrays = dispatch.vary_alike((x, dt, a, b, c, rope, run_BL, state))
     return OPERATOR.implementations[implementation].run(call, *arrays)
-
-
-def _vary_alike(tree):
-    """Casts every array to vary over all the axes of a shard_map that any of them varies over.
-
-    c of one group, replicated over the shards of the heads, varies over fewer axes than x; so does a
-    state of zeros. After the cast the carries of loops keep one type, and the transpose of the cast
-    is the psum that the gradients of such arrays need.
-    """
-
-    def varying(v):
-        return jax.typeof(v).manual_axis_type.varying
-
-    axes = frozenset().union(*(varying(v) for v in jax.tree.leaves(tree)))
-
-    def cast(v):
-        missing = tuple(sorted(axes - varying(v)))
-        return jax.lax.pcast(v, missing, to='varying') if missing else v
-
-    return jax.tree.map(cast, tree)
 
 
 # --- implementations ---------------------------------------------------------------------------
@@ -276,11 +256,8 @@ def _gpu_unsupported(device, call):
     if P % gpu.WIDTH or N not in gpu.STATES:
         served = ' or '.join(map(str, gpu.STATES))
         return f"P={P} and N={N}, but it is for P a multiple of {gpu.WIDTH} and N of {served}; use implementation='xla'"
-    # Blackwell (10.x) has other matrix instructions than Hopper, which the kernels are made of.
-    if device.backend == 'gpu' and not device.compute_capability.startswith('9.'):
-        return (f'{device.kind} has compute capability {device.compute_capability or "unknown"}, but it is for 9.x '
-                "(Hopper); use implementation='xla'")  # fmt: skip
-    return None
+    # Blackwell has other matrix instructions than Hopper, which the kernels are made of.
+    return dispatch.not_hopper(device)
 
 
 def _log_line(device, call, chosen, passed_over):

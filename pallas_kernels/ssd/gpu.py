@@ -9,15 +9,13 @@ import math
 import typing
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.interpreters import batching, mlir
 
+from pallas_kernels.platforms import of_one_device
 from pallas_kernels.ssd import gpu_backward, gpu_chunk, gpu_forward, xla
 from pallas_kernels.ssd.gpu_chunk import CHUNK
-from pallas_kernels.ssd.platforms import only_on
 from pallas_kernels.ssd.residuals import STATES_NAME
 from pallas_kernels.ssd.rotation import rotate_heads, unrotate_heads
 
@@ -27,7 +25,6 @@ STATES = (64, 128)  # the N that the kernels take
 # The log-decay of every step is clipped to it: exp2 of it is 0 in float32.
 MIN_LOG2_DECAY = -150.0
 LOG2_E, LN_2 = math.log2(math.e), math.log(2)
-_only_on_cuda_p = only_on('cuda', 'NVIDIA GPUs', 'mosaic_gpu')
 
 
 class Plan(typing.NamedTuple):
@@ -70,33 +67,6 @@ def scan_chunks(plan, x_BLHP, dt_BLH, a_H, b_BLGN, c_BLGN, rope, run_BL, state_B
 
 # --- gradients ----------------------------------------------------------------------------------
 
-# The identity, whose result varies over no axes of a shard_map.
-_local_p = jax.extend.core.Primitive('rotary_ssd_local')
-_local_p.def_abstract_eval(lambda x: x.update(manual_axis_type=type(x.manual_axis_type)()))
-_local_p.def_impl(lambda x: x)
-batching.defvectorized(_local_p)
-mlir.register_lowering(_local_p, lambda ctx, x: [x])
-
-
-def _of_one_device(f):
-    """f(static, *arrays), for CUDA only, called with arrays that vary over no axes of a shard_map.
-
-    The results vary over the axes of the first array. Pallas traces the bodies of the kernels without
-    these axes, but not what the bodies load and receive.
-    """
-
-    def run(static, *arrays, **keywords):
-        leaves, structure = jax.tree.flatten(arrays)
-        axes = tuple(sorted(jax.typeof(leaves[0]).manual_axis_type.varying))
-        if not static[1]:  # interpret
-            leaves[0] = _only_on_cuda_p.bind(leaves[0])
-        if axes:
-            leaves = map(_local_p.bind, leaves)
-        results = f(static, *structure.unflatten(leaves), **keywords)
-        return jax.tree.map(lambda v: jax.lax.pcast(v, axes, to='varying'), results) if axes else results
-
-    return run
-
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(static, x, dt, log2, b, c, rope, run, state):
@@ -111,7 +81,7 @@ def _scan_fwd(static, x, dt, log2, b, c, rope, run, state):
     return (y, final), (x, dt, log2, b_rotated, c_rotated, rope, run, states)
 
 
-@_of_one_device
+@of_one_device
 def _scan_bwd(static, residuals, cotangents):
     plan, interpret = static
     x, dt, log2, b, c, rope, run, states = residuals
@@ -150,7 +120,7 @@ def _scan_bwd(static, residuals, cotangents):
 _scan.defvjp(_scan_fwd, _scan_bwd)
 
 
-@_of_one_device
+@of_one_device
 def _forward(static, x, dt, log2, b, c, rope, run, state, with_states):
     plan, interpret = static
     b, c = _rotated(b, rope, x.dtype), _rotated(c, rope, x.dtype)

@@ -14,13 +14,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.dispatch import in_32_bits
+from pallas_kernels.platforms import only_on_tpu_p
 from pallas_kernels.ssd import tpu_backward, tpu_chunk, tpu_forward
-from pallas_kernels.ssd.platforms import only_on
 from pallas_kernels.ssd.residuals import STATES_NAME
 from pallas_kernels.ssd.tpu_chunk import LANES
 
 CHUNK = 128  # one row of the lanes; with P = 64 two blocks of positions
-_only_on_tpu_p = only_on('tpu', 'TPU', 'mosaic_tpu')
 
 
 class Plan(typing.NamedTuple):
@@ -256,7 +255,7 @@ def _call(call, kernel, name, steps, inputs, outputs, scratch):
     """inputs: name -> (array, spec); outputs: name -> (shape, dtype, spec). Returns name -> array."""
     example = inputs['x'][0]
     if not call.interpret:
-        inputs = inputs | {'x': (_only_on_tpu_p.bind(example), inputs['x'][1])}
+        inputs = inputs | {'x': (only_on_tpu_p.bind(example), inputs['x'][1])}
     shapes = [_like(example, shape, dtype) for shape, dtype, _ in outputs.values()]
     names = (*inputs, *outputs, *scratch)
     run = pl.pallas_call(

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from pallas_kernels.convolution import causal_convolution
+from pallas_kernels.gated_norm import skip_gate_norm
 from pallas_kernels.ssd.api import rotary_ssd, rotary_ssd_step
 from transxssm_jax.config import Model
 from transxssm_jax.inference.packed_linear import (
@@ -20,9 +22,8 @@ from transxssm_jax.inference.packed_linear import (
     pack_projections,
     with_bias,
 )
-from transxssm_jax.model.convolution import convolve, skip
+from transxssm_jax.model.convolution import skip
 from transxssm_jax.model.layers import head_norm
-from transxssm_jax.model.mamba2 import gated_rms_norm
 from transxssm_jax.model.rope import Rope
 
 CONVOLVED = ('x', 'b', 'c')
@@ -114,7 +115,7 @@ class PackedSSD:
             # Rows are filled from the left: token i is at i + W - 1 of the window.
             last = jnp.sum(is_token_BL, axis=1, dtype=jnp.int32)[:, None] + jnp.arange(before)
             tail = jnp.take_along_axis(window, last[:, :, None, None], axis=1)
-            u_BLGR = convolve(window, weights['conv']['taps'], weights['conv']['bias'])
+            u_BLGR = causal_convolution(u_BLGR, weights['conv']['taps'], weights['conv']['bias'])
         x_BLHP, b_BLGN, c_BLGN = self._split(weights, u_BLGR, scale_BL)
         y_BLHP, state_BHPN = rotary_ssd(
             x_BLHP,
@@ -144,10 +145,9 @@ class PackedSSD:
         x_B1D, z, u_B1GR, dt = self._project(weights, x_B1D)
         state_BHPN = cache
         if self.has_conv:
-            state_BHPN, tail = cache
-            window = jnp.concatenate([tail, u_B1GR], axis=1)
-            tail = window[:, 1:]
-            u_B1GR = convolve(window, weights['conv']['taps'], weights['conv']['bias'])
+            state_BHPN, before = cache
+            tail = jnp.concatenate([before, u_B1GR], axis=1)[:, 1:]
+            u_B1GR = causal_convolution(u_B1GR, weights['conv']['taps'], weights['conv']['bias'], before=before)
         x, b, c = self._split(weights, u_B1GR, scale_BL)
         rope_B = None if rope is None else tuple(table[:, 0] for table in rope)
         a_H = -jnp.exp(weights['a_log'])
@@ -207,9 +207,14 @@ class PackedMamba2(PackedSSD):
         return super().axes() | {'norm': {'scale': ('heads', None)}}
 
     def _output(self, weights, y_BLHP, x_BLHP, z):
-        y_BLHP = skip(y_BLHP, x_BLHP, weights['d_skip'])
         num_groups = z.shape[2]
-        y_BLHP = gated_rms_norm(
-            y_BLHP, z.reshape(y_BLHP.shape), weights['norm']['scale'], self.model.norm_epsilon, num_groups
+        y_BLHP = skip_gate_norm(
+            y_BLHP,
+            x_BLHP,
+            z.reshape(y_BLHP.shape),
+            weights['d_skip'],
+            weights['norm']['scale'],
+            epsilon=self.model.norm_epsilon,
+            num_groups=num_groups,
         )
         return linear(weights['out_proj'], self.axes()['out_proj'], y_BLHP, 2)

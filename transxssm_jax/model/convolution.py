@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.convolution import causal_convolution, tokens_in_reach
 from transxssm_jax.parallel import collectives
 
 
@@ -38,7 +39,7 @@ class CausalConvolution(nnx.Module):
         """
         before = self.width - 1
         ids_BL = jnp.concatenate([collectives.previous_tokens(segment_ids_BL, before), segment_ids_BL], axis=1)
-        same = within_document(ids_BL, self.width)
+        reach_BL = tokens_in_reach(ids_BL, self.width)
         # One exchange for all inputs.
         joined = jnp.concatenate([_flat(u[:, -before:]) for u in inputs], axis=-1)
         joined = collectives.previous_tokens(joined, before)
@@ -48,8 +49,9 @@ class CausalConvolution(nnx.Module):
             previous = joined[..., start : start + size].reshape(u.shape[0], before, *u.shape[2:])
             start += size
             filters = getattr(self, name)
-            window = jnp.concatenate([previous, u], axis=1)
-            outputs.append(convolve(window, filters.kernel[...], filters.bias[...], same))
+            outputs.append(
+                causal_convolution(u, filters.kernel[...], filters.bias[...], before=previous, reach=reach_BL)
+            )
         return tuple(outputs)
 
 
@@ -59,44 +61,6 @@ class _Filters(nnx.Module):
         kernel = jax.random.uniform(rngs.params(), (width, *shape), jnp.float32, -bound, bound)
         self.kernel = nnx.Param(kernel, axes=(None, *axes))
         self.bias = nnx.Param(jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound), axes=tuple(axes))
-
-
-def convolve(window: jax.Array, kernel: jax.Array, bias: jax.Array, same: Sequence[jax.Array] = ()) -> jax.Array:
-    """The convolution and its SiLU, as W shifted products, which XLA fuses into one pass.
-
-    Args:
-      window: [B, W - 1 + L, *channels]; its first W - 1 tokens are those before the row, or 0.
-      kernel, bias: float32 [W, *channels] and [*channels].
-      same: of `within_document`; (): each row is one document.
-
-    Returns:
-      [B, L, *channels] in window's dtype.
-    """
-    width = kernel.shape[0]
-    length = window.shape[1] - width + 1
-    y = bias
-    for back in range(width):
-        u = window[:, width - 1 - back :][:, :length].astype(jnp.float32)
-        if back and same:
-            u = jnp.where(same[back - 1].reshape(*u.shape[:2], *(1,) * (u.ndim - 2)), u, 0)
-        y = y + kernel[width - 1 - back] * u
-    return jax.nn.silu(y).astype(window.dtype)
-
-
-def within_document(ids_BL: jax.Array, width: int) -> list[jax.Array]:
-    """For 1 to W - 1 tokens back, bool [B, L]: whether no document begins in between.
-
-    Args:
-      ids_BL: segment ids [B, W - 1 + L], with the W - 1 tokens before the row.
-      width: W.
-    """
-    goes_on = ids_BL[:, 1:] == ids_BL[:, :-1]
-    length = ids_BL.shape[1] - width + 1
-    found = []
-    for back in range(1, width):
-        step = goes_on[:, width - 1 - back :][:, :length]
-        found.append(found[-1] & step if found else step)
-    return found
 
 
 def skip(y_BLHP: jax.Array, x_BLHP: jax.Array, d_H: jax.Array) -> jax.Array:

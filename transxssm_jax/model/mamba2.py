@@ -11,10 +11,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Int32
 
+from pallas_kernels.gated_norm import skip_gate_norm
 from pallas_kernels.ssd.context import rotary_ssd_in_context
 from transxssm_jax.config import Model
 from transxssm_jax.model import layers, ssd
-from transxssm_jax.model.convolution import CausalConvolution, skip
+from transxssm_jax.model.convolution import CausalConvolution
 from transxssm_jax.model.layer_costs import FLOAT32, LayerCosts, dtype_bytes
 from transxssm_jax.model.rope import Rope
 from transxssm_jax.parallel import collectives
@@ -115,25 +116,19 @@ class Mamba2(nnx.Module):
             implementation=self.implementation,
             **collectives.context_axis(),
         )
-        y_BLHP = skip(checkpoint_name(y_BLHP, 'mixer_out'), x_BLHP, self.d_skip[...])
-        return self.out_proj(self.norm(y_BLHP, z_BLHP, num_groups=b_BLGN.shape[2]))
+        y_BLHP = checkpoint_name(y_BLHP, 'mixer_out')
+        return self.out_proj(self.norm(y_BLHP, x_BLHP, z_BLHP, self.d_skip[...], num_groups=b_BLGN.shape[2]))
 
 
 class GatedRMSNorm(nnx.Module):
-    """RMSNorm(y * silu(z)) * scale over the heads of each group, in float32; returns z's dtype."""
+    """RMSNorm((y + d x) * silu(z)) * scale over the heads of each group, in float32; returns z's dtype."""
 
     def __init__(self, heads: dict[str, int], epsilon: float):
         self.epsilon = epsilon
         self.scale = nnx.Param(jnp.ones(tuple(heads.values()), jnp.float32), axes=tuple(heads))
 
-    def __call__(self, y_BLHP: jax.Array, z_BLHP: jax.Array, num_groups: int) -> jax.Array:
-        return gated_rms_norm(y_BLHP, z_BLHP, self.scale[...], self.epsilon, num_groups)
-
-
-def gated_rms_norm(y_BLHP, z_BLHP, scale_HP, epsilon: float, num_groups: int) -> jax.Array:
-    """See `GatedRMSNorm`. num_groups: of the heads that are here."""
-    gated_BLHP = y_BLHP.astype(jnp.float32) * jax.nn.silu(z_BLHP.astype(jnp.float32))
-    B, L, H, P = gated_BLHP.shape
-    gated = gated_BLHP.reshape(B, L, num_groups, -1)
-    normed = gated * jax.lax.rsqrt(jnp.mean(jnp.square(gated), axis=-1, keepdims=True) + epsilon)
-    return (normed.reshape(B, L, H, P) * scale_HP).astype(z_BLHP.dtype)
+    def __call__(
+        self, y_BLHP: jax.Array, x_BLHP: jax.Array, z_BLHP: jax.Array, d_H: jax.Array, num_groups: int
+    ) -> jax.Array:
+        """num_groups: of the heads that are here."""
+        return skip_gate_norm(y_BLHP, x_BLHP, z_BLHP, d_H, self.scale[...], epsilon=self.epsilon, num_groups=num_groups)
