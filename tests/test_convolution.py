@@ -291,7 +291,7 @@ def test_what_the_kernels_serve(operator, device, call, reason):
     }[operator]
     call, name = api.Call(**usual | call), f'mosaic_{device.backend}'
     if reason is None:
-        assert api.OPERATOR.choose(name, call, device) == name
+        assert api.OPERATOR.choose(name, call, device) == api.OPERATOR.choose(None, call, device) == name
         return
     with pytest.raises(dispatch.UnsupportedError, match=f"implementation='{name}' cannot serve this call: .*{reason}"):
         api.OPERATOR.choose(name, call, device)
