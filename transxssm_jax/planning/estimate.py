@@ -19,7 +19,7 @@ from transxssm_jax.planning import roofline
 MATMUL_EFFICIENCY = 0.75  # share of the peak: 740 of 989 TFLOP/s
 # HBM traffic beside matmuls and kernels (elementwise work, reductions, the layer loop's slices), over the least.
 HBM_FACTOR_SCAN, HBM_FACTOR_UNROLLED = 4.1, 2.3
-# Share of the links' speed. Nothing is taken to overlap: with that fsdp loses 4% and tensor=4 36%, measured 2% and 37%.
+# Share of the links' speed. Nothing is taken to overlap: with that fsdp loses 4%, measured 2%.
 NETWORK_EFFICIENCY = 0.5
 # The backward pass's working set, in layers' worth of activations: of a scan as GPUs ran it and as the TPU compiler plans it,
 # and of unrolled layers on GPUs.
