@@ -333,23 +333,26 @@ def test_expected_scaling_is_that_of_measured_meshes(axis, efficiency):
 
 
 @pytest.mark.parametrize(
-    'loop, rows, length, remat, temporaries, tolerance',
+    'loop, tensor, rows, length, remat, temporaries, tolerance',
     [
-        ('scan', 8, 4096, 'hybrid', 52, 0.05),
-        ('scan', 8, 4096, 'dots', 68, 0.05),
-        ('scan', 1, 65536, 'hybrid', 97, 0.05),
-        ('scan', 1, 65536, 'full', 55, 0.3),
-        ('unrolled', 8, 4096, 'hybrid', 28.0, 0.1),
-        ('unrolled', 8, 4096, 'matmuls', 50.2, 0.1),
-        ('unrolled', 8, 4096, 'none', 63.8, 0.1),
-        ('unrolled', 1, 65536, 'hybrid', 48.2, 0.1),
-        ('unrolled', 1, 65536, 'full', 19.4, 0.25),
+        ('scan', 1, 8, 4096, 'hybrid', 52, 0.05),
+        ('scan', 1, 8, 4096, 'dots', 68, 0.05),
+        ('scan', 1, 1, 65536, 'hybrid', 97, 0.05),
+        ('scan', 1, 1, 65536, 'full', 55, 0.3),
+        ('unrolled', 1, 8, 4096, 'hybrid', 28.0, 0.1),
+        ('unrolled', 1, 8, 4096, 'matmuls', 50.2, 0.1),
+        ('unrolled', 1, 8, 4096, 'none', 63.8, 0.1),
+        ('unrolled', 1, 1, 65536, 'hybrid', 48.2, 0.1),
+        ('unrolled', 1, 1, 65536, 'full', 19.4, 0.25),
+        ('unrolled', 4, 32, 4096, 'matmuls', 45.3, 0.05),
+        ('unrolled', 4, 32, 4096, 'none', 79.9, 0.05),
+        ('unrolled', 4, 8, 4096, 'matmuls', 12.2, 0.05),
     ],
 )
-def test_expected_memory_is_that_of_measured_steps(loop, rows, length, remat, temporaries, tolerance):
-    config = measured('1p3b', rows, length, model_remat=remat, model_layer_loop=loop)
-    state = roofline.min_memory_bytes(config, ONE)['state']
-    expected = (estimate.expected_memory_bytes(config, ONE, chips.GPUS['h200']) - state) / 1e9
+def test_expected_memory_is_that_of_measured_steps(loop, tensor, rows, length, remat, temporaries, tolerance):
+    config, sizes = measured('1p3b', rows, length, model_remat=remat, model_layer_loop=loop), ONE | {'tensor': tensor}
+    state = roofline.min_memory_bytes(config, sizes)['state']
+    expected = (estimate.expected_memory_bytes(config, sizes, chips.GPUS['h200']) - state) / 1e9
     assert expected == pytest.approx(temporaries, rel=tolerance)
 
 
