@@ -13,6 +13,7 @@ from small import small_config
 from transxssm_jax import config as config_lib
 from transxssm_jax.model import parameters
 from transxssm_jax.parallel import mesh
+from transxssm_jax.planning import roofline
 from transxssm_jax.training import step
 
 NAMES = {
@@ -122,19 +123,43 @@ def test_the_1p3b_step_is_near_the_least():
 # ---- tensor ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize('remat, sums', [('none', 4), ('hybrid', 5)])
-def test_tensor_sums_activations_once_a_branch(remat, sums):
-    """Forward and backward after mixer and MLP; where the mixer is computed again, once more."""
+@pytest.mark.parametrize('remat, gathers, scatters', [('none', 4, 4), ('matmuls', 6, 4), ('hybrid', 6, 5)])
+def test_tensor_gathers_and_scatters_the_stream(remat, gathers, scatters):
+    """Of mixer and MLP, forward and backward; what is not kept is gathered again, and a mixer's output summed again."""
     config = small_config(
         mesh_data=4, mesh_tensor=2, model_remat=remat, model_dtype='bfloat16', model_tie_embeddings=False
     )
     model, tokens = config.model, 8 // 4 * config.data.seq_len
     found = of_step(config)
-    # And of the look-up, of the loss's gradient, and two numbers a token of the loss.
-    assert (
-        total(found, 'sum', ('tensor',)) == (sums * model.num_layers + 2) * tokens * model.d_model * 2 + 2 * tokens * 4
-    )
+    stream = tokens * model.d_model * 2
+    # And of the look-up and for the head, forward and backward.
+    assert total(found, 'gather', ('tensor',)) == (gathers * model.num_layers + 2) * stream / 2
+    assert total(found, 'scatter', ('tensor',)) == (scatters * model.num_layers + 2) * stream
+    # Two numbers a token of the loss; the gradients of norms and residuals, which act on the stream.
+    assert total(found, 'sum', ('tensor',)) == 2 * tokens * 4 + (4 * model.num_layers + 1) * model.d_model * 4
+    sent = total(found, 'gather', ('tensor',)) + total(found, 'scatter', ('tensor',)) / 2
+    least = roofline.min_comm_bytes(config, dict(data=4, fsdp=1, context=1, tensor=2))
+    assert sent == least['activations']
+
+
+def test_a_stream_that_tensor_does_not_divide_is_summed_whole():
+    config = small_config(mesh_data=4, mesh_tensor=2, data_global_batch=4, data_seq_len=47, model_dtype='bfloat16')
+    model, tokens = config.model, 47
+    found = of_step(config)
     assert not [kind for kind, axes, *_ in found if 'tensor' in axes and kind in ('gather', 'scatter')]
+    # The loss works on two chunks of 32 tokens.
+    assert total(found, 'sum', ('tensor',)) == (4 * model.num_layers + 2) * tokens * model.d_model * 2 + 2 * 64 * 4
+
+
+def test_one_half_of_the_rows_is_sent_while_the_other_is_computed():
+    """Of unrolled layers: as many bytes in twice as many collectives, each of one half of the rows."""
+    settings = dict(mesh_data=2, mesh_tensor=4, model_num_kv_heads=4, model_num_ssd_groups=4, model_dtype='bfloat16')
+    scanned, unrolled = (of_step(small_config(**settings, model_layer_loop=loop)) for loop in ('scan', 'unrolled'))
+    for kind in ('gather', 'scatter'):
+        assert count(unrolled, kind, ('tensor',)) == 2 * count(scanned, kind, ('tensor',))
+        assert total(unrolled, kind, ('tensor',)) == total(scanned, kind, ('tensor',))
+    odd = of_step(small_config(**settings, model_layer_loop='unrolled', data_global_batch=2))
+    assert count(odd, 'gather', ('tensor',)) == count(scanned, 'gather', ('tensor',))
 
 
 # ---- context ---------------------------------------------------------------

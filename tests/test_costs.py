@@ -26,6 +26,7 @@ from transxssm_jax.config import Model
 from transxssm_jax.data.packing import Epochs, pack_row
 from transxssm_jax.model import attention, costs, mamba2, parameters, ssd
 from transxssm_jax.model.ssd import SCAN_CHUNK
+from transxssm_jax.parallel import collectives, mesh
 
 L = 64
 
@@ -232,6 +233,40 @@ def test_saved_bytes_are_those_of_the_traced_step(kind, remat):
         assert 0.8 * kept < stated < kept
     else:
         assert stated == kept
+
+
+@pytest.mark.parametrize('remat', costs.REMAT)
+def test_saved_bytes_of_a_tensor_shard_are_those_of_its_trace(remat):
+    """Of its heads, and of its part of the residual stream."""
+    config = small_config(
+        **ALONE['attention'],
+        model_attention_offset=0,
+        model_remat=remat,
+        model_dtype='bfloat16',
+        model_attention_implementation='xla',
+        mesh_data=4,
+        mesh_tensor=2,
+    )
+    model = config.model
+    graph, _ = parameters.split_model(model)
+    params = jax.eval_shape(lambda: parameters.init_params(model, 0))
+    found = []
+
+    def of_block(params, tokens):
+        with collectives.sequence_parallel(*tokens.shape):
+            pull = jax.vjp(lambda params: nnx.merge(graph, params)(tokens), params)[1]
+        shapes = {leaf.shape for leaf in jax.tree.leaves(params)}
+        stacked = [
+            leaf for leaf in jax.tree.leaves(pull) if math.prod(leaf.shape[:2]) == 8 and leaf.shape not in shapes
+        ]
+        found.append(sum(leaf.size * leaf.dtype.itemsize for leaf in stacked))
+        return tokens
+
+    rows = ('batch', 'length')
+    with jax.set_mesh(mesh.build(config)):
+        whole = parameters.on_shards(of_block, model, (rows,), rows)
+        jax.eval_shape(whole, params, jax.ShapeDtypeStruct((8, 128), jnp.int32))
+    assert costs.saved_bytes(model, costs.costs_of(model, 'attention'), tensor=2) * 2 * 128 * 8 == found[0]
 
 
 # ---- the tokens that documents leave ---------------------------------------

@@ -20,6 +20,8 @@ from transxssm_jax.model.mixers import MIXERS
 from transxssm_jax.parallel import collectives, mesh
 
 B, L, D = 4, 32, 64
+# On those in STREAMED the block gets the part of the residual stream that it has in training.
+STREAMED = ('tensor', 'all')
 MESHES = {
     'tensor': dict(mesh_data=2, mesh_tensor=4),
     'fsdp and tensor': dict(mesh_data=1, mesh_fsdp=4, mesh_tensor=2),
@@ -55,7 +57,7 @@ def block_and_axes(config, kind, mixer=None):
     return graph, jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(next(keys), leaf.shape), params), axes
 
 
-def value_and_gradients(config, kind, device_mesh=None, mixer=None):
+def value_and_gradients(config, kind, device_mesh=None, mixer=None, is_streamed=False):
     """(sum of weighted outputs, gradients of the input and of every parameter), on a mesh or one device."""
     graph, params, axes = block_and_axes(config, kind, mixer)
     rope_width = (mixer or MIXERS[kind]).rope_width(config.model)
@@ -66,8 +68,14 @@ def value_and_gradients(config, kind, device_mesh=None, mixer=None):
 
     def loss(params, x_BLD, weight_BLD, segment_ids_BL, positions_BL):
         side_inputs = rope.side_inputs(config.model, rope_width, positions_BL)
-        y_BLD = nnx.merge(graph, params)(x_BLD, segment_ids_BL=segment_ids_BL, **side_inputs)
-        return jnp.sum(y_BLD * weight_BLD)
+        block = nnx.merge(graph, params)
+        if not is_streamed:
+            return jnp.sum(block(x_BLD, segment_ids_BL=segment_ids_BL, **side_inputs) * weight_BLD)
+        with collectives.sequence_parallel(*x_BLD.shape[:2]):
+            x_TD = collectives.reduce_to_stream(x_BLD)
+            assert x_TD.size < x_BLD.size
+            y_TD = block(x_TD, segment_ids_BL=segment_ids_BL, **side_inputs)
+            return jnp.sum(collectives.gather_from_stream(y_TD) * weight_BLD)
 
     def of_block(params, x_BLD, *arrays):
         value, (d_params, d_x_BLD) = jax.value_and_grad(loss, argnums=(0, 1))(params, x_BLD, *arrays)
@@ -120,7 +128,8 @@ def differences(found, expected):
 def test_a_mesh_changes_nothing(case, name):
     kind, settings = CASES[case]
     config = config_of(**MESHES[name], **settings)
-    found = differences(value_and_gradients(config, kind, mesh.build(config)), on_one_device(case))
+    found = value_and_gradients(config, kind, mesh.build(config), is_streamed=name in STREAMED)
+    found = differences(found, on_one_device(case))
     assert max(found.values()) < 2e-5, found
 
 
@@ -138,9 +147,10 @@ class Forgetful(MIXERS['attention']):
 
 def test_a_mixer_that_forgets_a_collective_is_caught():
     config = config_of(**MESHES['tensor'])
-    found = value_and_gradients(config, 'attention', mesh.build(config), mixer=Forgetful)
     expected = value_and_gradients(config_of(), 'attention', mixer=Forgetful)
-    assert max(differences(found, expected).values()) > 1e-2
+    for is_streamed in (False, True):
+        found = value_and_gradients(config, 'attention', mesh.build(config), Forgetful, is_streamed)
+        assert max(differences(found, expected).values()) > 1e-2
 
 
 def test_every_mixer_states_its_costs_and_its_form_for_decoding():

@@ -63,22 +63,22 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        x_BLD: Float[Array, 'B L D'],
+        x_BLD: Float[Array, '*stream D'],
         *,
         rope: Rope | None,
         scale_BL: Float32[Array, 'B L'] | None,
         segment_ids_BL: Int32[Array, 'B L'],
-    ) -> Float[Array, 'B L D']:
+    ) -> Float[Array, '*stream D']:
         """The mixer of x before its norm; keys of other documents are never seen.
 
         Args:
-          x_BLD: the residual stream.
+          x_BLD: the residual stream, [B, L, D] or this device's part of it.
           rope: cosines and sines of width head_dim, of `rope.tables`; None where nothing rotates.
           scale_BL: factor of Q, of `rope.length_scale`, or None.
           segment_ids_BL: tokens of one document share an id.
 
         Returns:
-          [B, L, D] in x's dtype, to be added to the residual stream.
+          As x, to be added to the residual stream.
         """
         q_BLHK, k_BLGK, v_BLGK = self.in_proj(x_BLD)
         if hasattr(self, 'q_norm'):

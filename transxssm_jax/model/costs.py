@@ -41,6 +41,8 @@ class Remat(typing.NamedTuple):
     Attributes:
       mixer: names of the mixer's bytes that are kept, of 'mixer_in', 'mixer_out' and 'residual'.
       d_model: vectors of width D that are kept per token, the layer's input included.
+      whole: how many of these are of all tokens of a device also where tensor cuts the residual stream.
+      sent: vectors of width D that are communicated once more there: the gathered inputs of mixer and MLP, and the mixer's sum.
       d_mlp: vectors of width F that are kept per token.
       again: products that the backward pass computes again, of 'in_proj', 'kernel', 'out_proj' and 'gate_up'.
       norms: how many norms' statistics are kept, one float32 per token each.
@@ -52,15 +54,19 @@ class Remat(typing.NamedTuple):
     d_model: int
     d_mlp: int
     again: tuple[str, ...]
+    whole: int = 0
+    sent: int = 3
     norms: int = 0
     weights: bool = False
     rounded: bool = False
 
 
 REMAT = {
-    'none': Remat(('mixer_in', 'mixer_out', 'residual'), 4, 3, (), norms=2, weights=True, rounded=True),
-    'matmuls': Remat(('mixer_in', 'mixer_out', 'residual'), 2, 2, (), norms=2, rounded=True),
-    'dots': Remat(('mixer_in',), 2, 2, ('kernel',)),
+    'none': Remat(
+        ('mixer_in', 'mixer_out', 'residual'), 4, 3, (), whole=2, sent=0, norms=2, weights=True, rounded=True
+    ),
+    'matmuls': Remat(('mixer_in', 'mixer_out', 'residual'), 2, 2, (), sent=2, norms=2, rounded=True),
+    'dots': Remat(('mixer_in',), 2, 2, ('kernel',), whole=1),
     'hybrid': Remat(('mixer_in', 'mixer_out', 'residual'), 1, 0, ('out_proj', 'gate_up')),
     'full': Remat((), 1, 0, ('in_proj', 'kernel', 'out_proj', 'gate_up')),
 }
@@ -76,16 +82,31 @@ def remat_of(model: Model) -> Remat:
 
 
 def saved_bytes(model: Model, costs: LayerCosts, tensor: int = 1) -> float:
-    """Bytes per token that one layer keeps for its backward pass under model.remat, on one of `tensor` shards."""
+    """Bytes per token that one layer keeps for its backward pass under model.remat, on one of `tensor` shards.
+
+    The residual stream is cut over these as heads are (`collectives.sequence_parallel`).
+    """
     kept, size = remat_of(model), dtype_bytes(model)
     sharded = sum(getattr(costs, f'{name}_bytes') for name in kept.mixer) + size * kept.d_mlp * model.d_mlp
     halves = 2 if model.d_mlp else 1  # mixer and MLP, or a mixer alone
-    vectors = size * math.ceil(kept.d_model * halves / 2) * model.d_model
+    whole = kept.whole * halves // 2
+    sharded += size * (math.ceil(kept.d_model * halves / 2) - whole) * model.d_model
+    sharded += FLOAT32 * kept.norms * halves / 2
+    vectors = size * whole * model.d_model
     if model.quantization == 'fp8' and kept.rounded:
         # The inputs of the MLP's products, one byte each: its norm's output and what silu(gate) * up is.
         vectors += model.d_model
         sharded += model.d_mlp
-    return vectors + FLOAT32 * kept.norms * halves / 2 + sharded / tensor
+    return vectors + sharded / tensor
+
+
+def sent_vectors(model: Model) -> tuple[int, int]:
+    """Vectors of width D per token and layer that tensor gathers, or sums, in a training step: (in all, of them gradients
+    that are sums). Each is sent to the other devices once, (tensor - 1) / tensor of it by each."""
+    branches = 2 if model.d_mlp else 1
+    again = remat_of(model).sent if model.d_mlp else min(remat_of(model).sent, 1)
+    # Of mixer and MLP alike: the input gathered and the output summed, and their gradients summed and gathered.
+    return 4 * branches + again, branches
 
 
 def recomputed_flops(model: Model, costs: LayerCosts, attended: float) -> tuple[float, float]:

@@ -83,23 +83,28 @@ class LanguageModel(nnx.Module):
           rope_length_B: see `rope.tables`.
 
         Returns:
-          [B, L, D] in model.dtype; `head_VD` maps it to logits.
+          [B, L, D] in model.dtype; `head_VD` maps it to logits. Where tensor shards that, each device gives the gradient
+          of its rows of the head; they are summed here.
         """
         tokens_BL = tokens_BL.astype(jnp.int32)
         if segment_ids_BL is None:
             segment_ids_BL = jnp.ones_like(tokens_BL)
         if positions_BL is None:
             positions_BL = positions(tokens_BL)
-        side_inputs = {
-            kind: dict(
-                segment_ids_BL=segment_ids_BL,
-                **rope.side_inputs(self.model, mixer_of(kind).rope_width(self.model), positions_BL, rope_length_B),
-            )
-            for kind in self.layers
-        }
-        x_BLD = embed(self.embedding[...], tokens_BL, self.model.dtype)
-        stacks = {kind: nnx.split(stack) for kind, stack in self.layers.items()}
         unrolled = is_unrolled(self.model, jax.default_backend())
+        # Not in a scan, whose every step XLA schedules by itself.
+        num_parts = collectives.num_overlapped_parts(len(tokens_BL)) if unrolled else 1
+
+        def parts_of(array):
+            return [array] if num_parts == 1 else jnp.split(array, num_parts)
+
+        lengths = [None] * num_parts if rope_length_B is None else parts_of(rope_length_B)
+        side_inputs = [
+            self._side_inputs(*arrays)
+            for arrays in zip(parts_of(segment_ids_BL), parts_of(positions_BL), lengths, strict=True)
+        ]
+        streams = [embed(self.embedding[...], part_BL, self.model.dtype) for part_BL in parts_of(tokens_BL)]
+        stacks = {kind: nnx.split(stack) for kind, stack in self.layers.items()}
 
         def layer(kind):
             def of_one(x_BLD, state, side_inputs):
@@ -107,28 +112,42 @@ class LanguageModel(nnx.Module):
 
             of_one = _remat(of_one, costs.remat_policy(self.model), in_scan=not unrolled)
             # Unrolled layers of a kind are calls of one function: it is traced once, and its kernels are compiled once.
-            return jax.jit(of_one) if unrolled else of_one
+            of_one = jax.jit(of_one) if unrolled else of_one
+            return lambda streams, state: [
+                of_one(x_BLD, state, inputs[kind]) for x_BLD, inputs in zip(streams, side_inputs, strict=True)
+            ]
 
         layer_of = {kind: layer(kind) for kind in stacks}
 
-        def period(x_BLD, states):
+        def period(streams, states):
             for kind, start, stop in _consecutive(self.model.layer_pattern):
                 states_of_run = jax.tree.map(lambda leaf: leaf[start:stop], states[kind])  # noqa: B023
-                x_BLD, _ = jax.lax.scan(
-                    lambda x_BLD, state: (layer_of[kind](x_BLD, state, side_inputs[kind]), None),  # noqa: B023
-                    x_BLD,
+                streams, _ = jax.lax.scan(
+                    lambda streams, state: (layer_of[kind](streams, state), None),  # noqa: B023
+                    streams,
                     states_of_run,
                 )
-            return x_BLD, None
+            return streams, None
 
         states = {kind: state for kind, (_, state) in stacks.items()}
         if unrolled:
             state_of = {kind: iter(_unstack(_cast_matrices(state, self.model.dtype))) for kind, state in states.items()}
             for kind in self.model.layer_pattern * self.model.num_periods:
-                x_BLD = layer_of[kind](x_BLD, next(state_of[kind]), side_inputs[kind])
+                streams = layer_of[kind](streams, next(state_of[kind]))
         else:
-            x_BLD, _ = jax.lax.scan(period, x_BLD, states)
-        return self.final_norm(x_BLD)
+            streams, _ = jax.lax.scan(period, streams, states)
+        hidden = [collectives.gather_from_stream(self.final_norm(x_BLD), 'vocab') for x_BLD in streams]
+        return hidden[0] if num_parts == 1 else jnp.concatenate(hidden)
+
+    def _side_inputs(self, segment_ids_BL, positions_BL, rope_length_B) -> dict[str, dict]:
+        """What the mixer of each kind takes beside x."""
+        return {
+            kind: dict(
+                segment_ids_BL=segment_ids_BL,
+                **rope.side_inputs(self.model, mixer_of(kind).rope_width(self.model), positions_BL, rope_length_B),
+            )
+            for kind in self.layers
+        }
 
     @property
     def head_VD(self) -> jax.Array:
@@ -146,7 +165,7 @@ def is_unrolled(model: Model, platform: str) -> bool:
 
 
 def embed(table_VD: jax.Array, tokens_BL: jax.Array, dtype) -> jax.Array:
-    """Rows of the embedding in dtype, [B, L, D]."""
+    """Rows of the embedding in dtype, the residual stream [B, L, D]."""
     # The table is gathered over D before the look-up: looking up sharded rows would gather activations.
     table_VD = collectives.all_gather_params(table_VD, ('vocab', 'embed'), dtype)
     if not collectives.sharded_over('vocab'):
@@ -156,7 +175,7 @@ def embed(table_VD: jax.Array, tokens_BL: jax.Array, dtype) -> jax.Array:
     row_BL = tokens_BL - collectives.shard_index('vocab') * num_rows
     row_BL = jnp.where(row_BL < 0, num_rows, row_BL)  # negative indices would count from the end
     x_BLD = look_up(table_VD, row_BL, 0.0)
-    return collectives.all_reduce(x_BLD, 'vocab')
+    return collectives.reduce_to_stream(x_BLD, 'vocab')
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -260,7 +279,7 @@ def _remat(body, policy: str, in_scan: bool):
     """Wraps a layer by what its backward pass recomputes.
 
     Every policy except 'none' all-gathers the fsdp-sharded weights again in the backward pass; 'none' keeps the
-    gathered weights of all layers.
+    gathered weights of all layers. So it is with the norms' outputs that tensor gathers.
 
     Bytes are per token and layer of the 1.3B size. 'hybrid' keeps the mixers' projections, outputs and kernel residuals,
     16 KB: the scan and attention, which are slower than their FLOPs suggest, are not recomputed. 'matmuls' adds the MLP's
@@ -283,4 +302,4 @@ def _remat(body, policy: str, in_scan: bool):
 # Names of `checkpoint_name` that a remat policy keeps.
 _KEPT = {'hybrid': ('mixer_in', 'mixer_out', SSD_STATES)}
 _KEPT['matmuls'] = (*_KEPT['hybrid'], 'residual', 'mlp_in', 'norm_statistics', 'quantized')
-_KEPT['none'] = (*_KEPT['matmuls'], 'norm_out', 'mlp_hidden', 'weight', 'quantized_weight')
+_KEPT['none'] = (*_KEPT['matmuls'], 'norm_out', 'gathered', 'mlp_hidden', 'weight', 'quantized_weight')

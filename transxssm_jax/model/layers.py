@@ -16,14 +16,14 @@ from transxssm_jax.parallel import collectives
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale over the last axis, in float32; returns x's dtype."""
+    """x / rms(x) * scale over D of the residual stream, in float32; returns x's dtype."""
 
     def __init__(self, features: int, epsilon: float):
         self.epsilon = epsilon
         self.scale = nnx.Param(jnp.ones((features,), jnp.float32), axes=(None,))
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
-        return rms_norm(x_BLD, self.scale[...], self.epsilon)
+        return rms_norm(x_BLD, collectives.copy_to_stream(self.scale[...]), self.epsilon)
 
 
 def rms_norm(x_BLD: jax.Array, scale_D: jax.Array, epsilon: float) -> jax.Array:
@@ -61,7 +61,8 @@ class Linear(nnx.Module):
 
     Whatever the mesh shards of its axes, the map is the whole one: a kernel that fsdp shards is all-gathered, the
     gradient of an input that several shards of the outputs read is all-reduced, and so is a product over a sharded
-    input axis.
+    input axis. A map of D reads the residual stream and one to D writes it (`collectives.gather_from_stream`,
+    `reduce_to_stream`).
 
     Args:
       inputs, outputs: name -> size of the contracted axes and of the new ones; the
@@ -88,6 +89,7 @@ class Linear(nnx.Module):
         # 'embed' is whole on every device once the kernel is gathered.
         self.input_axes = tuple(axis for axis in inputs if axis != 'embed')
         self.output_axes = tuple(axis for axis in outputs if axis != 'embed')
+        self.reads_stream, self.writes_stream = 'embed' in inputs, 'embed' in outputs
         self.num_inputs = len(inputs)
         if model.use_bias:
             self.bias = nnx.Param(jnp.zeros(tuple(outputs.values()), jnp.float32), axes=tuple(outputs))
@@ -98,10 +100,11 @@ class Linear(nnx.Module):
         Returns:
           [*batch, *outputs] in x's dtype.
         """
-        return self.apply_to_copy(collectives.copy_to_tensor_parallel(x, *self.output_axes))
+        copy = collectives.gather_from_stream if self.reads_stream else collectives.copy_to_tensor_parallel
+        return self.apply_to_copy(copy(x, *self.output_axes))
 
     def apply_to_copy(self, x: jax.Array, is_float32: bool = False) -> jax.Array:
-        """The same for an input that has passed copy_to_tensor_parallel, which several maps may share; or in float32."""
+        """The same for an input that is already what each shard reads, which several maps may share; or in float32."""
         n, axes = self.num_inputs, self.kernel.get_metadata('axes')
         kernel = checkpoint_name(collectives.all_gather_params(self.kernel[...], axes, x.dtype), 'weight')
         batch, inputs, outputs = x.shape[: x.ndim - n], kernel.shape[:n], kernel.shape[n:]
@@ -114,10 +117,12 @@ class Linear(nnx.Module):
             y = _matmul(x, kernel)
         else:
             y = quantized.matmul(x, kernel, self.quantization)
-        y = collectives.all_reduce(y.reshape(*batch, *outputs), *self.input_axes)
+        reduce = collectives.reduce_to_stream if self.writes_stream else collectives.all_reduce
+        y = reduce(y.reshape(*batch, *outputs), *self.input_axes)
         if not hasattr(self, 'bias'):
             return y
-        return y + collectives.all_gather_params(self.bias[...], self.bias.get_metadata('axes'), y.dtype)
+        bias = collectives.copy_to_stream(self.bias[...]) if self.writes_stream else self.bias[...]
+        return y + collectives.all_gather_params(bias, self.bias.get_metadata('axes'), y.dtype)
 
 
 def _matmul(x: jax.Array, kernel_IO: jax.Array, dtype=None) -> jax.Array:
@@ -149,7 +154,7 @@ _matmul_float32.defvjp(_matmul_float32_forward, _matmul_float32_backward)
 class InputProjections(nnx.Module):
     """A norm and all linear maps of its output: the input side of a mixer or an MLP.
 
-    Every map reads the same normalised x, so that its gradient is all-reduced once for all of them.
+    Every map reads the same normalised x, so that its gradient is summed over devices once for all of them.
 
     Args:
       outputs: name of a map -> its output axes, as for `Linear`. The parameters of map 'q' are `q/kernel` and, with
@@ -176,7 +181,7 @@ class InputProjections(nnx.Module):
         """[B, L, D] -> one [B, L, *outputs] per map, in the order of `outputs`."""
         projections = [getattr(self, name) for name in self.names]
         axes = dict.fromkeys(axis for projection in projections for axis in projection.output_axes)
-        x_BLD = collectives.copy_to_tensor_parallel(self.norm(x_BLD), *axes)
+        x_BLD = collectives.gather_from_stream(self.norm(x_BLD), *axes)
         return tuple(
             projection.apply_to_copy(x_BLD, name in self.float32) for name, projection in zip(self.names, projections)
         )
@@ -206,7 +211,7 @@ class LearnedResidual(nnx.Module):
         self.weight = nnx.Param(jnp.ones((features,), jnp.float32), axes=(None,))
 
     def __call__(self, residual_BLD: jax.Array, branch_BLD: jax.Array) -> jax.Array:
-        return learned_residual(residual_BLD, branch_BLD, self.weight[...])
+        return learned_residual(residual_BLD, branch_BLD, collectives.copy_to_stream(self.weight[...]))
 
 
 def learned_residual(residual_BLD: jax.Array, branch_BLD: jax.Array, weight_D: jax.Array) -> jax.Array:

@@ -35,7 +35,7 @@ def next_token_loss(
 
     Args:
       hidden_BLD: after the final norm; inside `collectives.shard_map`, this device's tokens. The caller all-reduces
-        over devices.
+        over devices. Where tensor shards the vocabulary, its gradient is that of the rows of head_VD that are here.
       head_VD: whole over D; its gradient has its dtype, rounded once from a float32 sum.
       targets_BL: int32, the next token or IGNORED.
       z_loss: weight of log(sum(exp(logits)))^2, added to the loss.
@@ -108,7 +108,7 @@ def _in_chunks(hidden, head, targets, z_loss, chunk_tokens, cap, with_gradient):
         d_logits_TV = (d_logits_TV * counted_T[:, None]).astype(dtype)
         d_head_VD += jnp.einsum('TV,TD->VD', d_logits_TV, x_TD, preferred_element_type=jnp.float32)
         d_x_TD = jnp.einsum('TV,VD->TD', d_logits_TV, weights_VD, preferred_element_type=jnp.float32).astype(dtype)
-        return (objective, nll, tokens, d_head_VD), collectives.all_reduce_gradient(d_x_TD, 'vocab')
+        return (objective, nll, tokens, d_head_VD), d_x_TD
 
     zero = jnp.zeros((), jnp.float32)
     d_head_VD = jnp.zeros(weights_VD.shape if with_gradient else (), jnp.float32)

@@ -81,21 +81,21 @@ class Mamba2(nnx.Module):
 
     def __call__(
         self,
-        x_BLD: Float[Array, 'B L D'],
+        x_BLD: Float[Array, '*stream D'],
         *,
         rope: Rope | None,
         scale_BL: Float32[Array, 'B L'] | None,
         segment_ids_BL: Int32[Array, 'B L'],
-    ) -> Float[Array, 'B L D']:
+    ) -> Float[Array, '*stream D']:
         """The mixer of x before its norm; convolution and state restart where segment_ids change.
 
         Args:
-          x_BLD: the residual stream.
+          x_BLD: the residual stream, [B, L, D] or this device's part of it.
           rope, scale_BL: None, see `rope_width`.
           segment_ids_BL: tokens of one document share an id.
 
         Returns:
-          [B, L, D] in x's dtype, to be added to the residual stream.
+          As x, to be added to the residual stream.
         """
         *maps, dt_BLH = self.in_proj(x_BLD)
         # What is kept for the backward pass is the convolution's input: its output costs nothing but a pass over memory.

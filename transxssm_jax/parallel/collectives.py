@@ -15,12 +15,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from transxssm_jax.config import ConfigError
 from transxssm_jax.parallel.mesh import AXES, BATCH, RULES, spec
 
 # Whether the shard_map being traced takes whole rows, although the mesh has a context axis.
 _whole_rows = contextvars.ContextVar('whole_rows', default=False)
+
+# How the residual stream is cut, see `sequence_parallel`; None: every device has all of its tokens.
+_stream = contextvars.ContextVar('stream', default=None)
 
 # Mesh axis -> dtype in which gradients are summed over it; an axis that is not here: in the gradient's own dtype.
 _gradient_dtypes = contextvars.ContextVar('gradient_dtypes', default={})  # noqa: B039  never changed
@@ -35,9 +39,8 @@ def num_shards(logical_axis: str) -> int:
 def sharded_over(*logical_axes: str) -> tuple[str, ...]:
     """Mesh axes that shard any of logical_axes, in the shard_map being traced; () outside of one."""
     mesh = jax.sharding.get_abstract_mesh()
-    names = {
-        name for axis in logical_axes if not (axis == 'length' and _whole_rows.get()) for name in RULES.get(axis, ())
-    }
+    whole = RULES['length'] if _whole_rows.get() else ()
+    names = {name for axis in logical_axes for name in RULES.get(axis, ()) if name not in whole}
     return tuple(axis for axis in AXES if axis in names and axis in mesh.manual_axes and mesh.shape[axis] > 1)
 
 
@@ -83,10 +86,44 @@ def shard_map(function, in_axes, out_axes):
 def gradient_dtypes(dtypes: dict[str, str]):
     """A context in which gradients are communicated and summed in these dtypes, by mesh axis.
 
-    It holds for what is traced within: the gradients of all `all_gather_params`, `copy_to_tensor_parallel` and
-    `all_reduce_gradient`, whose results come back in the dtype that they would have without it (float32 for parameters).
+    It holds for what is traced within: the gradients of all `all_gather_params`, `copy_to_tensor_parallel`,
+    `gather_from_stream` and `copy_to_stream`, whose results come back in the dtype that they would have without it (float32
+    for parameters).
     """
     return _setting(_gradient_dtypes, dtypes)
+
+
+def sequence_parallel(rows: int, length: int):
+    """A context in which the mesh axes that shard heads also shard the tokens of the residual stream, so that norms and
+    residuals are a device's share alone (sequence parallelism; Korthikanti et al., arXiv:2205.05198).
+
+    Between layers a device then has [1, rows * length / tensor, D]: of its tokens, row after row, one contiguous part. Cut
+    along the length of each row, what is gathered would have to be transposed, which at 1.3B is as long as sending it.
+    Where tensor does not divide the tokens, or is 1, nothing is different. It holds for what is traced within, of the
+    functions `gather_from_stream`, `reduce_to_stream` and `copy_to_stream`.
+
+    Args:
+      rows, length: of the tokens [B, L] of this device.
+    """
+    names = sharded_over('heads')
+    size = math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in names)
+    is_cut = names and rows * length % size == 0
+    return _setting(_stream, _Stream(names, size, length) if is_cut else None)
+
+
+class _Stream(NamedTuple):
+    """Mesh axes that cut the residual stream, into how many parts, and the tokens of a row."""
+
+    names: tuple[str, ...]
+    size: int
+    length: int
+
+
+def num_overlapped_parts(rows: int) -> int:
+    """Into how many parts of whole rows a device's batch may be cut within `sequence_parallel`, each a stream of its own, so
+    that what one part sends is on its way while another is computed: 2, or 1 where the rows do not divide."""
+    stream = _stream.get()
+    return 2 if stream and rows % 2 == 0 and rows // 2 * stream.length % stream.size == 0 else 1
 
 
 def is_axes(node) -> bool:
@@ -113,7 +150,7 @@ def all_reduce_max(x: jax.Array, *logical_axes: str) -> jax.Array:
 
 
 def all_gather(x: jax.Array, logical_axis: str, axis: int) -> jax.Array:
-    """x whole along one of its axes, which logical_axis shards. Not differentiable: training never gathers activations."""
+    """x whole along one of its axes, which logical_axis shards. Not differentiable."""
     for name in reversed(sharded_over(logical_axis)):
         x = jax.lax.all_gather(x, name, axis=axis, tiled=True)
     return x
@@ -153,12 +190,6 @@ def copy_to_tensor_parallel(x: jax.Array, *logical_axes: str) -> jax.Array:
     return _copy(x, names, _dtype_over(names, x.dtype)) if names else x
 
 
-def all_reduce_gradient(x: jax.Array, *logical_axes: str) -> jax.Array:
-    """Sum of a gradient over the mesh axes that shard logical_axes, where it is taken by hand. Not differentiable."""
-    names = sharded_over(*logical_axes)
-    return _sum_in(x, names, _dtype_over(names, x.dtype)) if names else x
-
-
 def all_reduce(x: jax.Array, *logical_axes: str) -> jax.Array:
     """Sum of x over the mesh axes that shard logical_axes; its gradient passes unchanged (Megatron-LM's g)."""
     names = sharded_over(*logical_axes)
@@ -189,6 +220,74 @@ def _dtype_over(names, own) -> str:
 # Each is the transpose of the other.
 _copy.defvjp(lambda x, names, dtype: (x, None), lambda names, dtype, _, cotangent: (_sum_in(cotangent, names, dtype),))
 _sum.defvjp(lambda x, names: (jax.lax.psum(x, names), None), lambda names, _, cotangent: (cotangent,))
+
+
+# ---- the residual stream -------------------------------------------------------
+#
+# Layers that tensor shards read it by gather_from_stream and add to it by reduce_to_stream; what acts on the stream itself
+# uses its parameters by copy_to_stream. A gather and a scatter together send what an all-reduce does.
+
+
+def gather_from_stream(x: jax.Array, *logical_axes: str) -> jax.Array:
+    """The residual stream for layers that logical_axes shard: [B, L, D], all tokens of this device.
+
+    Each shard of logical_axes makes its part of the gradient. It is all-reduced, as by `copy_to_tensor_parallel`; within
+    `sequence_parallel` x is this device's part of the stream, which is all-gathered, and its gradient is reduce-scattered.
+    """
+    stream = _stream.get()
+    if not stream:
+        return copy_to_tensor_parallel(x, *logical_axes)
+    is_partial = bool(sharded_over(*logical_axes))
+    # Named outside of the rule of its gradient, so that a remat policy may keep it.
+    return checkpoint_name(_gather_tokens(x, stream, is_partial, _dtype_over(stream.names, x.dtype)), 'gathered')
+
+
+def reduce_to_stream(y: jax.Array, *logical_axes: str) -> jax.Array:
+    """The sum of y [B, L, D] over the shards of logical_axes, to be added to the residual stream.
+
+    It is all-reduced, as by `all_reduce`; within `sequence_parallel` it is reduce-scattered to this device's part of the
+    stream, and its gradient is all-gathered.
+    """
+    stream = _stream.get()
+    return _scatter_tokens(y, stream, bool(sharded_over(*logical_axes))) if stream else all_reduce(y, *logical_axes)
+
+
+def copy_to_stream(param: jax.Array) -> jax.Array:
+    """A parameter, whole on every device, for use on the residual stream.
+
+    Within `sequence_parallel` its gradient is of this device's tokens, and is all-reduced.
+    """
+    stream = _stream.get()
+    return _copy(param, stream.names, _dtype_over(stream.names, param.dtype)) if stream else param
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather_tokens(x, stream, is_partial, dtype):
+    del is_partial, dtype
+    return jax.lax.all_gather(x, stream.names, axis=1, tiled=True).reshape(-1, stream.length, *x.shape[2:])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _scatter_tokens(y, stream, is_partial):
+    y = y.reshape(1, -1, *y.shape[2:])
+    if is_partial:
+        return jax.lax.psum_scatter(y, stream.names, scatter_dimension=1, tiled=True)
+    size = y.shape[1] // stream.size
+    return jax.lax.dynamic_slice_in_dim(y, jax.lax.axis_index(stream.names) * size, size, axis=1)
+
+
+def _gather_tokens_backward(stream, is_partial, dtype, _, cotangent):
+    return (_scatter_tokens(cotangent.astype(dtype), stream, is_partial).astype(cotangent.dtype),)
+
+
+# Each is the transpose of the other.
+_gather_tokens.defvjp(
+    lambda x, stream, is_partial, dtype: (_gather_tokens(x, stream, is_partial, dtype), None), _gather_tokens_backward
+)
+_scatter_tokens.defvjp(
+    lambda y, stream, is_partial: (_scatter_tokens(y, stream, is_partial), None),
+    lambda stream, is_partial, _, cotangent: (_gather_tokens(cotangent, stream, is_partial, ''),),
+)
 
 
 # ---- parameters ------------------------------------------------------------

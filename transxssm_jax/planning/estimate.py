@@ -6,7 +6,8 @@ these measured steps: with the layers unrolled, on an H100, 1.3B with remat 'mat
 remat 'hybrid' (632 ms on an H200, 677 on an H100) and 'dots' (588), the Transformer (690), and 320M (385). The expected memory
 is that of 1.3B: in a scan the temporaries of 8 x 4096 tokens with 'hybrid' and 'dots', and of 1 x 65,536 with 'hybrid' (52, 68,
 97 GB), as measured; unrolled those that XLA's GPU compiler counts (8 x 4096: 'hybrid' 28, 'matmuls' 50, 'none' 64; 1 x 65,536:
-'hybrid' 48, 'full' 19), within 10% of a step's whole memory. On TPUs it is that of the compiled steps of configs/pods, within
+'hybrid' 48, 'full' 19; over tensor=4 32 x 4096: 'matmuls' 45, 'none' 80, and 8 x 4096: 'matmuls' 12), within 10% of a step's
+whole memory. On TPUs it is that of the compiled steps of configs/pods, within
 7%. tests/test_plan.py holds all to these figures.
 """
 
@@ -19,7 +20,7 @@ from transxssm_jax.planning import roofline
 MATMUL_EFFICIENCY = 0.75  # share of the peak: 740 of 989 TFLOP/s
 # HBM traffic beside matmuls and kernels (elementwise work, reductions, the layer loop's slices), over the least.
 HBM_FACTOR_SCAN, HBM_FACTOR_UNROLLED = 4.1, 2.3
-# Share of the links' speed. Nothing is taken to overlap: with that fsdp loses 4% and tensor=4 36%, measured 2% and 37%.
+# Share of the links' speed. Nothing is taken to overlap: with that fsdp loses 4%, measured 2%.
 NETWORK_EFFICIENCY = 0.5
 # The backward pass's working set, in layers' worth of activations: of a scan as GPUs ran it and as the TPU compiler plans it,
 # and of unrolled layers on GPUs.
@@ -64,7 +65,9 @@ def expected_memory_bytes(config: Config, sizes: dict[str, int], chip: Chip) -> 
     tokens = roofline.tokens_per_device(config, sizes) // config.train.num_microbatches
     layer = costs.dtype_bytes(model) * (5 * model.d_model + 3 * model.d_mlp / sizes['tensor']) * tokens
     if _is_unrolled(config, chip):
-        layers = WORKING_LAYERS_UNROLLED
+        rows = tokens * sizes['context'] // config.data.seq_len
+        # Over tensor one half of the rows is worked on at a time.
+        layers = WORKING_LAYERS_UNROLLED / (2 if sizes['tensor'] > 1 and rows % 2 == 0 else 1)
     else:
         layers = WORKING_LAYERS_TPU if isinstance(chip, Tpu) else WORKING_LAYERS_GPU
     needed = sum(least.values()) + layers * layer

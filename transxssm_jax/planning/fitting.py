@@ -127,14 +127,16 @@ def choices(config: Config, sizes: dict[str, int], chip: chips.Chip) -> list[Cho
     counts = [config.train.accumulation_steps]
     if not counts[0]:
         counts = [n for n in range(1, rows + 1) if rows % n == 0]
-    network = {}  # all but the number of microbatches leaves it alone
+    # By the number of microbatches. What a policy sends again over tensor is left out: it has products to run beside.
+    network = {}
     found = []
     for count in counts:
         for policy in policies:
             settings = {'model.remat': policy, 'train.accumulation_steps': count}
             closed = config_lib.replace(config, settings)
             if count not in network:
-                network[count] = sum(roofline.min_comm_bytes(closed, sizes).values()) / roofline.all_links(chip)
+                least = config_lib.replace(closed, {'model.remat': 'none'})
+                network[count] = sum(roofline.min_comm_bytes(least, sizes).values()) / roofline.all_links(chip)
             seconds = sum(estimate.expected_seconds(closed, sizes, chip, network[count]).values())
             found.append(Choice(closed, seconds, estimate.expected_memory_bytes(closed, sizes, chip)))
     fastest = min(choice.seconds for choice in found)

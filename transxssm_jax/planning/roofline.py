@@ -56,9 +56,10 @@ def min_comm_bytes(config: Config, sizes: dict[str, int]) -> dict[str, float]:
 
     parameters: matrices sharded over fsdp are all-gathered for the forward and for the backward pass, in bfloat16, in
     each microbatch. gradients: see `gradient_bytes`; in bfloat16, with one microbatch and fsdp alone, these two are 3 x
-    parameters. activations: the all-reduces of tensor, two forward and two backward per layer, one each for embedding
-    and head. Then, by kind of layer, what the mixers hand over along context (`LayerCosts.handed_over`). muon, where it is
-    the optimizer: momentum on its way to whole matrices, and back, in the way that sends less (`whole_matrices.choose`).
+    parameters. activations: what tensor gathers and scatters of the residual stream, of every layer
+    (`costs.sent_vectors`), the embedding and the head. Then, by kind of layer, what the mixers hand over along context
+    (`LayerCosts.handed_over`). muon, where it is the optimizer: momentum on its way to whole matrices, and back, in the
+    way that sends less (`whole_matrices.choose`).
     """
     model, microbatches = config.model, config.train.num_microbatches
     f, c, t = sizes['fsdp'], sizes['context'], sizes['tensor']
@@ -68,7 +69,11 @@ def min_comm_bytes(config: Config, sizes: dict[str, int]) -> dict[str, float]:
             params += 2 * microbatches * BFLOAT16 * size / (t if 'tensor' in axes else 1) * (f - 1) / f
     tokens = tokens_per_device(config, sizes)
     backward = _width(reduction_dtypes(config, sizes)['tensor'])
-    activations = (2 * model.num_layers + 1) * 2 * (BFLOAT16 + backward) * tokens * model.d_model * (t - 1) / t
+    vectors, sums = costs.sent_vectors(model)
+    # And the sum and the gradient of the look-up, and the input of the head, whose gradient is a sum.
+    vectors, sums = model.num_layers * vectors + 4, model.num_layers * sums + 1
+    width = costs.dtype_bytes(model)
+    activations = ((vectors - sums) * width + sums * backward) * tokens * model.d_model * (t - 1) / t
     gradients = sum(gradient_bytes(config, sizes).values())
     result = dict(parameters=params, gradients=gradients, activations=activations)
     rows, tokens_per_shard = tokens * c / config.data.seq_len, config.data.seq_len / c

@@ -7,8 +7,9 @@ Which gradient is reduced where (embedding and head included), each in the dtype
 |                         |                                   | where the weight is gathered (`all_gather_params`)  |
 | the others (norms, ...) | all-reduce once per step, float32 | with data and context                               |
 
-Over tensor no parameter's gradient is reduced: a sharded weight's is complete on its device. The gradient of an input
-that several shards read is all-reduced where it is read (`copy_to_tensor_parallel`, and by hand in the loss).
+Over tensor a sharded weight's gradient is complete on its device. The gradient of an input that several shards read is
+summed where it is read (`gather_from_stream`), and that of a parameter which is used on a device's part of the residual
+stream, or of its heads, where it is used (`copy_to_stream`, `copy_to_tensor_parallel`), in float32.
 """
 
 import functools
@@ -102,16 +103,17 @@ def _loss_of_block(config: Config):
 
     def loss(params, batch: Batch):
         model = nnx.merge(graph, params)
-        hidden_BLD = model(batch['tokens'], segment_ids_BL=batch['segment_ids'], positions_BL=batch['positions'])
-        head_VD = collectives.all_gather_params(model.head_VD, ('vocab', 'embed'), hidden_BLD.dtype)
-        return next_token_loss(
-            hidden_BLD,
-            head_VD,
-            batch['targets'],
-            z_loss=config.optimizer.z_loss,
-            chunk_tokens=config.train.loss_chunk_tokens,
-            logit_soft_cap=config.model.logit_soft_cap,
-        )
+        with collectives.sequence_parallel(*batch['tokens'].shape):
+            hidden_BLD = model(batch['tokens'], segment_ids_BL=batch['segment_ids'], positions_BL=batch['positions'])
+            head_VD = collectives.all_gather_params(model.head_VD, ('vocab', 'embed'), hidden_BLD.dtype)
+            return next_token_loss(
+                hidden_BLD,
+                head_VD,
+                batch['targets'],
+                z_loss=config.optimizer.z_loss,
+                chunk_tokens=config.train.loss_chunk_tokens,
+                logit_soft_cap=config.model.logit_soft_cap,
+            )
 
     return loss
 
