@@ -64,8 +64,8 @@ def test_a_float32_model_is_not_rounded():
 
 @functools.cache
 def reductions(**settings):
-    """[(kind, mesh axes, dtype, elements, times)] of the sums in the traced gradient of a bfloat16 model."""
-    config = small_config(model_dtype='bfloat16', model_num_layers=4, **settings)
+    """[(kind, mesh axes, dtype, elements, times)] of the sums in the traced gradient, by default of a bfloat16 model."""
+    config = small_config(**dict(model_dtype='bfloat16', model_num_layers=4) | settings)
     device_mesh = mesh.build(config)
     params = jax.eval_shape(lambda: parameters.init_params(config.model, 0))
     with jax.set_mesh(device_mesh):
@@ -86,6 +86,15 @@ def test_each_axis_is_summed_in_its_dtype(axis, kind, dtype):
     for one, other in changed:
         assert (one[0], one[1], one[2]) == (kind, (axis,), 'float32')
         assert one[3:] == other[3:] and other[2] == 'bfloat16', 'as many elements, as often'
+
+
+def test_parameters_of_a_part_of_tokens_or_heads_are_summed_in_float32():
+    """Whatever the setting for tensor is: norms, residuals and biases of outputs, and norms of heads."""
+    settings = dict(model_num_layers=2, model_attention_period=2, model_attention_offset=1)
+    settings |= dict(model_qk_norm=True, model_bc_norm=True, model_use_bias=True, model_dtype='float32')
+    found = reductions(**AXES, **settings, train_gradient_dtype_tensor='bfloat16')
+    assert {dtype for kind, axes, dtype, *_ in found if axes == ('tensor',) and kind == 'sum'} == {'float32'}
+    assert {dtype for kind, axes, dtype, *_ in found if axes == ('tensor',) and kind == 'scatter'} > {'bfloat16'}
 
 
 def test_axes_of_two_dtypes_are_summed_one_after_another():

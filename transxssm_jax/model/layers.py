@@ -47,7 +47,7 @@ class HeadNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((width,), jnp.float32), axes=(None,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return head_norm(x, collectives.copy_to_tensor_parallel(self.scale[...], self.axis), self.epsilon)
+        return head_norm(x, collectives.copy_param_to_tensor_parallel(self.scale[...], self.axis), self.epsilon)
 
 
 def head_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
