@@ -25,7 +25,8 @@ def measure(call: Callable, calls: int) -> list[dict]:
     Returns:
       For each op of one device, those of one name and other numbers together: 'op'; 'kind', of 'product', 'collective' and
       'other'; 'count' and 'ms' of one call; the longest first. Times add up to more than a call takes where ops run side by
-      side. On a GPU one row may be a whole command buffer: XLA_FLAGS=--xla_gpu_enable_command_buffer= takes it apart.
+      side. While it is traced, XLA launches op by op what a GPU otherwise runs as command buffers, so that a trace shows
+      waits of the host which a run need not have.
     """
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):
