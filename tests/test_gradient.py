@@ -148,6 +148,20 @@ def test_unrolled_layers_have_the_gradient_of_a_scan(dtype, tolerance, settings)
         assert np.linalg.norm(found - wanted) <= tolerance * np.linalg.norm(wanted), path
 
 
+def test_tensor_beside_every_other_axis_changes_no_gradient():
+    """A cut stream in two halves of one row each, of microbatches, with a head, biases and norms of heads of their own."""
+    settings = dict(model_num_layers=2, model_attention_period=2, model_attention_offset=1, model_tie_embeddings=False)
+    settings |= dict(model_qk_norm=True, model_bc_norm=True, model_use_bias=True)
+    axes = dict(mesh_data=1, mesh_fsdp=2, mesh_context=2, mesh_tensor=2, train_accumulation_steps=2)
+    found = gradient_of(small_config(model_layer_loop='unrolled', **settings, **axes), 8)
+    for (path, wanted), leaf in zip(
+        jax.tree_util.tree_leaves_with_path(gradient_of(small_config(**settings), 1)),
+        jax.tree.leaves(found),
+        strict=True,
+    ):
+        assert np.linalg.norm(leaf - wanted) <= 2e-5 * np.linalg.norm(wanted), path
+
+
 def test_a_weight_is_cast_once_for_all_layers():
     """Unrolled, and to the dtype of the products: no layer reads float32, forward or backward."""
     config = small_config(
