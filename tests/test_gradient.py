@@ -64,8 +64,8 @@ def test_a_float32_model_is_not_rounded():
 
 @functools.cache
 def reductions(**settings):
-    """[(kind, mesh axes, dtype, elements, times)] of the sums in the traced gradient of a bfloat16 model."""
-    config = small_config(model_dtype='bfloat16', model_num_layers=4, **settings)
+    """[(kind, mesh axes, dtype, elements, times)] of the sums in the traced gradient, by default of a bfloat16 model."""
+    config = small_config(**dict(model_dtype='bfloat16', model_num_layers=4) | settings)
     device_mesh = mesh.build(config)
     params = jax.eval_shape(lambda: parameters.init_params(config.model, 0))
     with jax.set_mesh(device_mesh):
@@ -86,6 +86,15 @@ def test_each_axis_is_summed_in_its_dtype(axis, kind, dtype):
     for one, other in changed:
         assert (one[0], one[1], one[2]) == (kind, (axis,), 'float32')
         assert one[3:] == other[3:] and other[2] == 'bfloat16', 'as many elements, as often'
+
+
+def test_parameters_of_a_part_of_tokens_or_heads_are_summed_in_float32():
+    """Whatever the setting for tensor is: norms, residuals and biases of outputs, and norms of heads."""
+    settings = dict(model_num_layers=2, model_attention_period=2, model_attention_offset=1)
+    settings |= dict(model_qk_norm=True, model_bc_norm=True, model_use_bias=True, model_dtype='float32')
+    found = reductions(**AXES, **settings, train_gradient_dtype_tensor='bfloat16')
+    assert {dtype for kind, axes, dtype, *_ in found if axes == ('tensor',) and kind == 'sum'} == {'float32'}
+    assert {dtype for kind, axes, dtype, *_ in found if axes == ('tensor',) and kind == 'scatter'} > {'bfloat16'}
 
 
 def test_axes_of_two_dtypes_are_summed_one_after_another():
@@ -153,6 +162,20 @@ def test_two_halves_of_the_rows_are_as_exact_as_all():
         assert errors[-1][1] < 1.5 * errors[-1][0] + 1e-3, path
     of_scan, of_halves = np.mean(errors, axis=0)
     assert of_halves < 1.1 * of_scan < 0.02
+
+
+def test_tensor_beside_every_other_axis_changes_no_gradient():
+    """A cut stream in two halves of one row each, of microbatches, with a head, biases and norms of heads of their own."""
+    settings = dict(model_num_layers=2, model_attention_period=2, model_attention_offset=1, model_tie_embeddings=False)
+    settings |= dict(model_qk_norm=True, model_bc_norm=True, model_use_bias=True)
+    axes = dict(mesh_data=1, mesh_fsdp=2, mesh_context=2, mesh_tensor=2, train_accumulation_steps=2)
+    found = gradient_of(small_config(model_layer_loop='unrolled', **settings, **axes), 8)
+    for (path, wanted), leaf in zip(
+        jax.tree_util.tree_leaves_with_path(gradient_of(small_config(**settings), 1)),
+        jax.tree.leaves(found),
+        strict=True,
+    ):
+        assert np.linalg.norm(leaf - wanted) <= 2e-5 * np.linalg.norm(wanted), path
 
 
 def test_a_weight_is_cast_once_for_all_layers():

@@ -142,7 +142,7 @@ def test_the_products_of_the_mlp_are_quantized_and_no_others(pattern):
 
 
 def test_a_model_without_mlps_has_nothing_to_quantize():
-    with pytest.raises(ConfigError, match=r"model.quantization='fp8' is of the MLPs, and with model.d_mlp=0"):
+    with pytest.raises(ConfigError, match=r"model.quantization='fp8' acts on the MLPs, and with model.d_mlp=0"):
         small_config(model_pattern='mamba2', model_quantization='fp8', model_d_mlp=0)
 
 

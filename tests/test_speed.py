@@ -4,7 +4,10 @@ import json
 import os
 import subprocess
 import sys
+import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -130,6 +133,48 @@ def test_kinds_of_ops(name, kind):
     assert op_table._kind(name) == kind
 
 
+def test_the_ops_are_of_one_device():
+    """On several devices of a CPU, whose ops are in one trace."""
+    device_mesh = jax.make_mesh((2,), ('data',))
+    x = jax.device_put(jnp.ones((2, 64)), jax.sharding.NamedSharding(device_mesh, jax.sharding.PartitionSpec('data')))
+    total = jax.jit(lambda x: jnp.sum(jnp.sin(x)))
+    total(x).block_until_ready()
+    counts = {row['op']: row['count'] for row in op_table.measure(lambda: total(x), calls=2)}
+    assert counts['all-reduce'] == 1
+
+
+def profile_of(device, line, names):
+    """A profile in which each op took 4 ms."""
+    events = [types.SimpleNamespace(name=name, duration_ns=4e6) for name in names]
+    line = types.SimpleNamespace(name=line, events=events)
+    return types.SimpleNamespace(planes=[types.SimpleNamespace(name=device, lines=[line])])
+
+
+def test_ops_of_other_numbers_are_one_row():
+    names = ['loop_add_fusion_12', 'loop_add_fusion.3', 'nvjet_tst_128x256_64x4_h', 'nvjet_tst_64x256_64x4_h']
+    rows = op_table._rows(profile_of('/device:GPU:0', 'Stream #13(Compute)', names), calls=2)
+    assert {row['op']: (row['count'], row['ms']) for row in rows} == {
+        'loop_add_fusion': (1, 4.0),
+        'nvjet_tst_128x256_64x4_h': (0.5, 2.0),
+        'nvjet_tst_64x256_64x4_h': (0.5, 2.0),
+    }
+    names = [
+        '%fusion.1 = bf16[8,128] fusion(%p.2), kind=kLoop',
+        '%while.3 = (s32[]) while(%t.1)',
+        '%fusion.2 = f32[] fusion()',
+    ]
+    rows = op_table._rows(profile_of('/device:TPU:0', 'XLA Ops', names), calls=2)
+    assert [(row['op'], row['count'], row['ms']) for row in rows] == [('fusion', 1, 4.0)]
+
+
+def test_a_profile_is_called_after_its_model():
+    names = ['config', 'llama3_1p3b', 'configs/tiny.py', './paper/tiny.py', '/home/me/tiny.py']
+    cases = [speed.Case(name, small_config(), 'train', 64, 8) for name in names]
+    assert [bench._profile_name(case) for case in cases] == [
+        f'{name}-train-64.md' for name in ('config', 'llama3_1p3b', 'configs-tiny', 'paper-tiny', 'home-me-tiny')
+    ]
+
+
 def test_other_configs_beside_it(tmp_path):
     """--against takes configs, to which the settings of the command line apply too."""
     other = tmp_path / 'recurrent.py'
@@ -170,6 +215,10 @@ def test_a_chart_places_lengths_by_their_logarithm():
         (['--documents_per_row=65'], '--documents_per_row=65 must be at most --lengths=64'),
         (['--peers', '--documents_per_row=2'], '--documents_per_row=2 must be 1 with --peers'),
         (['--profile'], '--profile needs --output'),
+        (
+            ['--profile', '--output=out', '--modes=prefill,decode'],
+            '--profile is of train and forward, not of --modes=prefill,decode',
+        ),
         (['--modes=trian'], 'did you mean train?'),
         (['--against=llama3_1p3'], '--against=llama3_1p3: no such file; did you mean llama3_1p3b?'),
     ],

@@ -16,7 +16,7 @@ row) over --repeats blocks of --calls calls; least and most are of the blocks. M
 what the backward pass computes again. GiB is what the compiler counts per device.
 
 --output=DIR writes bench.json (with card, versions, command and date), bench.md and, of several lengths, bench.png; with
---profile also MODEL-MODE-LENGTH.md, the ops of one device by their time.
+--profile also MODEL-MODE-LENGTH.md of train and forward, the ops of one device by their time.
 
 Exit codes: 0 finished; 2 wrong input, with one line; 3 nothing fitted into the memory.
 """
@@ -114,6 +114,8 @@ def _bench(flags) -> int:
     output = pathlib.Path(flags.output) if flags.output else None
     if flags.profile and not output:
         raise ConfigError('--profile needs --output, a directory to write to')
+    if flags.profile and not {'train', 'forward'} & set(flags.modes):
+        raise ConfigError(f'--profile is of train and forward, not of --modes={",".join(flags.modes)}')
     if output:
         output.mkdir(parents=True, exist_ok=True)
     to_measure = cases(config, flags)
@@ -129,8 +131,7 @@ def _bench(flags) -> int:
         print(_line(results[-1]), flush=True)
         if output:  # after every case: a measurement that is stopped keeps what it has
             if ops := results[-1].get('ops'):
-                name = f'{pathlib.Path(case.model).stem}-{case.mode}-{case.length}.md'
-                write_file(output / name, op_table.markdown(ops, results[-1]['ms']).encode())
+                write_file(output / _profile_name(case), op_table.markdown(ops, results[-1]['ms']).encode())
             write_file(output / 'bench.json', (json.dumps(made_by | {'results': results}, indent=2) + '\n').encode())
     table = speed.markdown_table(results)
     print(table)
@@ -147,6 +148,12 @@ def _bench(flags) -> int:
             charts.write_pngs(output, [speed.chart(results, title)])
     fitted = any('does_not_fit' not in result for result in results)
     return ExitCode.FINISHED if fitted else ExitCode.DOES_NOT_FIT
+
+
+def _profile_name(case: speed.Case) -> str:
+    """The file of a profile. Of a config that is given by its path the name is the whole path, as others may end alike."""
+    model = case.model.removesuffix('.py').strip('./').replace('/', '-')
+    return f'{model}-{case.mode}-{case.length}.md'
 
 
 def _peers(to_measure: list[speed.Case], flags) -> list[dict]:

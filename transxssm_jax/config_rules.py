@@ -43,8 +43,8 @@ def check(config) -> None:
         )
     if model.quantization != 'none' and not model.d_mlp:
         raise ConfigError(
-            f"model.quantization='{model.quantization}' is of the MLPs, and with model.d_mlp=0 there are none; "
-            'set it to none, or set model.d_mlp'
+            f"model.quantization='{model.quantization}' acts on the MLPs, and with model.d_mlp=0 there are none; "
+            "set it to 'none', or set model.d_mlp"
         )
     for name in ('b1', 'b2', 'momentum', 'ema_decay'):
         if getattr(optimizer, name) >= 1:

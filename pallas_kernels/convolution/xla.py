@@ -1,8 +1,8 @@
 """The short causal convolution in plain JAX, with a gradient that keeps its input alone.
 
 Forward it is one pass over memory. Backward the derivative by the pre-activation, g, is computed from the input again and
-written once, in the input's dtype, together with the sums that are the gradients of kernel and bias; a second pass makes
-the input's gradient from it. What JAX derives writes and reads g in float32, and passes over it once per tap.
+written once, in the input's dtype; a second pass sums it to the gradients of kernel and bias, and a third makes the
+input's gradient of it. What JAX derives writes and reads g in float32, and passes over it once per tap.
 
 Legend: B batch, L length, W width, C channels (any number of axes), J = W - 1 tokens before the row.
 """

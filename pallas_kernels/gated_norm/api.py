@@ -27,7 +27,7 @@ def skip_gate_norm(
     """RMSNorm((y + d x) silu(z)) scale; the mean square is over the heads of one group.
 
     Source: Mamba-2 (Dao and Gu, 2024), norm_before_gate=False. Reverse-mode differentiable in every array. What it keeps
-    for the gradient is its arguments.
+    for the gradient is its arguments, and in 'xla' one number per token and group.
 
     Args:
       y, x, z: [B, L, H, P] bfloat16 or float32, of one dtype.

@@ -1,4 +1,4 @@
-"""The D skip, gate and RMSNorm of Mamba-2 in plain JAX, with a gradient that keeps the inputs and one number per group.
+"""The D skip, gate and RMSNorm of Mamba-2 in plain JAX, with a gradient that keeps the inputs and a number per token and group.
 
 Each direction passes over its inputs twice: once for the sums over a group, once for the results. What JAX derives
 keeps and reads float32 arrays of the inputs' size.

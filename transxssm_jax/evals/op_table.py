@@ -25,7 +25,8 @@ def measure(call: Callable, calls: int) -> list[dict]:
     Returns:
       For each op of one device, those of one name and other numbers together: 'op'; 'kind', of 'product', 'collective' and
       'other'; 'count' and 'ms' of one call; the longest first. Times add up to more than a call takes where ops run side by
-      side. On a GPU one row may be a whole command buffer: XLA_FLAGS=--xla_gpu_enable_command_buffer= takes it apart.
+      side. While it is traced, XLA launches op by op what a GPU otherwise runs as command buffers, so that a trace shows
+      waits of the host which a run need not have.
     """
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):
@@ -53,9 +54,10 @@ def markdown(rows: list[dict], ms: float) -> str:
 def _rows(profile, calls: int) -> list[dict]:
     time_of, count_of = collections.Counter(), collections.Counter()
     for name, nanoseconds in _events(profile):
+        name = name.partition(' = ')[0].removeprefix('%')  # a TPU has the whole instruction as an op's name
         if _CALLERS.match(name):
             continue
-        op = re.sub(r'[._]\d+', '', name)
+        op = re.sub(r'[._]\d+(?![^._])', '', name)  # of an HLO op its number, but of a kernel no sizes: 128x256
         time_of[op] += nanoseconds
         count_of[op] += 1
     return [
@@ -76,7 +78,8 @@ def _events(profile):
             return
     for line in planes['/host:CPU'].lines:
         for event in line.events:
-            if any(name == 'hlo_op' for name, _ in event.stats):
+            stats = dict(event.stats)
+            if 'hlo_op' in stats and int(stats.get('device_ordinal', 0)) == 0:
                 yield event.name, event.duration_ns
 
 

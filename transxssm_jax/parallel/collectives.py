@@ -86,9 +86,8 @@ def shard_map(function, in_axes, out_axes):
 def gradient_dtypes(dtypes: dict[str, str]):
     """A context in which gradients are communicated and summed in these dtypes, by mesh axis.
 
-    It holds for what is traced within: the gradients of all `all_gather_params`, `copy_to_tensor_parallel`,
-    `gather_from_stream` and `copy_to_stream`, whose results come back in the dtype that they would have without it (float32
-    for parameters).
+    It holds for what is traced within: the gradients of all `all_gather_params`, `copy_to_tensor_parallel` and
+    `gather_from_stream`, whose results come back in the dtype that they would have without it (float32 for parameters).
     """
     return _setting(_gradient_dtypes, dtypes)
 
@@ -190,6 +189,12 @@ def copy_to_tensor_parallel(x: jax.Array, *logical_axes: str) -> jax.Array:
     return _copy(x, names, _dtype_over(names, x.dtype)) if names else x
 
 
+def copy_param_to_tensor_parallel(param: jax.Array, *logical_axes: str) -> jax.Array:
+    """The same for a parameter that is whole on every device: its gradient is all-reduced in its own dtype."""
+    names = sharded_over(*logical_axes)
+    return _copy(param, names, str(param.dtype)) if names else param
+
+
 def all_reduce(x: jax.Array, *logical_axes: str) -> jax.Array:
     """Sum of x over the mesh axes that shard logical_axes; its gradient passes unchanged (Megatron-LM's g)."""
     names = sharded_over(*logical_axes)
@@ -255,10 +260,10 @@ def reduce_to_stream(y: jax.Array, *logical_axes: str) -> jax.Array:
 def copy_to_stream(param: jax.Array) -> jax.Array:
     """A parameter, whole on every device, for use on the residual stream.
 
-    Within `sequence_parallel` its gradient is of this device's tokens, and is all-reduced.
+    Within `sequence_parallel` its gradient is of this device's tokens, and is all-reduced in its own dtype.
     """
     stream = _stream.get()
-    return _copy(param, stream.names, _dtype_over(stream.names, param.dtype)) if stream else param
+    return _copy(param, stream.names, str(param.dtype)) if stream else param
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

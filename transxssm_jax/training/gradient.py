@@ -9,7 +9,7 @@ Which gradient is reduced where (embedding and head included), each in the dtype
 
 Over tensor a sharded weight's gradient is complete on its device. The gradient of an input that several shards read is
 summed where it is read (`gather_from_stream`), and that of a parameter which is used on a device's part of the residual
-stream, or of its heads, where it is used (`copy_to_stream`, `copy_to_tensor_parallel`).
+stream, or of its heads, where it is used (`copy_to_stream`, `copy_param_to_tensor_parallel`), in float32.
 """
 
 import functools
