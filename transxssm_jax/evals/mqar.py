@@ -42,7 +42,6 @@ from transxssm_jax.model import parameters
 from transxssm_jax.model.language_model import to_logits
 from transxssm_jax.model.loss import IGNORED
 from transxssm_jax.parallel import mesh
-from transxssm_jax.training import compilation
 from transxssm_jax.training import step as step_lib
 from transxssm_jax.training.health import NotFiniteError
 
@@ -210,8 +209,7 @@ def train(config: Config, task: Task, *, target: float, report=print) -> dict:
 
     with jax.set_mesh(device_mesh):
         state = step_lib.create_state(config, device_mesh)
-        options = compilation.compiler_options(jax.default_backend())
-        train_step = jax.jit(step_lib.train_step(config), donate_argnums=0, compiler_options=options)
+        train_step = jax.jit(step_lib.train_step(config), donate_argnums=0)
         of_batch = jax.jit(accuracy_step(config))
 
         def accuracy(stream, first):

@@ -1,6 +1,5 @@
 """Compiles the functions of a run for the mesh in use."""
 
-import os
 from collections.abc import Callable
 
 import jax
@@ -8,18 +7,6 @@ import jax
 from transxssm_jax.config import Config
 from transxssm_jax.parallel import mesh
 from transxssm_jax.training import step as step_lib
-
-# What XLA puts into a GPU's command buffers by itself, and conditionals. By these attention chooses a form of cuDNN's call;
-# outside of a command buffer the host waits for their predicate, twice in every attention layer.
-_COMMAND_BUFFER = 'xla_gpu_enable_command_buffer'
-_IN_COMMAND_BUFFERS = 'FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL'
-
-
-def compiler_options(platform: str) -> dict[str, str]:
-    """XLA's options for the steps of a run on a platform of JAX ('cpu', 'gpu', 'tpu'); a flag in XLA_FLAGS is left alone."""
-    if platform != 'gpu' or f'--{_COMMAND_BUFFER}' in os.environ.get('XLA_FLAGS', ''):
-        return {}
-    return {_COMMAND_BUFFER: _IN_COMMAND_BUFFERS}
 
 
 def compile_train_step(config: Config, device_mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
@@ -31,7 +18,6 @@ def compile_train_step(config: Config, device_mesh: jax.sharding.Mesh) -> jax.st
         donate_argnums=0,
         in_shardings=(shardings, step_lib.batch_sharding(device_mesh), *(replicated for _ in limits)),
         out_shardings=(shardings, replicated),  # numbers that every process reads
-        compiler_options=compiler_options(jax.default_backend()),
     )
     return jitted.lower(*abstract_inputs(config, device_mesh), *limits).compile()
 
@@ -43,7 +29,6 @@ def jit_eval_step(config: Config, device_mesh: jax.sharding.Mesh) -> Callable:
         step_lib.eval_step(config),
         in_shardings=shardings,
         out_shardings=mesh.sharding(device_mesh, ()),
-        compiler_options=compiler_options(jax.default_backend()),
     )
 
 
