@@ -243,8 +243,9 @@ def gather_from_stream(x: jax.Array, *logical_axes: str) -> jax.Array:
     if not stream:
         return copy_to_tensor_parallel(x, *logical_axes)
     is_partial = bool(sharded_over(*logical_axes))
+    dtype = _dtype_over(stream.names, x.dtype) if is_partial else str(x.dtype)
     # Named outside of the rule of its gradient, so that a remat policy may keep it.
-    return checkpoint_name(_gather_tokens(x, stream, is_partial, _dtype_over(stream.names, x.dtype)), 'gathered')
+    return checkpoint_name(_gather_tokens(x, stream, is_partial, dtype), 'gathered')
 
 
 def reduce_to_stream(y: jax.Array, *logical_axes: str) -> jax.Array:
