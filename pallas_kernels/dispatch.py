@@ -57,6 +57,11 @@ def current_device() -> Device:
     return Device(jax.default_backend(), device.device_kind, getattr(device, 'compute_capability', ''))
 
 
+def asked_device(implementation: str | None, interpret: bool) -> Device | None:
+    """`Operator.choose`'s device: an interpreted kernel asks nothing of that of the process."""
+    return Device() if implementation is not None and interpret else None
+
+
 def _never(device: Device, call: typing.Any) -> None:
     return None
 
@@ -67,6 +72,17 @@ def not_hopper(device: Device) -> str | None:
         return (f'{device.kind} has compute capability {device.compute_capability or "unknown"}, but it is for 9.x '
                 "(Hopper); use implementation='xla'")  # fmt: skip
     return None
+
+
+def computes_in_float32(array: str) -> typing.Callable:
+    """`unsupported` of implementations that do; a call's dtype is that of the array of this name."""
+
+    def unsupported(device: Device, call: typing.Any) -> str | None:
+        if call.dtype == 'float64':
+            return f"it computes in float32, but {array} is float64; use implementation='reference'"
+        return None
+
+    return unsupported
 
 
 class Implementation(typing.NamedTuple):

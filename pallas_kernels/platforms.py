@@ -75,3 +75,8 @@ def of_one_device(f, only_p=only_on_cuda_p):
         return jax.tree.map(lambda v: jax.lax.pcast(v, axes, to='varying'), results) if axes else results
 
     return run
+
+
+def shape_like(example: jax.Array, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+    """An output of a kernel that varies over the same axes of a shard_map as example."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(example).manual_axis_type)

@@ -62,9 +62,7 @@ def causal_convolution(
     if reach is None:
         reach = jnp.full((B, L), W - 1, jnp.int32)
     call = Call(u.dtype.name, B, L, math.prod(channels), W, interpret)
-    # An interpreted kernel asks nothing of the device.
-    device = dispatch.Device() if implementation is not None and interpret else None
-    implementation = OPERATOR.choose(implementation, call, device)
+    implementation = OPERATOR.choose(implementation, call, dispatch.asked_device(implementation, interpret))
     arrays = dispatch.vary_alike((u, kernel, bias, before, reach))
     return OPERATOR.implementations[implementation].run(call, *arrays)
 
@@ -118,10 +116,7 @@ def _flat(convolve):
     return run
 
 
-def _computes_in_float32(device, call):
-    if call.dtype == 'float64':
-        return "it computes in float32, but u is float64; use implementation='reference'"
-    return None
+_computes_in_float32 = dispatch.computes_in_float32('u')
 
 
 def _kernel_unsupported(kernel):

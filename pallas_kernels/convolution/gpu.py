@@ -15,11 +15,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.dispatch import in_32_bits
+from pallas_kernels import lanes
 from pallas_kernels.platforms import of_one_device
 
 WIDTHS = range(2, 5)  # of filters; every tap takes registers
-LENGTHS, CHANNELS = 16, 128  # L and C are multiples of them
+LENGTHS, CHANNELS = lanes.TOKENS, 128  # L and C are multiples of them
 THREADS = 128  # of a warpgroup
 # Tokens of a part, channels per thread, and tokens that are read at once, at most.
 FORWARD = (64, 8, 4)
@@ -28,8 +28,7 @@ BACKWARD = (128, 4, 4)
 
 def convolve(u_BLC, kernel_WC, bias_C, before_BJC, reach_BL, *, interpret=False):
     """As `reference.convolve`, with one axis of channels; it computes in float32 and returns u's dtype."""
-    interpret = plgpu.InterpretGPUParams() if interpret else False
-    return _convolve((kernel_WC.shape[0], interpret), u_BLC, kernel_WC, bias_C, before_BJC, reach_BL)
+    return _convolve((kernel_WC.shape[0], lanes.interpreter(interpret)), u_BLC, kernel_WC, bias_C, before_BJC, reach_BL)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -64,14 +63,14 @@ def _forward(static, u, kernel, bias, before, reach):
             for j in range(unroll):
                 taps = w.seen(reaches[j], [us[j], *history])
                 pre = w.activation(taps)
-                y[w.row, first + j, w.channels] = (pre * _sigmoid(pre)).astype(y.dtype)
+                y[w.row, first + j, w.channels] = (pre * lanes.sigmoid(pre)).astype(y.dtype)
                 history = [us[j], *history[:-1]]
             return history
 
         lax.fori_loop(0, tokens // unroll, some_tokens, w.history())
 
     shape = jax.ShapeDtypeStruct(u.shape, u.dtype)
-    (y,) = _launch('forward', body, [shape], grid, interpret, u, kernel, bias, before, reach)
+    (y,) = lanes.launch('causal_convolution_forward', body, [shape], grid, interpret, u, kernel, bias, before, reach)
     return y
 
 
@@ -89,7 +88,7 @@ def _backward(static, u, kernel, bias, before, reach, dy):
             """Returns the gradient of the token J back, which this token is the last to see, and what is carried on."""
             taps = w.seen(reach, [u_t, *history])
             pre = w.activation(taps)
-            sigmoid = _sigmoid(pre)
+            sigmoid = lanes.sigmoid(pre)
             g = dy_t * (sigmoid + pre * sigmoid * (1.0 - sigmoid))
             to_earlier = [w.taps[back] * g_seen for back, g_seen in enumerate(w.seen(reach, [g] * width))]
             *later, done = [a + b for a, b in zip([0.0, *later], to_earlier)]
@@ -131,7 +130,9 @@ def _backward(static, u, kernel, bias, before, reach, dy):
         jax.ShapeDtypeStruct(before.shape, before.dtype),
         jax.ShapeDtypeStruct((B, L // tokens, 1 + width, C), jnp.float32),
     ]
-    return _launch('backward', body, shapes, grid, interpret, u, kernel, bias, before, reach, dy)
+    return lanes.launch(
+        'causal_convolution_backward', body, shapes, grid, interpret, u, kernel, bias, before, reach, dy
+    )
 
 
 class _Walk:
@@ -173,33 +174,11 @@ class _Walk:
         return self.bias + sum(weight * tap for weight, tap in zip(self.taps, taps))
 
 
-def _sigmoid(v):
-    """1 / (1 + exp(-v)), whose division would take more instructions than all the rest."""
-    root = lax.rsqrt(1.0 + jnp.exp(-v))
-    return root * root
-
-
 def _cut(u, most_tokens, channels, unroll):
     """(tokens of a part, channels of a strip, tokens read at once, grid) for u [B, L, C]."""
     B, L, C = u.shape
-    tokens = next(n for n in (256, 128, 64, 32, 16) if n <= most_tokens and L % n == 0)
+    tokens = lanes.tokens_of_part(L, most_tokens)
     # 16 bytes per thread at most.
     most = min(channels, 16 // u.dtype.itemsize)
     strip = next(n * THREADS for n in (8, 4, 2, 1) if n <= most and C % (n * THREADS) == 0)
-    return tokens, strip, unroll, (C // strip, L // tokens, B)
-
-
-def _launch(name, body, shapes, grid, interpret, *inputs):
-    body.__name__ = 'causal_convolution_' + name
-    run = plgpu.kernel(
-        in_32_bits(body),  # under vmap it is traced again, after the call
-        out_type=shapes,
-        grid=grid,
-        grid_names=('strip', 'part', 'row'),
-        interpret=interpret,
-        # Threads share nothing, so that no store need wait for another thread.
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
-        ),
-    )
-    return in_32_bits(run)(*inputs)
+    return tokens, strip, unroll, dict(strip=C // strip, part=L // tokens, row=B)

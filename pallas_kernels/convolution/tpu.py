@@ -15,14 +15,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.dispatch import in_32_bits
-from pallas_kernels.platforms import of_one_device, only_on_tpu_p
+from pallas_kernels.platforms import of_one_device, only_on_tpu_p, shape_like
 
 SUBLANES, LANES = 8, 128
 BIAS = SUBLANES - 1  # its row of the parameters, and of their gradients; the rows before are the taps, by tokens back
 WIDTHS = range(2, SUBLANES)
 LENGTHS, CHANNELS = LANES, LANES  # L and C are multiples of them
 OVERLAP = 16  # tokens before a block that are read again, a tile of bfloat16
-MOST_TOKENS, MOST_CHANNELS = 256, 512
 
 
 def convolve(u_BLC, kernel_WC, bias_C, before_BJC, reach_BL, *, interpret=False):
@@ -72,7 +71,7 @@ def _forward(static, u, kernel, bias, before, reach):
         grid=(B, C // X, L // T),
         in_specs=[tokens, strip, row, pl.BlockSpec((1, 1, T), lambda b, c, i: (b, 0, i))],
         out_specs=tokens,
-        out_shape=_like(u, u.shape, u.dtype),
+        out_shape=shape_like(u, u.shape, u.dtype),
         scratch_shapes=[pltpu.VMEM((SUBLANES + T, X), jnp.float32)],
         compiler_params=_compiler_params(),
         interpret=interpret,
@@ -141,9 +140,9 @@ def _backward(static, u, kernel, bias, before, reach, dy):
         ],
         out_specs=[tokens, row, row],
         out_shape=[
-            _like(u, u.shape, u.dtype),
-            _like(u, (B, SUBLANES, C), jnp.float32),
-            _like(u, (B, SUBLANES, C), jnp.float32),
+            shape_like(u, u.shape, u.dtype),
+            shape_like(u, (B, SUBLANES, C), jnp.float32),
+            shape_like(u, (B, SUBLANES, C), jnp.float32),
         ],
         scratch_shapes=[
             pltpu.VMEM((SUBLANES + T, X), jnp.float32),
@@ -160,8 +159,7 @@ def _backward(static, u, kernel, bias, before, reach, dy):
 def _block(u):
     """(T, X) for u [B, L, C]."""
     _, L, C = u.shape
-    tokens = next(n for n in (256, 128) if n <= MOST_TOKENS and L % n == 0)
-    return tokens, next(n for n in (512, 256, 128) if n <= MOST_CHANNELS and C % n == 0)
+    return next(n for n in (256, 128) if L % n == 0), next(n for n in (512, 256, 128) if C % n == 0)
 
 
 def _specs(T, X, block_of):
@@ -171,10 +169,6 @@ def _specs(T, X, block_of):
         pl.BlockSpec((SUBLANES, X), lambda b, c, i: (0, c)),
         pl.BlockSpec((1, SUBLANES, X), lambda b, c, i: (b, 0, c)),
     )
-
-
-def _like(example, shape, dtype):
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(example).manual_axis_type)
 
 
 def _compiler_params():

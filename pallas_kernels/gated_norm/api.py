@@ -55,9 +55,7 @@ def skip_gate_norm(
     _check(y, x, z, d, scale, num_groups)
     dispatch.check_name(implementation, IMPLEMENTATIONS)
     call = Call(y.dtype.name, *y.shape, num_groups, interpret)
-    # An interpreted kernel asks nothing of the device.
-    device = dispatch.Device() if implementation is not None and interpret else None
-    implementation = OPERATOR.choose(implementation, call, device)
+    implementation = OPERATOR.choose(implementation, call, dispatch.asked_device(implementation, interpret))
     arrays = dispatch.vary_alike((y, x, z, d, scale))
     return OPERATOR.implementations[implementation].run(call, *arrays, epsilon, num_groups)
 
@@ -86,10 +84,7 @@ def _run_gpu(call, *arguments):
     return gpu.skip_gate_norm(*arguments, interpret=call.interpret)
 
 
-def _computes_in_float32(device, call):
-    if call.dtype == 'float64':
-        return "it computes in float32, but y is float64; use implementation='reference'"
-    return None
+_computes_in_float32 = dispatch.computes_in_float32('y')
 
 
 def _gpu_unsupported(device, call):

@@ -15,11 +15,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.dispatch import in_32_bits
+from pallas_kernels import lanes
 from pallas_kernels.platforms import of_one_device
 
 GROUPS = (64, 128, 256, 512)  # K
-TOKENS = 16  # M is a multiple of it
+TOKENS = lanes.TOKENS  # M is a multiple of it
 WARPS, LANES = 4, 32
 # Tokens of a part, at most.
 FORWARD, BACKWARD = 64, 256
@@ -28,10 +28,9 @@ FORWARD, BACKWARD = 64, 256
 def skip_gate_norm(y_BLHP, x_BLHP, z_BLHP, d_H, scale_HP, epsilon, num_groups, *, interpret=False):
     """As `reference.skip_gate_norm`; it computes in float32."""
     B, L, H, P = y_BLHP.shape
-    interpret = plgpu.InterpretGPUParams() if interpret else False
     flat = (v.reshape(B * L, H * P) for v in (y_BLHP, x_BLHP, z_BLHP))
-    d_C = jnp.repeat(d_H, P)
-    return _skip_gate_norm((epsilon, interpret, num_groups), *flat, d_C, scale_HP.reshape(-1)).reshape(z_BLHP.shape)
+    d_C, static = jnp.repeat(d_H, P), (epsilon, lanes.interpreter(interpret), num_groups)
+    return _skip_gate_norm(static, *flat, d_C, scale_HP.reshape(-1)).reshape(z_BLHP.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -67,13 +66,15 @@ def _forward(static, y, x, z, d, scale):
         def some_tokens(i, _):
             rows = w.rows(i)
             y_t, x_t, z_t = (w.load(v, rows) for v in (y, x, z))
-            gated = (y_t + d * x_t) * (z_t * _sigmoid(z_t))
+            gated = (y_t + d * x_t) * (z_t * lanes.sigmoid(z_t))
             inverse = lax.rsqrt(w.mean(gated * gated) + epsilon)
             out[rows, w.channels] = (gated * inverse * scale).astype(out.dtype)
 
         lax.fori_loop(0, tokens // WARPS, some_tokens, None)
 
-    (out,) = _launch('forward', body, [jax.ShapeDtypeStruct(z.shape, z.dtype)], grid, interpret, y, x, z, d, scale)
+    (out,) = lanes.launch(
+        'skip_gate_norm_forward', body, [jax.ShapeDtypeStruct(z.shape, z.dtype)], grid, interpret, y, x, z, d, scale
+    )
     return out
 
 
@@ -91,7 +92,7 @@ def _backward(static, y, x, z, d, scale, dout):
             dscale, dd = carry
             rows = w.rows(i)
             y_t, x_t, z_t, dout_t = (w.load(v, rows) for v in (y, x, z, dout))
-            sigmoid, skipped = _sigmoid(z_t), y_t + d * x_t
+            sigmoid, skipped = lanes.sigmoid(z_t), y_t + d * x_t
             silu = z_t * sigmoid
             gated = skipped * silu
             dnormed = dout_t * scale
@@ -111,9 +112,9 @@ def _backward(static, y, x, z, d, scale, dout):
     shapes = [
         jax.ShapeDtypeStruct(y.shape, y.dtype),
         jax.ShapeDtypeStruct(z.shape, z.dtype),
-        jax.ShapeDtypeStruct((grid[1], 2, WARPS, y.shape[1]), jnp.float32),
+        jax.ShapeDtypeStruct((grid['part'], 2, WARPS, y.shape[1]), jnp.float32),
     ]
-    return _launch('backward', body, shapes, grid, interpret, y, x, z, d, scale, dout)
+    return lanes.launch('skip_gate_norm_backward', body, shapes, grid, interpret, y, x, z, d, scale, dout)
 
 
 class _Walk:
@@ -143,30 +144,8 @@ class _Walk:
         return plgpu.layout_cast(lax.broadcast_in_dim(mean, v.shape, [0]), self.layout)
 
 
-def _sigmoid(v):
-    """1 / (1 + exp(-v)), whose division would take more instructions than all the rest."""
-    root = lax.rsqrt(1.0 + jnp.exp(-v))
-    return root * root
-
-
 def _cut(y, num_groups, most_tokens):
     """(tokens of a part, channels of a group, grid)."""
     M, C = y.shape
-    tokens = next(n for n in (256, 128, 64, 32, 16) if n <= most_tokens and M % n == 0)
-    return tokens, C // num_groups, (num_groups, M // tokens)
-
-
-def _launch(name, body, shapes, grid, interpret, *inputs):
-    body.__name__ = 'skip_gate_norm_' + name
-    run = plgpu.kernel(
-        in_32_bits(body),  # under vmap it is traced again, after the call
-        out_type=shapes,
-        grid=grid,
-        grid_names=('group', 'part'),
-        interpret=interpret,
-        # Warps share nothing, so that no store need wait for another warp.
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
-        ),
-    )
-    return in_32_bits(run)(*inputs)
+    tokens = lanes.tokens_of_part(M, most_tokens)
+    return tokens, C // num_groups, dict(group=num_groups, part=M // tokens)

@@ -171,9 +171,7 @@ def _scan(x, dt, a, b, c, rope, segment_ids, state, chunk_size, implementation, 
     """Dispatches a checked call. c None: y is not wanted. Returns (y or None, final state)."""
     dispatch.check_name(implementation, IMPLEMENTATIONS)
     call = Call(x.dtype.name, chunk_size, (*x.shape, *b.shape[2:]), interpret)
-    # An interpreted kernel asks nothing of the device.
-    device = dispatch.Device() if implementation is not None and interpret else None
-    implementation = OPERATOR.choose(implementation, call, device)
+    implementation = OPERATOR.choose(implementation, call, dispatch.asked_device(implementation, interpret))
     if rope is not None:
         rope = tuple(jnp.asarray(table if table.ndim == 3 else table[None]) for table in rope)
     run_BL = None
@@ -216,10 +214,7 @@ def _run_gpu(call, *arrays):
     return gpu.scan_chunks(gpu.default_plan(call.shape), *arrays, interpret)
 
 
-def _computes_in_float32(device, call):
-    if call.dtype == 'float64':
-        return "it computes in float32, but x is float64; use implementation='reference'"
-    return None
+_computes_in_float32 = dispatch.computes_in_float32('x')
 
 
 def _has_other_chunks(call, chunk):

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.dispatch import in_32_bits
-from pallas_kernels.platforms import only_on_tpu_p
+from pallas_kernels.platforms import only_on_tpu_p, shape_like
 from pallas_kernels.ssd import tpu_backward, tpu_chunk, tpu_forward
 from pallas_kernels.ssd.residuals import STATES_NAME
 from pallas_kernels.ssd.tpu_chunk import LANES
@@ -256,7 +256,7 @@ def _call(call, kernel, name, steps, inputs, outputs, scratch):
     example = inputs['x'][0]
     if not call.interpret:
         inputs = inputs | {'x': (only_on_tpu_p.bind(example), inputs['x'][1])}
-    shapes = [_like(example, shape, dtype) for shape, dtype, _ in outputs.values()]
+    shapes = [shape_like(example, shape, dtype) for shape, dtype, _ in outputs.values()]
     names = (*inputs, *outputs, *scratch)
     run = pl.pallas_call(
         functools.partial(kernel, names),
@@ -273,11 +273,6 @@ def _call(call, kernel, name, steps, inputs, outputs, scratch):
     )
     results = in_32_bits(run)(*(array for array, _ in inputs.values()))
     return dict(zip(outputs, results, strict=True))
-
-
-def _like(example, shape, dtype):
-    """An output that varies over the same axes of a shard_map."""
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(example).manual_axis_type)
 
 
 def _common_inputs(call, specs, x, dt, a, b, c, rope, runs, ahead):

@@ -25,11 +25,7 @@ def compile_train_step(config: Config, device_mesh: jax.sharding.Mesh) -> jax.st
 def jit_eval_step(config: Config, device_mesh: jax.sharding.Mesh) -> Callable:
     """`step.eval_step`, jitted."""
     shardings = step_lib.param_shardings(config, device_mesh), step_lib.batch_sharding(device_mesh)
-    return jax.jit(
-        step_lib.eval_step(config),
-        in_shardings=shardings,
-        out_shardings=mesh.sharding(device_mesh, ()),
-    )
+    return jax.jit(step_lib.eval_step(config), in_shardings=shardings, out_shardings=mesh.sharding(device_mesh, ()))
 
 
 def compile_eval_step(config: Config, device_mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
