@@ -124,9 +124,7 @@ def attention(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, scale, interpret=False):
     """
     B, L, H, K = q_BLHK.shape
     block, padded = _block(L)
-    splash, kernel = _kernel(
-        H, padded, block, causal=True, interpret=interpret, residual_checkpoint_name=xla.RESIDUAL_NAME
-    )
+    splash = _modules()[0]
     q_BLHK = _scaled(q_BLHK, scale)
 
     def heads_first(x):
@@ -139,7 +137,15 @@ def attention(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, scale, interpret=False):
         # continue the last document, so that each of them still sees a key.
         ids = jnp.pad(segment_ids_BL, [(0, 0), (0, padded - L)], mode='edge')
         arguments.append(splash.SegmentIds(ids, ids))
-    out_BHLK = _traced_in_32_bits(jax.vmap(lambda *args: kernel(*args)))(*arguments)
+
+    def attend(*arguments):
+        # Made in here, its tables of the mask's blocks are values of the trace that is differentiated; made outside, under a
+        # jit of the layer, the gradient would use values of a trace that has ended.
+        options = dict(interpret=interpret, residual_checkpoint_name=xla.RESIDUAL_NAME)
+        _, kernel = _kernel(H, padded, block, causal=True, **options)
+        return jax.vmap(lambda *args: kernel(*args))(*arguments)
+
+    out_BHLK = _traced_in_32_bits(attend)(*arguments)
     return out_BHLK.transpose(0, 2, 1, 3)[:, :L]
 
 
