@@ -145,8 +145,9 @@ def _run(argv, paths, cache, strike, most_bytes, patch) -> None:
         signal.signal(number, signal.SIG_DFL)
     import jax
 
-    from transxssm_jax import train
+    from transxssm_jax import streams, train
 
+    streams.prepare()  # as a command's start does
     jax.config.update('jax_compilation_cache_dir', cache)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
     jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
