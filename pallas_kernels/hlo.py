@@ -1,7 +1,8 @@
 """Reads compiled programs: the one parser of XLA's HLO text, and the one counter of the HBM bytes of its operations.
 
 The text is that of an optimised module (`compiled.as_text()`), of any backend. An operation reads each operand and
-writes each result once, as far as they lie in HBM: of slices what they take, of what is updated in place what is new.
+writes each result once, as far as they lie in HBM: of slices and gathers what they take, of what is updated in place what
+is new.
 Arrays count as they lie in memory, with the padding of their tiles. A fusion that reads an operand again for other
 windows is not seen, so this bounds traffic from below.
 """
@@ -176,11 +177,12 @@ def _as_if_in_hbm(shape):
 # fmt: off
 _FREE = {
     'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'opt-barrier', 'copy-done', 'slice-done',
-    'async-update', 'async-done', 'while', 'conditional', 'call',
+    'async-update', 'async-done', 'while', 'conditional', 'call', 'custom-call-start', 'custom-call-done',
 }
 # fmt: on
 _FREE_CALLS = ('ConcatBitcast', 'AllocateBuffer')
 _VIEWS = ('bitcast', 'get-tuple-element', 'reshape')
+_IN_PLACE = {'dynamic-update-slice': 1, 'scatter': 2}  # opcode -> the operand that holds what is written
 
 
 def op_bytes(op: Op, shapes: dict[str, str], computations: Computations, grid: dict | None = None) -> int:
@@ -199,6 +201,17 @@ def op_bytes(op: Op, shapes: dict[str, str], computations: Computations, grid: d
         return 0
     if op.opcode == 'copy-start':  # (destination, source, context)
         return hbm_bytes(op.shape)
+    if op.opcode == 'custom-call-update':  # ((operands), results, context): what the SparseCore does beside the TensorCore
+        operands, rest = _close(op.shape[1:])
+        results, _, _ = rest.partition(', (')
+        read = hbm_bytes(operands)
+        if op.name.startswith('gather_offload'):
+            (table, *indices) = (array_bytes(*array) for array in arrays(operands))
+            read = min(table, _as_if_in_hbm(results)) + sum(indices)
+        return read + hbm_bytes(results)
+    if op.opcode == 'gather':
+        table, indices = (shapes[name] for name in op.operands)
+        return hbm_bytes(op.shape) + min(hbm_bytes(table), _as_if_in_hbm(op.shape)) + hbm_bytes(indices)
     if op.opcode in ('slice', 'dynamic-slice', 'slice-start'):
         taken = op.shape
         if op.opcode == 'slice-start':  # ((source), destination, context)
@@ -235,8 +248,8 @@ def _fusion_bytes(op, shapes, inner):
         if not source or source.opcode == 'parameter' or _communicates(source):
             continue
         written = hbm_bytes(array[0])
-        if source.opcode == 'dynamic-update-slice':
-            written = min(written, _as_if_in_hbm(made[source.operands[1]].shape))
+        if source.opcode in _IN_PLACE:
+            written = min(written, _as_if_in_hbm(made[source.operands[_IN_PLACE[source.opcode]]].shape))
         total += written
     for number, operand in enumerate(op.operands):
         size = hbm_bytes(shapes[operand])
@@ -250,8 +263,10 @@ def _fusion_bytes(op, shapes, inner):
             uses = [
                 i for i, name in enumerate(user.operands) if name in made and (origin(name) or user).name in parameter
             ]
-            if user.opcode in ('slice', 'dynamic-slice') and uses:
+            if user.opcode in ('slice', 'dynamic-slice', 'gather') and uses == [0]:
                 read += _as_if_in_hbm(user.shape)
+            elif user.opcode == 'scatter' and uses == [0]:  # it adds to what is there
+                read += _as_if_in_hbm(made[user.operands[_IN_PLACE['scatter']]].shape)
             elif uses and not (user.opcode == 'dynamic-update-slice' and uses == [0]):
                 read = size
                 break

@@ -217,6 +217,49 @@ def test_traffic_of_hlo():
     assert hlo.array_bytes('s32', []) == 4
 
 
+GATHERS = """HloModule jit_f, is_scheduled=true
+
+%look_up (p.0: f32[64,128], p.1: s32[8]) -> f32[8,128] {
+  %p.0 = f32[64,128]{1,0:T(8,128)} parameter(0)
+  %p.1 = s32[8]{0:T(1024)} parameter(1)
+  ROOT %gather.1 = f32[8,128]{1,0:T(8,128)} gather(%p.0, %p.1), slice_sizes={1,128}
+}
+
+%add_up (p.0: f32[64,128], p.1: s32[8], p.2: f32[8,128]) -> f32[64,128] {
+  %p.0 = f32[64,128]{1,0:T(8,128)} parameter(0)
+  %p.1 = s32[8]{0:T(1024)} parameter(1)
+  %p.2 = f32[8,128]{1,0:T(8,128)} parameter(2)
+  ROOT %scatter.1 = f32[64,128]{1,0:T(8,128)} scatter(%p.0, %p.1, %p.2), to_apply=%sum
+}
+
+ENTRY %main (a.1: f32[64,128], i.1: s32[8]) -> f32[64,128] {
+  %a.1 = f32[64,128]{1,0:T(8,128)} parameter(0)
+  %i.1 = s32[8]{0:T(1024)} parameter(1)
+  %gather.2 = f32[8,128]{1,0:T(8,128)} gather(%a.1, %i.1), slice_sizes={1,128}
+  %fusion.1 = f32[8,128]{1,0:T(8,128)} fusion(%a.1, %i.1), kind=kLoop, calls=%look_up
+  %gather_offload_async_start = ((), (), (s32[9]{0})) custom-call-start(), async_execution_thread="sparsecore"
+  %gather_offload_async_start.update = ((f32[64,128]{1,0:T(8,128)}, s32[8]{0:T(1024)}), f32[8,128]{1,0:T(8,128)}, (s32[9]{0})) custom-call-update(%gather_offload_async_start, %a.1, %i.1)
+  %gather_offload_async_done = f32[8,128]{1,0:T(8,128)} custom-call-done(%gather_offload_async_start.update)
+  ROOT %fusion.2 = f32[64,128]{1,0:T(8,128)} fusion(%a.1, %i.1, %gather_offload_async_done), kind=kLoop, calls=%add_up
+}
+"""
+
+
+def test_traffic_of_gathers_and_scatters():
+    """They touch 8 rows of 64, and what is added to is read and written."""
+    computations = hlo.parse(GATHERS)
+    ops = {op.name: op for op in computations['ENTRY']}
+    shapes = {name: op.shape for name, op in ops.items()}
+    counted = {name: hlo.op_bytes(op, shapes, computations) for name, op in ops.items()}
+    rows, indices = 8 * 128 * 4, 1024 * 4
+    assert {name: size for name, size in counted.items() if size} == {
+        'gather.2': 2 * rows + indices,
+        'fusion.1': 2 * rows + indices,
+        'gather_offload_async_start.update': 2 * rows + indices,
+        'fusion.2': 3 * rows + indices,
+    }
+
+
 def test_traffic_of_blocks():
     """B 2, 3 chunks of 4 rows of which the last is cut, 2 heads: blocks move where their index changes."""
 
