@@ -52,9 +52,15 @@ class Chip:
 
 @dataclasses.dataclass(frozen=True)
 class Gpu(Chip):
-    """nvlink: bytes/s that a GPU sends to the others of its host together (one direction)."""
+    """One GPU.
+
+    Attributes:
+      nvlink: bytes/s that it sends to the others of its host together (one direction).
+      compute_capability: as JAX's devices have it.
+    """
 
     nvlink: float
+    compute_capability: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,22 +125,23 @@ TPUS = {
 # fmt: on
 
 
-def _gpu(kinds, peak, bandwidth, hbm, nvlink, dcn=50e9):
+def _gpu(kinds, peak, bandwidth, hbm, nvlink, dcn=50e9, compute_capability='9.0'):
     # The commands let JAX have 92% of a GPU's memory (XLA_PYTHON_CLIENT_MEM_FRACTION, cli.py).
-    return Gpu(kinds, peak, bandwidth, hbm, int(0.92 * hbm), dcn, 8, nvlink)
+    return Gpu(kinds, peak, bandwidth, hbm, int(0.92 * hbm), dcn, 8, nvlink, compute_capability)
 
 
+_A100 = dict(dcn=25e9, compute_capability='8.0')
 GPUS = {
-    'a100': _gpu(('NVIDIA A100-SXM4-80GB',), 312e12, 2039e9, 80 * GB, 300e9, dcn=25e9),
-    'a100-40g': _gpu(('NVIDIA A100-SXM4-40GB',), 312e12, 1555e9, 40 * GB, 300e9, dcn=25e9),
-    'a100-pcie': _gpu(('NVIDIA A100 80GB PCIe',), 312e12, 1935e9, 80 * GB, 300e9, dcn=25e9),
+    'a100': _gpu(('NVIDIA A100-SXM4-80GB',), 312e12, 2039e9, 80 * GB, 300e9, **_A100),
+    'a100-40g': _gpu(('NVIDIA A100-SXM4-40GB',), 312e12, 1555e9, 40 * GB, 300e9, **_A100),
+    'a100-pcie': _gpu(('NVIDIA A100 80GB PCIe',), 312e12, 1935e9, 80 * GB, 300e9, **_A100),
     'h100': _gpu(('NVIDIA H100 80GB HBM3',), 989e12, 3350e9, 80 * GB, 450e9),
     'h100-pcie': _gpu(('NVIDIA H100 PCIe',), 756e12, 2000e9, 80 * GB, 300e9),
     'h100-nvl': _gpu(('NVIDIA H100 NVL',), 835e12, 3900e9, 94 * GB, 300e9),
     'h200': _gpu(('NVIDIA H200',), 989e12, 4800e9, 141 * GB, 450e9),
     'h200-nvl': _gpu(('NVIDIA H200 NVL',), 835e12, 4800e9, 141 * GB, 450e9),
     'gh200': _gpu(('NVIDIA GH200 480GB',), 990e12, 4000e9, 96 * GB, 450e9),
-    'b200': _gpu(('NVIDIA B200',), 2250e12, 8000e9, 180 * GB, 900e9),
+    'b200': _gpu(('NVIDIA B200',), 2250e12, 8000e9, 180 * GB, 900e9, compute_capability='10.0'),
 }
 CHIPS: dict[str, Chip] = {**TPUS, **GPUS}
 

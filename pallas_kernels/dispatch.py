@@ -15,6 +15,8 @@ import typing
 
 import jax
 
+from pallas_kernels.device import Device, current_device
+
 _log = logging.getLogger(__name__)
 
 
@@ -42,19 +44,6 @@ def check_name(implementation: str | None, names: typing.Collection[str]) -> Non
     """Raises UnknownError unless the implementation is None or one of names."""
     if implementation is not None and implementation not in names:
         raise UnknownError(f'implementation={implementation!r} is unknown; use None or one of {tuple(names)}')
-
-
-class Device(typing.NamedTuple):
-    """What the process computes on. '' where it is not known."""
-
-    backend: str = ''  # as `jax.default_backend()`
-    kind: str = ''
-    compute_capability: str = ''  # of an NVIDIA GPU, such as '9.0'
-
-
-def current_device() -> Device:
-    device = jax.local_devices()[0]
-    return Device(jax.default_backend(), device.device_kind, getattr(device, 'compute_capability', ''))
 
 
 def asked_device(implementation: str | None, interpret: bool) -> Device | None:
@@ -119,7 +108,7 @@ class Operator(typing.NamedTuple):
         Args:
           name: a key of the table, which the operator's own checks have let through, or None.
           call: what the table's functions take.
-          device: None: that of the process. `Device()` leaves out what is asked of the device.
+          device: None: `current_device()`. `Device()` leaves out what is asked of the device.
 
         Raises:
           UnsupportedError: the named implementation cannot serve, or for None no implementation can.

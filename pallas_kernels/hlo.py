@@ -201,7 +201,7 @@ def op_bytes(op: Op, shapes: dict[str, str], computations: Computations, grid: d
         return 0
     if op.opcode == 'copy-start':  # (destination, source, context)
         return hbm_bytes(op.shape)
-    if op.opcode == 'custom-call-update':  # ((operands), results, context): what the SparseCore does beside the TensorCore
+    if op.opcode == 'custom-call-update':  # ((operands), results, context): what runs on the SparseCore
         operands, rest = _close(op.shape[1:])
         results, _, _ = rest.partition(', (')
         read = hbm_bytes(operands)

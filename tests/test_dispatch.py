@@ -5,7 +5,7 @@ import logging
 import jax
 import pytest
 
-from pallas_kernels import attention, dispatch, ssd
+from pallas_kernels import attention, device, dispatch, ssd
 
 
 def implementation(name, serves=True, wanted=True, remedy=''):
@@ -52,10 +52,10 @@ def test_none_takes_the_first_that_serves_and_logs_it_once(backend, chosen, pass
 
 
 def test_a_name_serves_or_raises():
-    device = dispatch.Device('rocket')
-    assert OPERATOR.choose('slow', 'apples', device) == 'slow'  # None alone minds that it is slow
+    rocket = dispatch.Device('rocket')
+    assert OPERATOR.choose('slow', 'apples', rocket) == 'slow'  # None alone minds that it is slow
     with pytest.raises(dispatch.UnsupportedError) as raised:
-        OPERATOR.choose('never', 'apples', device)
+        OPERATOR.choose('never', 'apples', rocket)
     assert str(raised.value) == "implementation='never' cannot serve this call: never cannot take apples; use slow"
     assert isinstance(raised.value, NotImplementedError)
 
@@ -67,8 +67,21 @@ def test_none_raises_where_nothing_serves():
 
 
 def test_the_device_is_that_of_the_process():
-    assert dispatch.current_device().backend == jax.default_backend()
-    assert dispatch.current_device().kind == jax.local_devices()[0].device_kind
+    assert device.current_device().backend == jax.default_backend()
+    assert device.current_device().kind == jax.local_devices()[0].device_kind
+    with jax.set_mesh(jax.make_mesh((1,), ('data',))):
+        assert device.current_device() == device.Device(jax.default_backend(), jax.local_devices()[0].device_kind)
+
+
+@pytest.mark.parametrize(
+    'kind, platform, capability',
+    [('TPU v5 lite', 'tpu', ''), ('NVIDIA H200', 'gpu', '9.0'), ('NVIDIA B200', 'gpu', '10.0'), ('a card', 'gpu', '')],
+)
+def test_or_that_of_the_mesh_that_is_set(kind, platform, capability):
+    of_mesh = jax.sharding.AbstractDevice(kind, None, platform)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2,), ('data',), abstract_device=of_mesh)):
+        assert device.current_device() == device.Device(platform, kind, capability)
+        assert OPERATOR._replace(order={platform: ('good',)}).choose(None, 'apples') == 'good'
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from transxssm_jax.training import compilation
 
 OPEN = {'model.remat': 'auto', 'train.accumulation_steps': 0}
 ONE = dict(data=1, fsdp=1, context=1, tensor=1)
+TWO_LAYERS = dict(model_num_layers=2, model_attention_period=2, model_attention_offset=1)  # of what is compiled
 
 
 def fit(config, monkeypatch, limit):
@@ -29,7 +30,9 @@ def fit(config, monkeypatch, limit):
 
 
 def test_the_fastest_is_taken_where_there_is_room(monkeypatch):
-    fitted, compiled = fit(small_config(**{name.replace('.', '_'): v for name, v in OPEN.items()}), monkeypatch, 1e12)
+    fitted, compiled = fit(
+        small_config(**TWO_LAYERS, **{name.replace('.', '_'): v for name, v in OPEN.items()}), monkeypatch, 1e12
+    )
     assert compiled == [('none', 1)] and fitted.step is not None
     assert fitted.config.model.remat == 'none' and fitted.config.train.accumulation_steps == 1
     assert 'model.remat=none train.accumulation_steps=1' in fitted.lines[0]
@@ -37,7 +40,9 @@ def test_the_fastest_is_taken_where_there_is_room(monkeypatch):
 
 def test_what_the_compiler_needs_decides(monkeypatch):
     """Less room than the fastest needs: a slower policy or more microbatches, which need less by the compiler's count."""
-    config = small_config(model_remat='auto', train_accumulation_steps=0, data_global_batch=16, data_seq_len=256)
+    config = small_config(
+        **TWO_LAYERS, model_remat='auto', train_accumulation_steps=0, data_global_batch=16, data_seq_len=256
+    )
     roomy, _ = fit(config, monkeypatch, 1e12)
     most = fitting.memory_of(roomy.step)
     fitted, _ = fit(config, monkeypatch, 0.8 * most)
@@ -72,7 +77,7 @@ def test_a_compiler_that_refuses_is_asked_for_less(monkeypatch):
 
 def test_nothing_fits(monkeypatch):
     with pytest.raises(fitting.DoesNotFitError) as error:
-        fit(small_config(model_remat='auto', train_accumulation_steps=0), monkeypatch, 1000)
+        fit(small_config(**TWO_LAYERS, model_remat='auto', train_accumulation_steps=0), monkeypatch, 1000)
     message = str(error.value)
     assert '\n' not in message and 'mesh.fsdp' in message and 'GiB' in message
     assert 'model.remat=full' in message
@@ -80,11 +85,13 @@ def test_nothing_fits(monkeypatch):
 
 def test_settings_that_do_not_fit_name_the_remedy(monkeypatch):
     with pytest.raises(fitting.DoesNotFitError, match=r'--config.model.remat=auto --config.train.accumulation_steps=0'):
-        fit(small_config(model_remat='none', train_accumulation_steps=1), monkeypatch, 1000)
+        fit(small_config(**TWO_LAYERS, model_remat='none', train_accumulation_steps=1), monkeypatch, 1000)
 
 
 def test_settings_that_are_set_are_kept(monkeypatch):
-    fitted, compiled = fit(small_config(model_remat='full', train_accumulation_steps=2), monkeypatch, 1e12)
+    fitted, compiled = fit(
+        small_config(**TWO_LAYERS, model_remat='full', train_accumulation_steps=2), monkeypatch, 1e12
+    )
     assert compiled == [('full', 2)]
     [line] = fitted.lines  # no time is expected of a device that is in no table
     assert line.startswith('a step needs 0.0 of 931.3 GiB')

@@ -16,7 +16,7 @@ GROUND = {
 }  # fmt: skip
 WINGS = ['parallel', 'model', 'data', 'training', 'inference', 'planning', 'pytorch', 'evals']
 CALL_KERNELS = {'model', 'inference'}  # the mixers and their forms for decoding
-NO_KERNELS = {'chips', 'hlo'}  # facts of devices and the reading of compiled programs, which planning shares
+NO_KERNELS = {'chips', 'device', 'hlo'}  # facts of devices and the reading of compiled programs
 PACKAGE = sorted((ROOT / 'transxssm_jax').rglob('*.py'))
 KERNELS = sorted((ROOT / 'pallas_kernels').rglob('*.py'))
 

@@ -33,7 +33,7 @@ from transxssm_jax.planning import estimate, plan_search, roofline
 from transxssm_jax.planning import hlo as planning_hlo
 from transxssm_jax.planning import report as report_lib
 from transxssm_jax.planning import topology as topology_lib
-from transxssm_jax.planning.hlo import Collective, collectives, step_hbm_bytes
+from transxssm_jax.planning.hlo import Collective, collectives, kernels, step_hbm_bytes
 from transxssm_jax.training import gradient, step
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -43,7 +43,7 @@ needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec('libtpu') is None, reason='needs libtpu (pip install -e .[tpu])'
 )
 
-# Forms of the TPU compiler: a loop whose trips stand in its condition, a gather cut into the steps of two fusions, a
+# Forms of the TPU compiler: a loop whose trips stand in its condition, gathers cut into the steps of fusions, a
 # reduction of which each device keeps its part, a transfer that starts and ends, groups by mesh axes.
 TPU_MODULE = """\
 HloModule jit_step, is_scheduled=true
@@ -54,14 +54,19 @@ HloModule jit_step, is_scheduled=true
   ROOT %sum = f32[] add(%a, %b)
 }
 
-%gather.start (p0: bf16[8,128]) -> bf16[32,128] {
+%fused_computation.1 (p0: bf16[8,128]) -> bf16[32,128] {
   %p0 = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
   ROOT %all-gather.1 = bf16[32,128]{1,0} all-gather(%p0), channel_id=7, replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp'}
 }
 
-%gather.step (p1: bf16[8,128]) -> bf16[32,128] {
+%async_collective_fusion.2 (p1: bf16[8,128]) -> bf16[32,128] {
   %p1 = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
   ROOT %all-gather.2 = bf16[32,128]{1,0} all-gather(%p1), channel_id=7, replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp'}
+}
+
+%fused_computation.3 (p3: bf16[8,128]) -> bf16[32,128] {
+  %p3 = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %all-gather.3 = bf16[32,128]{1,0} all-gather(%p3), channel_id=7, replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp'}
 }
 
 %all-reduce-scatter.1 (p2: f32[32,128]) -> f32[8,128] {
@@ -83,9 +88,13 @@ HloModule jit_step, is_scheduled=true
   %counter.1 = s32[] get-tuple-element(%state.1), index=0
   %shard = bf16[8,128]{1,0:T(8,128)(2,1)} get-tuple-element(%state.1), index=1
   %sums = f32[32,128]{1,0:T(8,128)} get-tuple-element(%state.1), index=2
-  %fusion.1 = bf16[32,128]{1,0} fusion(%shard), kind=kCustom, calls=%gather.start, metadata={op_name="jit(step)/gate_proj"}
-  %fusion.2 = bf16[32,128]{1,0} fusion(%shard), kind=kCustom, calls=%gather.step
+  %async-collective-start = bf16[32,128]{1,0} fusion(%shard), calls=%fused_computation.1, metadata={op_name="jit(step)/gate_proj"}
+  %fusion.2 = bf16[32,128]{1,0} fusion(%shard), kind=kCustom, calls=%async_collective_fusion.2
+  %async-collective-done = bf16[32,128]{1,0} fusion(%shard), kind=kCustom, calls=%fused_computation.3
+  %async-collective-start.1 = bf16[32,128]{1,0} fusion(%shard), kind=kCustom, calls=%fused_computation.1
+  %async-collective-done.1 = bf16[32,128]{1,0} fusion(%shard), kind=kCustom, calls=%fused_computation.3
   %fusion.3 = f32[8,128]{1,0} fusion(%sums), kind=kCustom, calls=%all-reduce-scatter.1
+  %rotary_ssd_forward.4 = bf16[8,128]{1,0} custom-call(%shard), custom_call_target="tpu_custom_call"
   ROOT %next = (s32[], bf16[8,128]{1,0}, f32[32,128]{1,0}) tuple(%counter.1, %shard, %sums)
 }
 
@@ -95,6 +104,7 @@ ENTRY %main (x: bf16[8,128], y: f32[32,128]) -> f32[32,128] {
   %first = s32[] constant(1)
   %start = (s32[], bf16[8,128]{1,0}, f32[32,128]{1,0}) tuple(%first, %x, %y)
   %loop = (s32[], bf16[8,128]{1,0}, f32[32,128]{1,0}) while(%start), condition=%condition, body=%body
+  %rotary_ssd_forward = bf16[8,128]{1,0} custom-call(%x), custom_call_target="tpu_custom_call"
   %permute = (bf16[8,128]{1,0}, bf16[8,128]{1,0}, u32[]) collective-permute-start(%x), source_target_pairs={{0,4},{4,0}}
   %done = bf16[8,128]{1,0:T(8,128)(2,1)} collective-permute-done(%permute)
   ROOT %total = f32[32,128]{1,0} all-reduce(%y), replica_groups=mesh['data'=2,'fsdp'=4] {'data','fsdp'}, to_apply=%add
@@ -109,6 +119,7 @@ def test_collectives_of_a_tpu_module():
         ('collective-permute', ('data',), 1, ('bf16', (8, 128))),
         ('all-reduce', ('data', 'fsdp'), 1, ('f32', (32, 128))),
         ('all-gather', ('fsdp',), 6, ('bf16', (8, 128))),  # from 1 to 7
+        ('all-gather', ('fsdp',), 6, ('bf16', (8, 128))),  # unrolled layers share the number of their channel
         ('reduce-scatter', ('fsdp',), 6, ('f32', (32, 128))),
     ]
     sent = {c.kind: c.comm_bytes for c in found}
@@ -120,6 +131,7 @@ def test_collectives_of_a_tpu_module():
         'reduce-scatter': 4 * array * 3 / 4,
     }
     assert {c.source for c in found} == {'', 'jit(step)/gate_proj'}
+    assert kernels(hlo.parse(TPU_MODULE)) == {'rotary_ssd_forward': 7}, 'six times in the loop, and once'
     assert hlo.unknown_loops(hlo.parse(TPU_MODULE)) == 0
     assert hlo.unknown_loops(hlo.parse(TPU_MODULE.replace('constant(7)', 'parameter(1)'))) == 1
 
@@ -366,6 +378,16 @@ def test_expected_memory_is_that_of_the_steps_compiled_for_tpus(path):
     assert expected / chips.GIB == pytest.approx(peak, rel=0.07)
 
 
+@pytest.mark.parametrize('name, topology, peak', [('1p3b_v5e_256', 'v5e:16x16', 7.50), ('1p3b_v6e_256', 'v6e:16x16', 7.88),
+                                                  ('1p3b_v5p_128', 'v5p:4x4x4', 26.69)])  # fmt: skip
+def test_and_that_of_scanned_layers(name, topology, peak):
+    settings = {'model.layer_loop': 'scan', 'model.remat': 'hybrid', 'train.loss_chunk_tokens': 2048}
+    config = config_lib.load(ROOT / 'configs' / 'pods' / f'{name}.py', settings)
+    sizes = mesh.axis_sizes(config, topology_lib.Topology(topology, 1).num_devices)
+    expected = estimate.expected_memory_bytes(config, sizes, chips.CHIPS[topology.partition(':')[0]])
+    assert expected / chips.GIB == pytest.approx(peak, rel=0.07)
+
+
 def fake_slices(shape, slices=1):
     """Stand-ins for the devices of TPU slices, in the order of their coordinates."""
     coords = np.stack(np.unravel_index(np.arange(math.prod(shape)), shape), axis=1)
@@ -562,7 +584,8 @@ def test_what_fits_by_the_bound_alone_is_not_promised(capsys):
 
 def test_a_refused_step_is_judged_by_the_memory_in_the_compilers_message():
     """The message names the memory that the step needs: 17.5 GiB fit after halving the microbatch, 400 never do."""
-    config = config_lib.load(ROOT / 'configs' / 'pods' / '1p3b_v5e_256.py', {'model.remat': 'full'})
+    settings = {'model.remat': 'full', 'model.layer_loop': 'scan'}
+    config = config_lib.load(ROOT / 'configs' / 'pods' / '1p3b_v5e_256.py', settings)
     topology = topology_lib.Topology('v5e:16x16', 1)
     forms = (
         'RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used {}G of 15.75G hbm.',
@@ -591,20 +614,6 @@ def test_help_lists_flags_and_settings(capsys):
     assert plan.main(['--help']) == ExitCode.FINISHED
     text = capsys.readouterr().out
     assert '--budget_minutes=30.0  Time for --search.' in text and '--config.mesh.fsdp=1' in text
-
-
-def test_kernels_of_the_pod_are_named_only_where_auto_was():
-    topology = topology_lib.Topology('v5e:4x4', 2)
-    assert topology.num_devices == 32
-    assert plan._settings_of(topology, config_lib.Config()) == {
-        'mesh.slices': 2,
-        'model.ssd_implementation': 'mosaic_tpu',
-        'model.attention_implementation': 'splash',
-    }
-    named = config_lib.Config(model=config_lib.Model(ssd_implementation='xla', dtype='float32'))
-    assert plan._settings_of(topology, named) == {'mesh.slices': 2, 'model.attention_implementation': 'xla'}
-    assert plan._settings_of(topology_lib.Topology('h200:8', 1), config_lib.Config()) == {'mesh.slices': 1}
-    assert topology_lib.Topology('tpu7x:2x2x1', 1).num_devices == 8
 
 
 @pytest.mark.skipif(

@@ -135,6 +135,7 @@ def test_a_pod_takes_its_sizes_from_the_run(name):
     assert {name for name in changed if not name.startswith('mesh.')} <= {
         'model.remat',
         'train.accumulation_steps',
+        'train.loss_chunk_tokens',
         'data.seq_len',
         'data.global_batch',
     }
@@ -142,6 +143,13 @@ def test_a_pod_takes_its_sizes_from_the_run(name):
     devices = {'h200:8': 8}.get(PODS[name], math.prod(map(int, PODS[name].partition(':')[2].split('x'))))
     sizes = mesh.axis_sizes(config, devices)
     assert config.model.d_model // sizes['fsdp'] % 128 == 0, 'shards of whole tiles'
+
+
+@pytest.mark.parametrize('name', PODS)
+def test_the_page_says_what_the_file_says(name):
+    page, text = (ROOT / 'docs' / 'pods.md').read_text(), (ROOT / 'configs' / 'pods' / f'{name}.py').read_text()
+    needed, usable = re.search(r'([\d.]+) of ([\d.]+) GiB', text).groups()
+    assert f'| {needed} | {usable} |' in page or f'{needed} of {usable} GiB' in page
 
 
 def test_a_config_starts_from_another(tmp_path):

@@ -141,27 +141,35 @@ def test_a_mesh_that_does_not_fit_is_refused(overrides, message):
         mesh.build(small_config(**overrides))
 
 
-KERNELS = {
-    'tpu': dict(model_ssd_implementation='mosaic_tpu', model_attention_implementation='splash'),
-    'cuda': dict(model_ssd_implementation='mosaic_gpu', model_attention_implementation='cudnn'),
+DEVICES = {
+    'tpu': jax.sharding.AbstractDevice('TPU v5 lite', 1, 'tpu'),
+    'cuda': jax.sharding.AbstractDevice('NVIDIA H100 80GB HBM3', 132, 'gpu'),
 }
+KERNELS = {
+    'tpu': ['rotary_ssd_forward', 'rotary_ssd_backward', 'splash_mha_fwd', 'splash_mha_dq', 'splash_mha_dkv'],
+    'cuda': ['rotary_ssd_forward', 'rotary_ssd_backward', 'fmhaSoftmax', 'fmhaSoftmaxBackward'],
+}  # fmt: skip
 
 
-@pytest.mark.parametrize('loop', ['scan', 'unrolled'])
+@pytest.mark.parametrize('loop', ['scan', 'unrolled', 'auto'])
 @pytest.mark.parametrize('platform', ['tpu', 'cuda'])
 def test_a_step_lowers_with_the_kernels_of_a_platform(platform, loop, monkeypatch):
-    """A kernel is traced once, with its layer, and differentiated elsewhere: in a scan, or after a jit of the layer."""
+    """For devices that are not here. A kernel is traced once, with its layer, and differentiated elsewhere: in a scan, or
+    after a jit of the layer."""
     # JAX asks for the cuDNN library while tracing, even when only lowering.
     monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version', lambda: 92100)
     sizes = dict(model_d_model=256, model_d_state=128, model_dtype='bfloat16', model_num_layers=4, data_seq_len=256)
     settings = dict(model_layer_loop=loop, model_remat='hybrid', model_ssd_chunk_size=0, mesh_data=2, mesh_fsdp=2)
-    config = small_config(**sizes, **settings, **KERNELS[platform])
-    device_mesh = mesh.build(config, jax.devices()[:4])
-    state, batch = step.abstract_state(config, device_mesh), packed_batch(config)
-    with jax.set_mesh(device_mesh):
-        text = jax.jit(step.train_step(config)).trace(state, batch).lower(lowering_platforms=(platform,)).as_text()
-    names = {
-        'tpu': ['rotary_ssd_forward', 'rotary_ssd_backward', 'splash_mha_fwd', 'splash_mha_dq', 'splash_mha_dkv'],
-        'cuda': ['rotary_ssd_forward', 'rotary_ssd_backward', 'fmhaSoftmax', 'fmhaSoftmaxBackward'],
-    }
-    assert [name for name in names[platform] if name not in text] == []
+    config = small_config(**sizes, **settings)
+    axes = dict(axis_types=mesh.build(small_config()).axis_types, abstract_device=DEVICES[platform])
+    device_mesh = jax.sharding.AbstractMesh((2, 2, 1, 1), mesh.AXES, **axes)
+    state = jax.eval_shape(lambda: step.init_state(config, 0))
+    with jax.sharding.use_abstract_mesh(device_mesh):
+        text = (
+            jax.jit(step.train_step(config))
+            .trace(state, packed_batch(config))
+            .lower(lowering_platforms=(platform,))
+            .as_text()
+        )
+    assert [name for name in KERNELS[platform] if name not in text] == []
+    assert ('func.func private @of_one' in text) == (loop != 'scan'), 'unrolled layers are calls of one function'

@@ -237,10 +237,11 @@ ENTRY %main (a.1: f32[64,128], i.1: s32[8]) -> f32[64,128] {
   %i.1 = s32[8]{0:T(1024)} parameter(1)
   %gather.2 = f32[8,128]{1,0:T(8,128)} gather(%a.1, %i.1), slice_sizes={1,128}
   %fusion.1 = f32[8,128]{1,0:T(8,128)} fusion(%a.1, %i.1), kind=kLoop, calls=%look_up
-  %gather_offload_async_start = ((), (), (s32[9]{0})) custom-call-start(), async_execution_thread="sparsecore"
-  %gather_offload_async_start.update = ((f32[64,128]{1,0:T(8,128)}, s32[8]{0:T(1024)}), f32[8,128]{1,0:T(8,128)}, (s32[9]{0})) custom-call-update(%gather_offload_async_start, %a.1, %i.1)
-  %gather_offload_async_done = f32[8,128]{1,0:T(8,128)} custom-call-done(%gather_offload_async_start.update)
-  ROOT %fusion.2 = f32[64,128]{1,0:T(8,128)} fusion(%a.1, %i.1, %gather_offload_async_done), kind=kLoop, calls=%add_up
+  %gather_offload.1 = ((), (), (s32[9]{0})) custom-call-start(), async_execution_thread="sparsecore"
+  %gather_offload.2 = ((f32[64,128]{1,0:T(8,128)}, s32[8]{0:T(1024)}), f32[8,128]{1,0:T(8,128)}, (s32[9]{0})) \
+custom-call-update(%gather_offload.1, %a.1, %i.1)
+  %gather_offload.3 = f32[8,128]{1,0:T(8,128)} custom-call-done(%gather_offload.2)
+  ROOT %fusion.2 = f32[64,128]{1,0:T(8,128)} fusion(%a.1, %i.1, %gather_offload.3), kind=kLoop, calls=%add_up
 }
 """
 
@@ -255,7 +256,7 @@ def test_traffic_of_gathers_and_scatters():
     assert {name: size for name, size in counted.items() if size} == {
         'gather.2': 2 * rows + indices,
         'fusion.1': 2 * rows + indices,
-        'gather_offload_async_start.update': 2 * rows + indices,
+        'gather_offload.2': 2 * rows + indices,
         'fusion.2': 3 * rows + indices,
     }
 

@@ -130,8 +130,8 @@ class Model(Section):
     )
     layer_loop: str = setting(
         'auto',
-        "Whether layers are one 'scan' or 'unrolled'. Unrolled, a GPU's step is a fifth faster and compiles for longer; "
-        "'auto' unrolls on GPUs.",
+        "Whether layers are one 'scan' or 'unrolled'. Unrolled, a GPU's step is a fifth faster, a TPU's needs less memory, and "
+        "both compile for longer; 'auto' unrolls on GPUs and TPUs.",
         choices=('auto', 'scan', 'unrolled'),
     )
     ssd_implementation: str = setting('auto', "Scan implementation; 'auto' picks the fastest that serves.")

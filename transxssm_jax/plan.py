@@ -60,21 +60,9 @@ def _plan(flags) -> int:
     if not flags.topology:
         raise ConfigError('--topology=CHIP:SHAPE is missing, e.g. --topology=v5e:16x16; --chips lists the chips')
     topology = Topology(flags.topology, flags.slices or config.mesh.slices)
-    config = config_lib.replace(config, _settings_of(topology, config))
+    config = config_lib.replace(config, {'mesh.slices': topology.slices})
     jax.config.update('jax_platforms', 'cpu')  # nothing runs, and a TPU of this machine stays free
     return _search(config, topology, flags) if flags.search else _plan_one(config, topology, flags.json)
-
-
-def _settings_of(topology: Topology, config: Config) -> dict[str, int | str]:
-    """Settings that the pod asks for: slices, and the kernels that 'auto' would pick on it."""
-    settings = {'mesh.slices': topology.slices}
-    if isinstance(topology.chip, Tpu):
-        # 'auto' looks at the devices of this process, which are not the pod's.
-        if config.model.ssd_implementation == 'auto':
-            settings['model.ssd_implementation'] = 'mosaic_tpu'
-        if config.model.attention_implementation == 'auto':
-            settings['model.attention_implementation'] = 'splash' if config.model.dtype == 'bfloat16' else 'xla'
-    return settings
 
 
 def _plan_one(config: Config, topology: Topology, as_json: bool) -> int:

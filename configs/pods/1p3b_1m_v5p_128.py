@@ -3,10 +3,9 @@
 python -m transxssm_jax.train --config=configs/pods/1p3b_1m_v5p_128.py --workdir=DIR --config.data.path=PREPARED
 python -m transxssm_jax.plan --config=configs/pods/1p3b_1m_v5p_128.py --topology=v5p:4x4x4
 
-What plan printed with gradients in bfloat16: 35.24 of 95.73 GiB per chip; 34.3 GB sent per chip and step, 1.09 of the
-least that fsdp's parameters, states and keys and values must send; 137 ms of it, 826 ms of HBM and 3428 ms of compute
-bound a step from below, which takes more than 3.4 s and stays below 97% MFU. That 32 chips sum their gradients in float32
-adds 2.5 GB to what is sent (computed). Not run on a TPU.
+What plan prints: 48.50 of 95.73 GiB per chip; 36.9 GB sent per chip and step, 1.08 of the least that fsdp's parameters,
+gradients, states and keys and values must send; 142 ms of it, 741 ms of HBM and 3327 ms of compute bound a step from below,
+which takes more than 3.3 s and stays below 100% MFU. Not run on a TPU.
 """
 
 from transxssm_jax.config import start_from
@@ -17,5 +16,5 @@ def get_config():
     config.data.seq_len, config.data.global_batch = 2**20, 2
     # 32,768 tokens of a row a chip.
     config.mesh.data, config.mesh.fsdp, config.mesh.context = 1, 2, 32
-    config.model.remat, config.train.accumulation_steps = 'hybrid', 1  # what the figures above are of
+    config.model.remat, config.train.accumulation_steps = 'matmuls', 1  # what the figures above are of
     return config

@@ -39,9 +39,10 @@ def causal_attention(
         own); a query attends only to keys with its own id. None: one document per row.
       scale: factor of the scores; None: 1 / sqrt(K).
       chunk_size: side of a score block of 'xla'. None: 256. The other implementations ignore it.
-      implementation: a name of the table, or None: the fused one of `jax.default_backend()`
+      implementation: a name of the table, or None: the fused one of `device.current_device()`
         where it can serve, otherwise 'xla', with the reason logged once. When lowering for a
-        platform other than the process's (a TPU topology on a CPU host), name it.
+        platform other than the process's (a TPU topology on a CPU host), set the mesh
+        (`jax.set_mesh`), or name it.
 
         | name        | runs on           | dtypes     | partitioned by GSPMD / Shardy |
         | 'reference' | all               | all        | yes                           |

@@ -54,9 +54,9 @@ def rotary_ssd(
         row. None: zeros.
       chunk_size: tokens per chunk, a multiple of 16 in [16, 256]; it changes speed and rounding
         only. None: from the implementation's table. 'reference' ignores it.
-      implementation: a name of the table, or None: the fastest on `jax.default_backend()` that can
+      implementation: a name of the table, or None: the fastest on `device.current_device()` that can
         serve (`OPERATOR`), with the reason logged once. When lowering for a platform other than
-        the process's (a TPU topology on a CPU host), name it.
+        the process's (a TPU topology on a CPU host), set the mesh (`jax.set_mesh`), or name it.
 
         | name         | runs on       | dtypes    | chunk_size | partitioned by GSPMD / Shardy |
         | 'reference'  | all           | all       | any        | yes                           |
@@ -200,7 +200,7 @@ def _run_reference(call, *arrays):
 
 
 def _run_xla(call, *arrays):
-    return xla.scan_chunks(xla.default_plan(jax.default_backend(), call.chunk_size), *arrays)
+    return xla.scan_chunks(xla.default_plan(dispatch.current_device().backend, call.chunk_size), *arrays)
 
 
 def _run_tpu(call, *arrays):

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Int32
 
+from pallas_kernels.device import current_device
 from transxssm_jax.config import Model
 from transxssm_jax.model import costs, layers, rope
 from transxssm_jax.model.attention import save_attention_residuals
@@ -91,7 +92,7 @@ class LanguageModel(nnx.Module):
             segment_ids_BL = jnp.ones_like(tokens_BL)
         if positions_BL is None:
             positions_BL = positions(tokens_BL)
-        unrolled = is_unrolled(self.model, jax.default_backend())
+        unrolled = is_unrolled(self.model, current_device().backend)
         # Not in a scan, whose every step XLA schedules by itself.
         num_parts = collectives.num_overlapped_parts(len(tokens_BL)) if unrolled else 1
 
@@ -161,7 +162,7 @@ class LanguageModel(nnx.Module):
 
 def is_unrolled(model: Model, platform: str) -> bool:
     """Whether layers are unrolled on a platform of JAX ('cpu', 'gpu', 'tpu'), see model.layer_loop."""
-    return model.layer_loop == 'unrolled' or (model.layer_loop == 'auto' and platform == 'gpu')
+    return model.layer_loop == 'unrolled' or (model.layer_loop == 'auto' and platform in ('gpu', 'tpu'))
 
 
 def embed(table_VD: jax.Array, tokens_BL: jax.Array, dtype) -> jax.Array:

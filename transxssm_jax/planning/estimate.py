@@ -7,8 +7,8 @@ remat 'hybrid' (632 ms on an H200, 677 on an H100) and 'dots' (588), the Transfo
 is that of 1.3B: in a scan the temporaries of 8 x 4096 tokens with 'hybrid' and 'dots', and of 1 x 65,536 with 'hybrid' (52, 68,
 97 GB), as measured; unrolled those that XLA's GPU compiler counts (8 x 4096: 'hybrid' 28, 'matmuls' 50, 'none' 64; 1 x 65,536:
 'hybrid' 48, 'full' 19; over tensor=4 32 x 4096: 'matmuls' 45, 'none' 80, and 8 x 4096: 'matmuls' 12), within 10% of a step's
-whole memory. On TPUs it is that of the compiled steps of configs/pods, within
-7%. tests/test_plan.py holds all to these figures.
+whole memory. On TPUs it is that of the compiled steps of configs/pods, unrolled and in a scan, within 7%.
+tests/test_plan.py holds all to these figures.
 """
 
 from pallas_kernels.chips import Chip, Tpu
@@ -22,9 +22,9 @@ MATMUL_EFFICIENCY = 0.75  # share of the peak: 740 of 989 TFLOP/s
 HBM_FACTOR_SCAN, HBM_FACTOR_UNROLLED = 4.1, 2.3
 # Share of the links' speed. Nothing is taken to overlap: with that fsdp loses 4%, measured 2%.
 NETWORK_EFFICIENCY = 0.5
-# The backward pass's working set, in layers' worth of activations: of a scan as GPUs ran it and as the TPU compiler plans it,
-# and of unrolled layers on GPUs.
-WORKING_LAYERS_GPU, WORKING_LAYERS_TPU, WORKING_LAYERS_UNROLLED = 15, 5, 3
+# The backward pass's working set, in layers' worth of activations, by platform: of a scan, as GPUs ran it and as the TPU
+# compiler plans it, and of unrolled layers, as both compilers plan them.
+WORKING_LAYERS_SCAN, WORKING_LAYERS_UNROLLED = dict(gpu=15, tpu=5), dict(gpu=3, tpu=1)
 
 
 def source(chip: Chip) -> str:
@@ -67,13 +67,17 @@ def expected_memory_bytes(config: Config, sizes: dict[str, int], chip: Chip) -> 
     if _is_unrolled(config, chip):
         rows = tokens * sizes['context'] // config.data.seq_len
         # Over tensor one half of the rows is worked on at a time.
-        layers = WORKING_LAYERS_UNROLLED / (2 if sizes['tensor'] > 1 and rows % 2 == 0 else 1)
+        layers = WORKING_LAYERS_UNROLLED[_platform(chip)] / (2 if sizes['tensor'] > 1 and rows % 2 == 0 else 1)
     else:
-        layers = WORKING_LAYERS_TPU if isinstance(chip, Tpu) else WORKING_LAYERS_GPU
+        layers = WORKING_LAYERS_SCAN[_platform(chip)]
     needed = sum(least.values()) + layers * layer
     # The sum over microbatches is a loop's carry, beside the gradient of the microbatch that is under way.
     return needed + (2 * least['gradients'] if config.train.num_microbatches > 1 else 0.0)
 
 
 def _is_unrolled(config: Config, chip: Chip) -> bool:
-    return is_unrolled(config.model, 'tpu' if isinstance(chip, Tpu) else 'gpu')
+    return is_unrolled(config.model, _platform(chip))
+
+
+def _platform(chip: Chip) -> str:
+    return 'tpu' if isinstance(chip, Tpu) else 'gpu'

@@ -1,4 +1,4 @@
-"""What a compiled step sends between devices: every collective with its bytes and how often it runs.
+"""What a compiled step sends between devices and runs: every collective with its bytes and how often it runs, and kernels.
 
 Reads the text of an optimised HLO module (`compiled.as_text()`), of any backend, by `pallas_kernels.hlo`. Bytes are
 those of one device; collectives count arrays without the padding of their tiles.
@@ -59,23 +59,18 @@ def collectives(computations: Computations) -> list[Collective]:
     """Every collective of a module that has more than one member, in the order of the text.
 
     Both branches of a conditional count. A collective that the compiler has cut into the steps of several fusions, to
-    run beside them, counts once.
+    run beside them, counts where it starts.
     """
     found = []
     for caller, ops, runs in hlo.executed(computations):
-        seen = set()
         for op in ops:
             for where, inner in _with_called(op, computations):
                 if inner.opcode == 'send' and (between := _between_slices(inner)):
                     found.append(between._replace(runs=runs))
                 if inner.opcode.removesuffix('-start') not in COLLECTIVES:
                     continue
-                channel = re.search(r'channel_id=(\d+)', inner.attributes)
-                if where:  # the steps of one collective have its channel
-                    key = (inner.kind, channel[1] if channel else inner.shape)
-                    if key in seen:
-                        continue
-                    seen.add(key)
+                if where.startswith('async_collective_fusion') or op.name.startswith('async-collective-done'):
+                    continue
                 # The TPU compiler's form of a reduce-scatter: a reduction of which each device keeps its shard.
                 kind = 'reduce-scatter' if where.startswith('all-reduce-scatter') else inner.kind
                 shapes = {o.name: o.shape for o in computations[where or caller]}
@@ -107,6 +102,17 @@ def step_hbm_bytes(computations: Computations, grids: dict[str, dict]) -> int:
             except ValueError:  # a kernel whose operands are not those of its grid
                 total += runs * hlo.op_bytes(op, shapes, computations)
     return int(total)
+
+
+def kernels(computations: Computations) -> dict[str, int]:
+    """How often each Pallas kernel of a TPU program runs in a step, by name."""
+    found = {}
+    for _, ops, runs in hlo.executed(computations):
+        for op in ops:
+            if op.custom_call == 'tpu_custom_call':
+                name = op.name.partition('.')[0]
+                found[name] = found.get(name, 0) + runs
+    return dict(sorted(found.items()))
 
 
 def _source(op: Op) -> str:

@@ -63,6 +63,7 @@ def compiled_report(config: Config, topology: Topology, device_mesh: jax.shardin
         temporary_bytes=compiled.temporaries,
         peak_bytes=compiled.peak,
         fits=True,
+        kernels=compiled.kernels,
         hbm_bytes=compiled.hbm_bytes,
         loops_without_trips=compiled.loops_without_trips,
         collectives=_table(chip, device_mesh, collectives),
@@ -94,6 +95,12 @@ def _nearest(config, chip, sizes, scale=1.0):
     if not found:
         return {}
     return dict(overrides=found.overrides, expected_memory_bytes=found.memory, expected_seconds=found.seconds)
+
+
+def _show_kernels(result: dict) -> str:
+    if not result['compiled']:
+        return f'scan {result["scan"]}, attention {result["attention"]}'
+    return ', '.join(f'{runs} {name}' for name, runs in result['kernels'].items()) or 'none of Pallas'
 
 
 def _with_times(result: dict, config: Config, chip: Chip, network: dict[str, float]) -> dict:
@@ -140,7 +147,7 @@ def show(result: dict) -> str:
         f'{result["devices"]} devices, {axes}',
         f'parameters      {result["parameters"]:,}',
         f'tokens per step {result["tokens_per_step"]:,}',
-        f'kernels         scan {result["scan"]}, attention {result["attention"]}',
+        f'kernels         {_show_kernels(result)}',
     ]
     memory = ', '.join(f'{name} {gib(size)}' for name, size in result['min_memory_bytes'].items())
     if result['compiled']:
