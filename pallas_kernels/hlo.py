@@ -203,7 +203,8 @@ def op_bytes(op: Op, shapes: dict[str, str], computations: Computations, grid: d
         return hbm_bytes(op.shape)
     if op.opcode == 'custom-call-update':  # ((operands), results, context): what runs on the SparseCore
         operands, rest = _close(op.shape[1:])
-        results, _, _ = rest.partition(', (')
+        rest = rest.removeprefix(', ')
+        results = _close(rest)[0] if rest.startswith('(') else rest.partition(', (')[0]
         read = hbm_bytes(operands)
         if op.name.startswith('gather_offload'):
             (table, *indices) = (array_bytes(*array) for array in arrays(operands))

@@ -241,6 +241,7 @@ ENTRY %main (a.1: f32[64,128], i.1: s32[8]) -> f32[64,128] {
   %gather_offload.2 = ((f32[64,128]{1,0:T(8,128)}, s32[8]{0:T(1024)}), f32[8,128]{1,0:T(8,128)}, (s32[9]{0})) \
 custom-call-update(%gather_offload.1, %a.1, %i.1)
   %gather_offload.3 = f32[8,128]{1,0:T(8,128)} custom-call-done(%gather_offload.2)
+  %sort.1 = ((s32[8]{0:T(1024)}), (s32[8]{0:T(1024)}, s32[8]{0:T(1024)}), (s32[9]{0})) custom-call-update(%i.1)
   ROOT %fusion.2 = f32[64,128]{1,0:T(8,128)} fusion(%a.1, %i.1, %gather_offload.3), kind=kLoop, calls=%add_up
 }
 """
@@ -257,6 +258,7 @@ def test_traffic_of_gathers_and_scatters():
         'gather.2': 2 * rows + indices,
         'fusion.1': 2 * rows + indices,
         'gather_offload.2': 2 * rows + indices,
+        'sort.1': 3 * indices,
         'fusion.2': 3 * rows + indices,
     }
 
