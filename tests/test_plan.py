@@ -236,7 +236,7 @@ ENTRY %main (x: f32[16,128]) -> f32[16,128] {
 
 
 def test_min_bytes_of_fsdp_are_three_times_the_parameters():
-    config = small_config(model_dtype='bfloat16')
+    config = small_config(model_dtype='bfloat16', model_remat='matmuls')
     sizes = dict(data=1, fsdp=4, context=1, tensor=1)
     least = roofline.min_comm_bytes(config, sizes)
     split = sum(size for size, axes in roofline._leaves(config, sizes) if 'fsdp' in axes)
@@ -245,7 +245,10 @@ def test_min_bytes_of_fsdp_are_three_times_the_parameters():
     assert least['parameters'] == 2 * 2 * split * 3 / 4
     assert least['gradients'] == 2 * split * 3 / 4 + 2 * 4 * whole * 3 / 4, 'norms and the like in float32'
     assert least['activations'] == least['states'] == least['keys_values'] == 0
-    twice = roofline.min_comm_bytes(small_config(model_dtype='bfloat16', train_accumulation_steps=2), sizes)
+    kept = roofline.min_comm_bytes(small_config(model_dtype='bfloat16', model_remat='none'), sizes)
+    assert kept == least | {'parameters': least['parameters'] / 2}, 'gathered weights stay for the backward pass'
+    settings = dict(model_dtype='bfloat16', model_remat='matmuls', train_accumulation_steps=2)
+    twice = roofline.min_comm_bytes(small_config(**settings), sizes)
     assert twice == least | {'parameters': 2 * least['parameters']}, 'gradients travel once a step'
 
 

@@ -94,6 +94,11 @@ def test_only_parameters_are_gathered(axes):
     assert others <= 0.01 * gathers
 
 
+def test_kept_parameters_are_gathered_once():
+    config, sizes, found = compiled(mesh_data=2, mesh_fsdp=4, model_remat='none')
+    assert sent(found, sizes)['all-gather', ('fsdp',)] == 2 * roofline.min_comm_bytes(config, sizes)['parameters']  # float32
+
+
 @pytest.mark.parametrize('axes', MESHES, ids=str)
 def test_gradients_are_scattered_and_summed_over_the_rest_once(axes):
     config, sizes, found = compiled(**axes)

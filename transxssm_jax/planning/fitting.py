@@ -127,7 +127,7 @@ def choices(config: Config, sizes: dict[str, int], chip: chips.Chip) -> list[Cho
     counts = [config.train.accumulation_steps]
     if not counts[0]:
         counts = [n for n in range(1, rows + 1) if rows % n == 0]
-    # By the number of microbatches. What a policy sends again over tensor is left out: it has products to run beside.
+    # By the number of microbatches. What a policy sends again is left out: it has products to run beside.
     network = {}
     found = []
     for count in counts:

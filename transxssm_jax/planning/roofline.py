@@ -54,19 +54,19 @@ def params_per_device(config: Config, sizes: dict[str, int]) -> int:
 def min_comm_bytes(config: Config, sizes: dict[str, int]) -> dict[str, float]:
     """Least bytes that a device sends in a step, by what they are for, given how the mesh shards the model.
 
-    parameters: matrices sharded over fsdp are all-gathered for the forward and for the backward pass, in bfloat16, in
-    each microbatch. gradients: see `gradient_bytes`; in bfloat16, with one microbatch and fsdp alone, these two are 3 x
-    parameters. activations: what tensor gathers and scatters of the residual stream, of every layer
+    parameters: matrices sharded over fsdp are all-gathered for the forward and, where model.remat does not keep them, for
+    the backward pass, in bfloat16, in each microbatch. gradients: see `gradient_bytes`; in bfloat16, with one microbatch
+    and fsdp alone, these two are 3 x parameters, or 2 x. activations: what tensor gathers and scatters of the residual stream, of every layer
     (`costs.sent_vectors`), the embedding and the head. Then, by kind of layer, what the mixers hand over along context
     (`LayerCosts.handed_over`). muon, where it is the optimizer: momentum on its way to whole matrices, and back, in the
     way that sends less (`whole_matrices.choose`).
     """
     model, microbatches = config.model, config.train.num_microbatches
     f, c, t = sizes['fsdp'], sizes['context'], sizes['tensor']
-    params = 0.0
+    params, passes = 0.0, 1 if costs.remat_of(model).weights else 2
     for size, axes in _leaves(config, sizes):
         if 'fsdp' in axes:
-            params += 2 * microbatches * BFLOAT16 * size / (t if 'tensor' in axes else 1) * (f - 1) / f
+            params += passes * microbatches * BFLOAT16 * size / (t if 'tensor' in axes else 1) * (f - 1) / f
     tokens = tokens_per_device(config, sizes)
     backward = _width(reduction_dtypes(config, sizes)['tensor'])
     vectors, sums = costs.sent_vectors(model)
