@@ -56,10 +56,10 @@ def min_comm_bytes(config: Config, sizes: dict[str, int]) -> dict[str, float]:
 
     parameters: matrices sharded over fsdp are all-gathered for the forward and, where model.remat does not keep them, for
     the backward pass, in bfloat16, in each microbatch. gradients: see `gradient_bytes`; in bfloat16, with one microbatch
-    and fsdp alone, these two are 3 x parameters, or 2 x. activations: what tensor gathers and scatters of the residual stream, of every layer
-    (`costs.sent_vectors`), the embedding and the head. Then, by kind of layer, what the mixers hand over along context
-    (`LayerCosts.handed_over`). muon, where it is the optimizer: momentum on its way to whole matrices, and back, in the
-    way that sends less (`whole_matrices.choose`).
+    and fsdp alone, these two are 3 x parameters, or 2 x. activations: what tensor gathers and scatters of the residual
+    stream, of every layer (`costs.sent_vectors`), the embedding and the head. Then, by kind of layer, what the mixers hand
+    over along context (`LayerCosts.handed_over`). muon, where it is the optimizer: momentum on its way to whole matrices,
+    and back, in the way that sends less (`whole_matrices.choose`).
     """
     model, microbatches = config.model, config.train.num_microbatches
     f, c, t = sizes['fsdp'], sizes['context'], sizes['tensor']
