@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -348,7 +349,9 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(killed, stopped):
     assert 4 <= resumed < step
     for end in ends[1:]:
         assert 'Traceback' not in end.err
-        assert all(line.startswith('[Gloo]') for line in end.out.splitlines()), 'process 0 speaks for all'
+        # Threads of Gloo print this, by words and not by lines.
+        gloo = '[Gloo] Rank 1 is connected to 3 peer ranks. Expected number of connected peer ranks is : 3'
+        assert set(re.findall('[A-Za-z]+', end.out)) <= set(re.findall('[A-Za-z]+', gloo)), 'process 0 speaks for all'
     assert [record['step'] for record in records(workdir) if 'loss' in record] == list(range(1, step + 1))
 
 
