@@ -382,7 +382,8 @@ def test_expected_memory_is_that_of_the_steps_compiled_for_tpus(path):
 
 
 @pytest.mark.parametrize('name, topology, peak', [('1p3b_v5e_256', 'v5e:16x16', 7.50), ('1p3b_v6e_256', 'v6e:16x16', 7.88),
-                                                  ('1p3b_v5p_128', 'v5p:4x4x4', 26.69)])  # fmt: skip
+                                                  ('1p3b_v5p_128', 'v5p:4x4x4', 26.69),
+                                                  ('1p3b_1m_v5p_128', 'v5p:4x4x4', 35.24)])  # fmt: skip
 def test_and_that_of_scanned_layers(name, topology, peak):
     settings = {'model.layer_loop': 'scan', 'model.remat': 'hybrid', 'train.loss_chunk_tokens': 2048}
     config = config_lib.load(ROOT / 'configs' / 'pods' / f'{name}.py', settings)
@@ -617,6 +618,11 @@ def test_help_lists_flags_and_settings(capsys):
     assert plan.main(['--help']) == ExitCode.FINISHED
     text = capsys.readouterr().out
     assert '--budget_minutes=30.0  Time for --search.' in text and '--config.mesh.fsdp=1' in text
+
+
+def test_the_devices_of_a_topology():
+    assert topology_lib.Topology('v5e:4x4', 2).num_devices == 32
+    assert topology_lib.Topology('tpu7x:2x2x1', 1).num_devices == 8
 
 
 @pytest.mark.skipif(

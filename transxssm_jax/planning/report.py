@@ -97,12 +97,6 @@ def _nearest(config, chip, sizes, scale=1.0):
     return dict(overrides=found.overrides, expected_memory_bytes=found.memory, expected_seconds=found.seconds)
 
 
-def _show_kernels(result: dict) -> str:
-    if not result['compiled']:
-        return f'scan {result["scan"]}, attention {result["attention"]}'
-    return ', '.join(f'{runs} {name}' for name, runs in result['kernels'].items()) or 'none of Pallas'
-
-
 def _with_times(result: dict, config: Config, chip: Chip, network: dict[str, float]) -> dict:
     seconds = {'compute': result['executed_flops'] / chip.peak, 'HBM': result['hbm_bytes'] / chip.bandwidth, **network}
     bound = max(seconds.values())
@@ -224,6 +218,12 @@ def _verdict(result: dict) -> str:
         return 'it fits'
     expected = result['expected_memory_bytes'] <= result['usable_bytes']
     return 'it may fit' if expected else 'it may fit by the lower bound, but it is not expected to'
+
+
+def _show_kernels(result: dict) -> str:
+    if not result['compiled']:
+        return f'scan {result["scan"]}, attention {result["attention"]}'
+    return ', '.join(f'{runs} {name}' for name, runs in result['kernels'].items()) or 'none of Pallas'
 
 
 def _show_nearest(nearest: dict) -> str:
