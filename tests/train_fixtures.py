@@ -186,8 +186,10 @@ def checkpoint_steps(workdir: pathlib.Path) -> list[int]:
 
 
 if __name__ == '__main__':
+    from transxssm_jax import streams
     from transxssm_jax import train as train_lib
 
+    streams.prepare()  # as a command's start does
     for run in json.loads(sys.argv[1]):
         kind, number, command = run if run[0] != 'train' else ('', -1, run)
         if kind == 'file size':
