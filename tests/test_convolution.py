@@ -23,6 +23,7 @@ from pallas_kernels import convolution, dispatch, gated_norm, tpu_profile
 from pallas_kernels.chips import TPUS
 from pallas_kernels.convolution import api as convolution_api
 from pallas_kernels.convolution import causal_convolution, tokens_in_reach
+from pallas_kernels.device import Device
 from pallas_kernels.gated_norm import api as gated_norm_api
 from pallas_kernels.gated_norm import skip_gate_norm
 
@@ -260,7 +261,7 @@ def test_what_is_kept_for_the_gradients():
 
 # ---- the choice ------------------------------------------------------------------------------------
 
-HOPPER, V5E = dispatch.Device('gpu', 'NVIDIA H100', '9.0'), dispatch.Device('tpu', 'TPU v5e', '')
+HOPPER, V5E = Device('gpu', 'NVIDIA H100', '9.0'), Device('tpu', 'TPU v5e', '')
 
 
 @pytest.mark.parametrize(

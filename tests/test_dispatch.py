@@ -47,12 +47,12 @@ def test_none_takes_the_first_that_serves_and_logs_it_once(backend, chosen, pass
     dispatch.log_once.cache_clear()
     with caplog.at_level(logging.INFO, logger='pallas_kernels'):
         for _ in range(2):
-            assert OPERATOR.choose(None, 'apples', dispatch.Device(backend)) == chosen
+            assert OPERATOR.choose(None, 'apples', device.Device(backend)) == chosen
     assert caplog.messages == [f'apples: {chosen} on {backend}, {passed_over}']
 
 
 def test_a_name_serves_or_raises():
-    rocket = dispatch.Device('rocket')
+    rocket = device.Device('rocket')
     assert OPERATOR.choose('slow', 'apples', rocket) == 'slow'  # None alone minds that it is slow
     with pytest.raises(dispatch.UnsupportedError) as raised:
         OPERATOR.choose('never', 'apples', rocket)
@@ -63,7 +63,7 @@ def test_a_name_serves_or_raises():
 def test_none_raises_where_nothing_serves():
     alone = OPERATOR._replace(everywhere=('never',))
     with pytest.raises(dispatch.UnsupportedError, match="^implementation='never' cannot serve this call: "):
-        alone.choose(None, 'apples', dispatch.Device('unknown'))
+        alone.choose(None, 'apples', device.Device('unknown'))
 
 
 def test_the_device_is_that_of_the_process():

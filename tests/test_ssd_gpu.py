@@ -26,6 +26,7 @@ from ssd_oracle import GRADIENTS, relative_error, with_gradients
 from test_ssd_kernels import DECAYS, assert_close, draw, needs_8_devices
 
 from pallas_kernels import dispatch
+from pallas_kernels.device import Device
 from pallas_kernels.ssd import api, gpu, rotary_ssd, rotary_ssd_state, rotary_ssd_step
 
 TOLERANCE = 5e-3
@@ -55,7 +56,7 @@ KERNEL = {'implementation': 'mosaic_gpu'}
 )  # fmt: skip
 def test_choice(change, chosen, reason, caplog):
     v = {'dtype': 'bfloat16', 'chunk_size': None, 'H': 32, 'P': 64, 'G': 8, 'N': 128, 'capability': '9.0', **change}
-    device = dispatch.Device('gpu', f'kind {change}', v['capability'])
+    device = Device('gpu', f'kind {change}', v['capability'])
     with caplog.at_level(logging.INFO, logger='pallas_kernels'):
         for _ in range(2):
             shape = (8, 4096, v['H'], v['P'], v['G'], v['N'])
@@ -71,8 +72,8 @@ def inputs_of(B=1, L=64, H=2, P=64, G=1, N=128, dtype='bfloat16'):
     return x, dt, jax.ShapeDtypeStruct((H,), 'float32'), bc, bc
 
 
-class Device:
-    """What the choice asks of a device."""
+class JaxDevice:
+    """What the choice asks of a device of JAX."""
 
     def __init__(self, compute_capability):
         self.device_kind, self.compute_capability = f'GPU {compute_capability}', compute_capability
@@ -80,7 +81,7 @@ class Device:
 
 @pytest.mark.parametrize('capability, kernels', [('9.0', 1), ('8.0', 0), ('10.0', 0)])
 def test_none_picks_it_on_hopper(capability, kernels, monkeypatch):
-    monkeypatch.setattr(jax, 'local_devices', lambda: [Device(capability)])
+    monkeypatch.setattr(jax, 'local_devices', lambda: [JaxDevice(capability)])
     monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
     assert count_kernels(rotary_ssd, *inputs_of()) == kernels
     assert count_kernels(rotary_ssd, *inputs_of(N=32)) == 0

@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ssd_oracle import GRADIENTS, recurrence, relative_error, with_gradients
 
 from pallas_kernels import dispatch
+from pallas_kernels.device import Device
 from pallas_kernels.ssd import api, rotary_ssd, rotary_ssd_state, rotary_ssd_step, tpu, xla
 
 IMPLEMENTATIONS = ['reference', 'xla', 'mosaic_tpu']
@@ -492,7 +493,7 @@ def test_choice(change, chosen, reason, caplog):
     with caplog.at_level(logging.INFO, logger='pallas_kernels'):
         shape = (8, 4096, 32, v['P'], 8, v['N'])
         # A device kind of this test's own, because each choice is logged once a process.
-        device = dispatch.Device(v['backend'], f'kind {change}')
+        device = Device(v['backend'], f'kind {change}')
         assert api.OPERATOR.choose(None, api.Call(v['dtype'], v['chunk_size'], shape), device) == chosen
     (record,) = caplog.records
     assert f': {chosen}, ' in record.getMessage() and reason in record.getMessage()

@@ -13,6 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels import dispatch
+from pallas_kernels.device import current_device
 from pallas_kernels.ssd import decode, gpu, reference, tpu, xla
 from pallas_kernels.ssd.residuals import STATES_NAME
 
@@ -200,7 +201,7 @@ def _run_reference(call, *arrays):
 
 
 def _run_xla(call, *arrays):
-    return xla.scan_chunks(xla.default_plan(dispatch.current_device().backend, call.chunk_size), *arrays)
+    return xla.scan_chunks(xla.default_plan(current_device().backend, call.chunk_size), *arrays)
 
 
 def _run_tpu(call, *arrays):
