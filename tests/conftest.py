@@ -1,11 +1,9 @@
-"""Eight virtual CPU devices for every test; must be set before jax starts.
-
-Most of the suite's time is LLVM's: the expensive passes are left out, which
-halves compilation and changes no result beyond rounding.
-"""
+"""Eight virtual CPU devices for every test, and quick compilation; both must be set before jax starts."""
 
 import os
 import signal
+
+import quick_compile
 
 # Background jobs of a shell ignore Ctrl-C, those of nohup SIGHUP, and processes inherit that: tests send both to the
 # processes that they start, and to themselves.
@@ -14,8 +12,8 @@ for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHU
         signal.signal(number, usual)
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + (
-    ' --xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0'
+os.environ['XLA_FLAGS'] = ' '.join(
+    [os.environ.get('XLA_FLAGS', ''), '--xla_force_host_platform_device_count=8', quick_compile.XLA_FLAGS]
 )
 
 

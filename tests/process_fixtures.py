@@ -11,6 +11,8 @@ import threading
 import time
 import typing
 
+import quick_compile
+
 TESTS = pathlib.Path(__file__).parent
 ROOT = TESTS.parent
 
@@ -47,7 +49,7 @@ class Process(subprocess.Popen):
             'JAX_NUM_CPU_DEVICES': str(devices),
             'PYTHONPATH': str(ROOT),
             'PYTHONUNBUFFERED': '1',
-            'XLA_FLAGS': '--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0',
+            'XLA_FLAGS': quick_compile.XLA_FLAGS,
         }
         flags = dict(coordinator=f'localhost:{port}', num_processes=processes, process_id=process) | flags
         self._files = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115, they go with this object

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import quick_compile
 
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / 'notebooks').glob('*.ipynb'))
@@ -28,9 +29,8 @@ def test_it_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     notebook = nbformat.read(path, as_version=4)
     [first] = [cell for cell in notebook.cells if cell.source.startswith(SIZES)]
     first.source = first.source.replace("'gpu'", "'test'", 1)
-    # One CPU device, as a user has; compiled in half the time.
-    flags = '--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0'
-    for name, value in (('XLA_FLAGS', flags), ('JAX_PLATFORMS', 'cpu'), ('PYTHONPATH', str(ROOT))):
+    # One CPU device, as a user has.
+    for name, value in (('XLA_FLAGS', quick_compile.XLA_FLAGS), ('JAX_PLATFORMS', 'cpu'), ('PYTHONPATH', str(ROOT))):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv(
         'JAX_COMPILATION_CACHE_DIR', str(tmp_path / 'compiled')

@@ -8,6 +8,8 @@ import shlex
 import subprocess
 import sys
 
+import quick_compile
+
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text()
 
@@ -16,8 +18,7 @@ def test_the_python_is_pasted_and_runs(tmp_path):
     (program,) = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
     expected = float(re.search(r'# ([\d.]+)$', program.strip())[1])
     # Pasted into an interactive Python, from the project's directory, on one CPU device.
-    flags = '--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0'  # compiles in half the time
-    environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags}
+    environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': quick_compile.XLA_FLAGS}
     run = subprocess.run(
         [sys.executable, '-i', '-q'],
         input=program + '\n',  # as typed: a loop ends with an empty line

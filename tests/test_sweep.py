@@ -14,6 +14,7 @@ import sys
 import threading
 
 import pytest
+import quick_compile
 import train_fixtures
 
 from transxssm_jax import config as config_lib
@@ -620,7 +621,7 @@ def _wait(started):
 def test_it_trains(tmp_path, prepared, monkeypatch, capsys):
     """The whole, with two real trainings in processes of their own."""
     monkeypatch.setenv('PYTHONPATH', str(ROOT))
-    monkeypatch.setenv('XLA_FLAGS', '--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0')
+    monkeypatch.setenv('XLA_FLAGS', quick_compile.XLA_FLAGS)
     path = write_sweep(tmp_path, "vary('optimizer.learning_rate', [0.01, 0.0001])")
     monkeypatch.chdir(tmp_path)
     code, out, err = call(

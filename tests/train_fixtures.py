@@ -11,6 +11,8 @@ import subprocess
 import sys
 import typing
 
+import quick_compile
+
 ROOT = pathlib.Path(__file__).parents[1]
 TESTS = pathlib.Path(__file__).parent
 
@@ -154,7 +156,7 @@ def start_process(config, *runs) -> subprocess.Popen:
     environment |= {
         'JAX_PLATFORMS': 'cpu',
         'PYTHONPATH': str(ROOT),
-        'XLA_FLAGS': '--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0',
+        'XLA_FLAGS': quick_compile.XLA_FLAGS,
         'JAX_COMPILATION_CACHE_DIR': str(config.parent / 'compiled'),
         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     }

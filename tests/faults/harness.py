@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 
+import quick_compile
 from train_fixtures import arguments, losses, records
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -137,7 +138,7 @@ def run(config, workdir, **how) -> Ended:
 
 
 def _run(argv, paths, cache, strike, most_bytes, patch) -> None:
-    os.environ['XLA_FLAGS'] = '--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0'
+    os.environ['XLA_FLAGS'] = quick_compile.XLA_FLAGS
     for path, number in zip(paths, (1, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     sys.stdout, sys.stderr = open(1, 'w', closefd=False), open(2, 'w', closefd=False)  # noqa: SIM115
