@@ -101,14 +101,10 @@ def draw(shape, dtype='float32', decay='usual', seed=0):
     return arguments, rope, segments, dy, dfinal
 
 
-def outputs_and_gradients(*arrays, implementation, plan=None):
+@functools.partial(jax.jit, static_argnames=('implementation', 'plan'))
+def outputs_and_gradients(arguments, rope, segments, dy, dfinal, *, implementation, plan=None):
     """By name, like `with_gradients` of the oracle. plan: how the work is cut."""
-    if implementation == 'reference':
-        return _jitted_reference(*arrays, implementation=implementation)
-    return _jitted(*arrays, implementation=implementation, plan=plan)
 
-
-def _compute(arguments, rope, segments, dy, dfinal, *, implementation, plan=None):
     def f(x, dt, a, b, c, state):
         if plan is not None:
             run = None if segments is None else jnp.cumsum(jnp.diff(segments, prepend=segments[:, :1]) != 0, 1)
@@ -123,13 +119,6 @@ def _compute(arguments, rope, segments, dy, dfinal, *, implementation, plan=None
     result = {'y': y, 'final_state': final}
     result.update({'d' + name: g for name, g in zip(GRADIENTS, pull((dy, dfinal)))})
     return result
-
-
-_jitted = jax.jit(_compute, static_argnames=('implementation', 'plan'))
-# The emitters of quick_compile.py write all saved states anew at every token, which takes 5 s a call without optimization.
-_jitted_reference = jax.jit(
-    _compute, static_argnames='implementation', compiler_options={'xla_backend_optimization_level': 1}
-)
 
 
 def assert_close(out, ref, tolerance, what=''):
@@ -201,11 +190,14 @@ SLOW = {
 )
 def test_conforms(implementation, shape, dtype):
     """Outputs and every gradient, all decays through one compiled function; runs repeat bit for bit."""
+    # The emitters of quick_compile.py write all saved states anew at every token, 5 s a call without optimization.
+    options = {'xla_backend_optimization_level': 1} if implementation == 'reference' else None
+    run = jax.jit(functools.partial(outputs_and_gradients, implementation=implementation), compiler_options=options)
     for decay in DECAYS:
         inputs = draw_named(shape, dtype, decay)
-        out = outputs_and_gradients(*inputs, implementation=implementation)
+        out = run(*inputs)
         assert_close(out, oracle(shape, dtype, decay), TOLERANCE[dtype], f'{implementation}, {shape}, {decay}')
-        again = outputs_and_gradients(*inputs, implementation=implementation)
+        again = run(*inputs)
         for name in out:
             assert np.array_equal(out[name], again[name]), f'{name} changed between two runs'
 
@@ -453,7 +445,7 @@ def test_xla_shards_by_itself_without_gathers():
     }  # fmt: skip
     inputs = (placed, put(rope[0]), put(segments, 'data'), put(dy, 'data', None, 'tensor'))
     inputs = (placed, tuple(map(put, rope)), *inputs[2:], put(dfinal, 'data', 'tensor'))
-    compiled = _jitted.lower(*inputs, implementation='xla').compile()
+    compiled = outputs_and_gradients.lower(*inputs, implementation='xla').compile()
     text = compiled.as_text()
     for collective in ('all-gather', 'all-to-all', 'collective-permute'):
         assert collective not in text, f'{collective} in the partitioned program'
@@ -470,7 +462,7 @@ def avals_of(jaxpr):
 def test_xla_holds_no_square_of_the_length():
     B, L, H, P, G, N = 1, 2048, 1, 16, 1, 16
     arguments, rope, segments, dy, dfinal = draw((B, L, H, P, G, N, 2, True))
-    traced = _jitted.trace(arguments, rope, segments, dy, dfinal, implementation='xla')
+    traced = outputs_and_gradients.trace(arguments, rope, segments, dy, dfinal, implementation='xla')
     sizes = [int(np.prod(v.shape)) for v in avals_of(traced.jaxpr.jaxpr)]
     assert len(sizes) > 100 and max(sizes) <= B * H * L * CHUNK
     assert traced.lower().compile().memory_analysis().temp_size_in_bytes < L * L * 4

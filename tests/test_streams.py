@@ -1,5 +1,6 @@
 """What commands do not print."""
 
+import pathlib
 import subprocess
 import sys
 import types
@@ -7,6 +8,8 @@ import types
 import pytest
 
 from transxssm_jax import streams
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -58,5 +61,5 @@ for task in waiting:
 
 def test_tensorstore_calls_a_closed_event_loop_in_a_way_that_is_hidden():
     """As where the first file of a checkpoint could not be written: another file is ready when nobody waits any more."""
-    result = subprocess.run([sys.executable, '-c', LATE], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, '-c', LATE], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stdout, result.stderr) == (0, '1 late\n', '')
