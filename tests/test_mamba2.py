@@ -108,7 +108,8 @@ def case(request):
     side_inputs = rope.side_inputs(model, mixer.rope_width(model), jnp.zeros((B, L), jnp.int32))
 
     def ours(params, x):
-        return nnx.merge(graph, params)(x, segment_ids_BL=jnp.asarray(IDS), **side_inputs)
+        module = nnx.merge(graph, params)
+        return module(module.in_proj.norm(x), segment_ids_BL=jnp.asarray(IDS), **side_inputs)
 
     x = np.random.default_rng(1).standard_normal((B, L, D))
     return ours, params, x, lambda params, x: reference(params, x, model.num_ssd_groups)

@@ -140,9 +140,9 @@ class Forgetful(MIXERS['attention']):
         super().__init__(model, rngs=rngs)
         self.gate = nnx.Param(jnp.ones((model.d_model, model.num_heads), jnp.float32), axes=(None, 'heads'))
 
-    def __call__(self, x_BLD, **side_inputs):
-        y_BLD = super().__call__(x_BLD, **side_inputs)
-        return y_BLD * jnp.mean(jax.nn.sigmoid(x_BLD @ self.gate[...]), axis=-1, keepdims=True)
+    def __call__(self, u_BLD, **side_inputs):
+        y_BLD = super().__call__(u_BLD, **side_inputs)
+        return y_BLD * jnp.mean(jax.nn.sigmoid(u_BLD @ self.gate[...]), axis=-1, keepdims=True)
 
 
 def test_a_mixer_that_forgets_a_collective_is_caught():

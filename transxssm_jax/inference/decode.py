@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.residual_norm import rms_norm
 from transxssm_jax.config import Config, Model
 from transxssm_jax.inference import sampling
 from transxssm_jax.inference.completion import NO_TOKEN
 from transxssm_jax.inference.packed import PackedBlock
 from transxssm_jax.inference.sampling import SamplingFlags
-from transxssm_jax.model import layers, rope
+from transxssm_jax.model import rope
 from transxssm_jax.model.language_model import embed, positions, to_logits
 from transxssm_jax.parallel import collectives, mesh
 
@@ -265,7 +266,7 @@ class Decoder:
         }
 
     def _logits(self, weights, x_B1D):
-        hidden_B1D = layers.rms_norm(x_B1D, weights['final_norm']['scale'], self.model.norm_epsilon)
+        hidden_B1D = rms_norm(x_B1D, weights['final_norm']['scale'], self.model.norm_epsilon)
         return to_logits(hidden_B1D, weights.get('head', weights['embedding']), self.model.logit_soft_cap)[:, 0]
 
 

@@ -209,7 +209,7 @@ class PackedBlock:
         return self._after_mixer(weights, x_B1D, y_B1D), cache
 
     def _after_mixer(self, weights, x_BLD, y_BLD):
-        x_BLD = layers.learned_residual(x_BLD, y_BLD, weights['mixer_residual']['weight'])
+        x_BLD = _weighted_residual(x_BLD, y_BLD, weights['mixer_residual']['weight'])
         if 'mlp' not in weights:
             return x_BLD
         x_BLD, u_BLD, rms_scale_BL = defer_rms(x_BLD, self.model.norm_epsilon)
@@ -217,4 +217,9 @@ class PackedBlock:
         joint = linear(mlp['in_proj'], axes['in_proj'], u_BLD, 1, rms_scale_BL=rms_scale_BL)
         gate_BLF, up_BLF = jnp.unstack(joint, axis=-2)
         y_BLD = linear(mlp['out_proj'], axes['out_proj'], jax.nn.silu(gate_BLF) * up_BLF, 1)
-        return layers.learned_residual(x_BLD, y_BLD, weights['mlp_residual']['weight'])
+        return _weighted_residual(x_BLD, y_BLD, weights['mlp_residual']['weight'])
+
+
+def _weighted_residual(x_BLD: jax.Array, y_BLD: jax.Array, weight_D: jax.Array) -> jax.Array:
+    """weight * x + y in y's dtype, computed in float32 (`layers.PreNormResidual`)."""
+    return (x_BLD * weight_D + y_BLD).astype(y_BLD.dtype)

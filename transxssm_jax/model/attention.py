@@ -63,16 +63,16 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        x_BLD: Float[Array, '*stream D'],
+        u_BLD: Float[Array, '*stream D'],
         *,
         rope: Rope | None,
         scale_BL: Float32[Array, 'B L'] | None,
         segment_ids_BL: Int32[Array, 'B L'],
     ) -> Float[Array, '*stream D']:
-        """The mixer of x before its norm; keys of other documents are never seen.
+        """The mixer of u = norm(x); keys of other documents are never seen.
 
         Args:
-          x_BLD: the residual stream, [B, L, D] or this device's part of it.
+          u_BLD: norm(x) of the residual stream x, [B, L, D] or this device's part of it.
           rope: cosines and sines of width head_dim, of `rope.tables`; None where nothing rotates.
           scale_BL: factor of Q, of `rope.length_scale`, or None.
           segment_ids_BL: tokens of one document share an id.
@@ -80,7 +80,7 @@ class Attention(nnx.Module):
         Returns:
           As x, to be added to the residual stream.
         """
-        q_BLHK, k_BLGK, v_BLGK = self.in_proj(x_BLD)
+        q_BLHK, k_BLGK, v_BLGK = self.in_proj(u_BLD)
         if hasattr(self, 'q_norm'):
             # The backward pass of a norm needs its input, which then is what is kept: rotated it would be kept twice.
             q_BLHK, k_BLGK, v_BLGK = (checkpoint_name(v, 'mixer_in') for v in (q_BLHK, k_BLGK, v_BLGK))

@@ -23,22 +23,22 @@ from transxssm_jax.parallel import collectives
 
 
 class Block(nnx.Module):
-    """x = w1 * x + mixer(x);  x = w2 * x + mlp(x). Mixer and MLP begin with their norm. No MLP where model.d_mlp is 0."""
+    """x = w1 * x + mixer(norm(x));  x = w2 * x + mlp(norm(x)). The norms are of mixer and MLP. No MLP where model.d_mlp is 0."""
 
     def __init__(self, model: Model, kind: str, *, rngs: nnx.Rngs):
         self.mixer = mixer_of(kind)(model, rngs=rngs)
-        self.mixer_residual = layers.LearnedResidual(model.d_model)
+        self.mixer_residual = layers.PreNormResidual(model.d_model)
         if model.d_mlp:
             self.mlp = layers.SwiGLU(model, rngs=rngs)
-            self.mlp_residual = layers.LearnedResidual(model.d_model)
+            self.mlp_residual = layers.PreNormResidual(model.d_model)
 
     def __call__(self, x_BLD: jax.Array, **side_inputs) -> jax.Array:
-        """side_inputs: what the mixer takes beside x, see its __call__."""
-        x_BLD = self.mixer_residual(x_BLD, self.mixer(x_BLD, **side_inputs))
+        """side_inputs: what the mixer takes beside norm(x), see its __call__."""
+        mixer = functools.partial(self.mixer, **side_inputs)
+        x_BLD = self.mixer_residual(x_BLD, self.mixer.in_proj.norm, mixer)
         if not hasattr(self, 'mlp'):
             return x_BLD
-        x_BLD = checkpoint_name(x_BLD, 'residual')
-        return self.mlp_residual(x_BLD, self.mlp(x_BLD))
+        return self.mlp_residual(checkpoint_name(x_BLD, 'residual'), self.mlp.in_proj.norm, self.mlp)
 
 
 class LanguageModel(nnx.Module):

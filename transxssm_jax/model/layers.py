@@ -4,12 +4,14 @@ Shape legend: B batch, L length, D model, F mlp.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels.residual_norm import norm_and_residual, rms_norm
 from transxssm_jax.config import Model
 from transxssm_jax.model import quantized
 from transxssm_jax.parallel import collectives
@@ -24,14 +26,6 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         return rms_norm(x_BLD, collectives.copy_to_stream(self.scale[...]), self.epsilon)
-
-
-def rms_norm(x_BLD: jax.Array, scale_D: jax.Array, epsilon: float) -> jax.Array:
-    """x / sqrt(mean(x^2) + epsilon) * scale in float32, in x's dtype (Zhang and Sennrich, 2019)."""
-    x32_BLD = x_BLD.astype(jnp.float32)
-    mean_square = jnp.mean(jnp.square(x32_BLD), axis=-1, keepdims=True)
-    inverse_rms = checkpoint_name(jax.lax.rsqrt(mean_square + epsilon), 'norm_statistics')
-    return checkpoint_name((x32_BLD * inverse_rms * scale_D).astype(x_BLD.dtype), 'norm_out')
 
 
 class HeadNorm(nnx.Module):
@@ -154,7 +148,8 @@ _matmul_float32.defvjp(_matmul_float32_forward, _matmul_float32_backward)
 class InputProjections(nnx.Module):
     """A norm and all linear maps of its output: the input side of a mixer or an MLP.
 
-    Every map reads the same normalised x, so that its gradient is summed over devices once for all of them.
+    Every map reads the same normalised x, so that its gradient is summed over devices once for all of them. The norm is
+    applied by `PreNormResidual`, together with the residual connection around the mixer or MLP.
 
     Args:
       outputs: name of a map -> its output axes, as for `Linear`. The parameters of map 'q' are `q/kernel` and, with
@@ -177,18 +172,18 @@ class InputProjections(nnx.Module):
         for name, axes in outputs.items():
             setattr(self, name, Linear(model, {'embed': model.d_model}, axes, rngs=rngs, quantization=quantization))
 
-    def __call__(self, x_BLD: jax.Array) -> tuple[jax.Array, ...]:
-        """[B, L, D] -> one [B, L, *outputs] per map, in the order of `outputs`."""
+    def __call__(self, u_BLD: jax.Array) -> tuple[jax.Array, ...]:
+        """What the norm gave, [B, L, D] -> one [B, L, *outputs] per map, in the order of `outputs`."""
         projections = [getattr(self, name) for name in self.names]
         axes = dict.fromkeys(axis for projection in projections for axis in projection.output_axes)
-        x_BLD = collectives.gather_from_stream(self.norm(x_BLD), *axes)
+        u_BLD = collectives.gather_from_stream(u_BLD, *axes)
         return tuple(
-            projection.apply_to_copy(x_BLD, name in self.float32) for name, projection in zip(self.names, projections)
+            projection.apply_to_copy(u_BLD, name in self.float32) for name, projection in zip(self.names, projections)
         )
 
 
 class SwiGLU(nnx.Module):
-    """out_proj(silu(gate) * up), with gate and up linear maps of norm(x) (Shazeer, 2020).
+    """out_proj(silu(gate) * up), with gate and up linear maps of u = norm(x) (Shazeer, 2020).
 
     Of all linear maps only these have operands of model.quantization: with those of the mixers in 8 bits too the loss rose
     by 0.6%, and a step of the 1.3B model took 1% less time.
@@ -199,25 +194,22 @@ class SwiGLU(nnx.Module):
         self.in_proj = InputProjections(model, {'gate': width, 'up': width}, **how)
         self.out_proj = Linear(model, width, {'embed': model.d_model}, **how)
 
-    def __call__(self, x_BLD: jax.Array) -> jax.Array:
-        gate_BLF, up_BLF = (checkpoint_name(v, 'mlp_in') for v in self.in_proj(x_BLD))
+    def __call__(self, u_BLD: jax.Array) -> jax.Array:
+        gate_BLF, up_BLF = (checkpoint_name(v, 'mlp_in') for v in self.in_proj(u_BLD))
         return self.out_proj(checkpoint_name(jax.nn.silu(gate_BLF) * up_BLF, 'mlp_hidden'))
 
 
-class LearnedResidual(nnx.Module):
-    """weight * residual + branch, one weight per channel, initialised to 1 (paper: learned residual)."""
+class PreNormResidual(nnx.Module):
+    """weight * x + layer(norm(x)), one weight per channel, initialised to 1 (paper: learned residual)."""
 
     def __init__(self, features: int):
         self.weight = nnx.Param(jnp.ones((features,), jnp.float32), axes=(None,))
 
-    def __call__(self, residual_BLD: jax.Array, branch_BLD: jax.Array) -> jax.Array:
-        return learned_residual(residual_BLD, branch_BLD, collectives.copy_to_stream(self.weight[...]))
-
-
-def learned_residual(residual_BLD: jax.Array, branch_BLD: jax.Array, weight_D: jax.Array) -> jax.Array:
-    """weight * residual + branch in branch's dtype."""
-    # In float32: near 1 a bfloat16 weight could not move by less than 0.4%.
-    return (residual_BLD * weight_D + branch_BLD).astype(branch_BLD.dtype)
+    def __call__(self, x_BLD: jax.Array, norm: RMSNorm, layer: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        scale_D, weight_D = (collectives.copy_to_stream(v[...]) for v in (norm.scale, self.weight))
+        u_BLD, residual_BLD = norm_and_residual(x_BLD, scale_D, weight_D, epsilon=norm.epsilon)
+        # In float32: near 1 a bfloat16 weight could not move by less than 0.4%.
+        return (residual_BLD + layer(checkpoint_name(u_BLD, 'norm_out'))).astype(x_BLD.dtype)
 
 
 def inverse_softplus(y: jax.Array) -> jax.Array:

@@ -81,23 +81,23 @@ class Mamba2(nnx.Module):
 
     def __call__(
         self,
-        x_BLD: Float[Array, '*stream D'],
+        u_BLD: Float[Array, '*stream D'],
         *,
         rope: Rope | None,
         scale_BL: Float32[Array, 'B L'] | None,
         segment_ids_BL: Int32[Array, 'B L'],
     ) -> Float[Array, '*stream D']:
-        """The mixer of x before its norm; convolution and state restart where segment_ids change.
+        """The mixer of u = norm(x); convolution and state restart where segment_ids change.
 
         Args:
-          x_BLD: the residual stream, [B, L, D] or this device's part of it.
+          u_BLD: norm(x) of the residual stream x, [B, L, D] or this device's part of it.
           rope, scale_BL: None, see `rope_width`.
           segment_ids_BL: tokens of one document share an id.
 
         Returns:
           As x, to be added to the residual stream.
         """
-        *maps, dt_BLH = self.in_proj(x_BLD)
+        *maps, dt_BLH = self.in_proj(u_BLD)
         # What is kept for the backward pass is the convolution's input: its output costs nothing but a pass over memory.
         z_BLHP, *maps = (checkpoint_name(v, 'mixer_in') for v in maps)
         dt_BLH = jax.nn.softplus(checkpoint_name(dt_BLH + self.dt_bias[...], 'mixer_in'))

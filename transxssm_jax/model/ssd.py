@@ -95,16 +95,16 @@ class RotarySSD(nnx.Module):
 
     def __call__(
         self,
-        x_BLD: Float[Array, '*stream D'],
+        u_BLD: Float[Array, '*stream D'],
         *,
         rope: Rope | None,
         scale_BL: Float32[Array, 'B L'] | None,
         segment_ids_BL: Int32[Array, 'B L'],
     ) -> Float[Array, '*stream D']:
-        """The mixer of x before its norm; the state restarts where segment_ids change.
+        """The mixer of u = norm(x); the state restarts where segment_ids change.
 
         Args:
-          x_BLD: the residual stream, [B, L, D] or this device's part of it.
+          u_BLD: norm(x) of the residual stream x, [B, L, D] or this device's part of it.
           rope: cosines and sines of width d_state, of `rope.tables`; None where nothing rotates.
           scale_BL: factor of C, of `rope.length_scale`, or None.
           segment_ids_BL: tokens of one document share an id.
@@ -112,7 +112,7 @@ class RotarySSD(nnx.Module):
         Returns:
           As x, to be added to the residual stream.
         """
-        x_BLHP, b_BLGN, c_BLGN, dt_BLH = self.in_proj(x_BLD)
+        x_BLHP, b_BLGN, c_BLGN, dt_BLH = self.in_proj(u_BLD)
         x_BLHP, b_BLGN, c_BLGN = (checkpoint_name(v, 'mixer_in') for v in (x_BLHP, b_BLGN, c_BLGN))
         if hasattr(self, 'dt_bias'):
             dt_BLH = dt_BLH + self.dt_bias[...]
