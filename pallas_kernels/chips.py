@@ -126,8 +126,8 @@ TPUS = {
 
 
 def _gpu(kinds, peak, bandwidth, hbm, nvlink, dcn=50e9, compute_capability='9.0'):
-    # The commands let JAX have 92% of a GPU's memory (XLA_PYTHON_CLIENT_MEM_FRACTION, cli.py).
-    return Gpu(kinds, peak, bandwidth, hbm, int(0.92 * hbm), dcn, 8, nvlink, compute_capability)
+    # The commands let JAX have 93% of a GPU's memory (XLA_PYTHON_CLIENT_MEM_FRACTION, cli.py).
+    return Gpu(kinds, peak, bandwidth, hbm, int(0.93 * hbm), dcn, 8, nvlink, compute_capability)
 
 
 _A100 = dict(dcn=25e9, compute_capability='8.0')

@@ -1,7 +1,7 @@
 """The choice among the implementations of an operator.
 
-Every operator of this package (scan, attention, ring attention, decode attention, convolution, gated norm) has
-a table of named implementations and, per platform, the order in which they are tried:
+Every operator of this package (scan, attention, ring attention, decode attention, convolution, gated norm,
+residual norm) has a table of named implementations and, per platform, the order in which they are tried:
 
   * A named implementation serves the call, or raises `UnsupportedError` with the reason.
   * None takes the first of the platform's order that can serve, and logs that choice once.

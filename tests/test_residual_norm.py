@@ -140,7 +140,9 @@ def test_the_statistics_can_be_kept():
 def test_what_the_kernel_serves(device, call, reason):
     call = api.Call(**dict(dtype='bfloat16', M=32768, D=2048) | call)
     if reason is None:
-        assert api.OPERATOR.choose('mosaic_gpu', call, device) == api.OPERATOR.choose(None, call, device) == 'mosaic_gpu'
+        assert (
+            api.OPERATOR.choose('mosaic_gpu', call, device) == api.OPERATOR.choose(None, call, device) == 'mosaic_gpu'
+        )
         return
     with pytest.raises(dispatch.UnsupportedError, match=f"implementation='mosaic_gpu' cannot serve .*{reason}"):
         api.OPERATOR.choose('mosaic_gpu', call, device)

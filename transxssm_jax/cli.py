@@ -430,7 +430,7 @@ def start(module: str, takes_signals: bool = False) -> None:
     be pickled for worker processes. The environment that JAX reads when it is imported is set here, where it is not set yet.
     """
     # JAX takes three quarters of a GPU's memory unless it is told otherwise; a training step wants the rest too.
-    os.environ.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.92')
+    os.environ.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.93')
     streams.prepare()
     children.stop_with_parent()
     # Raised in the middle of an extension module's import, KeyboardInterrupt could come out as another error.

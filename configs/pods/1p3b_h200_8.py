@@ -3,7 +3,7 @@
 python -m transxssm_jax.train --config=configs/pods/1p3b_h200_8.py --workdir=DIR --config.data.path=PREPARED
 python -m transxssm_jax.plan --config=configs/pods/1p3b_h200_8.py --topology=h200:8
 
-What plan computes, without a compiler: remat 'none' in 4 microbatches of 16 rows a GPU, 118.6 of 120.81 GiB per GPU
+What plan computes, without a compiler: remat 'none' in 4 microbatches of 16 rows a GPU, 118.6 of 122.12 GiB per GPU
 expected; at least 11.4 GB sent per GPU and step, 25 ms of NVLink; a step takes more than 2.1 s, and 3.8 s (57% MFU) are
 expected. Eight GPUs together: not measured.
 """
