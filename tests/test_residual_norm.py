@@ -93,6 +93,14 @@ def test_the_kernel_is_the_reference(shape, dtype, blocks, monkeypatch):
         assert relative_error(one, exact(other)) <= TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize('implementation', ['reference', 'xla'])
+def test_dtypes(implementation):
+    values, cotangents = inputs((2, 3, 16), 'bfloat16')
+    (normed, residual), gradients = both_ways(values, cotangents, implementation)
+    assert normed.dtype == gradients['x'].dtype == jnp.bfloat16
+    assert residual.dtype == gradients['scale'].dtype == gradients['weight'].dtype == jnp.float32
+
+
 def test_what_is_kept_for_the_gradient():
     """x itself, and nothing in float32 of its size."""
     values, _ = inputs((2, 16, 256), 'bfloat16')

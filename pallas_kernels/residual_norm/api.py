@@ -54,10 +54,8 @@ def norm_and_residual(
     dispatch.check_name(implementation, IMPLEMENTATIONS)
     call = Call(x.dtype.name, math.prod(x.shape[:-1]), x.shape[-1], interpret)
     implementation = OPERATOR.choose(implementation, call, dispatch.asked_device(implementation, interpret))
-    x_MD, scale, weight = dispatch.vary_alike((x.reshape(-1, call.D), scale, weight))
-    results = OPERATOR.implementations[implementation].run(call, x_MD, scale, weight, epsilon)
-    normed, residual = (v.reshape(x.shape) for v in results)
-    return normed, residual
+    arrays = dispatch.vary_alike((x, scale, weight))
+    return OPERATOR.implementations[implementation].run(call, *arrays, epsilon)
 
 
 class Call(typing.NamedTuple):
@@ -77,8 +75,9 @@ def _run_xla(call, *arguments):
     return xla.norm_and_residual(*arguments)
 
 
-def _run_gpu(call, *arguments):
-    return gpu.norm_and_residual(*arguments, interpret=call.interpret)
+def _run_gpu(call, x, *arguments):
+    results = gpu.norm_and_residual(x.reshape(-1, call.D), *arguments, interpret=call.interpret)
+    return tuple(v.reshape(x.shape) for v in results)
 
 
 _computes_in_float32 = dispatch.computes_in_float32('x')
