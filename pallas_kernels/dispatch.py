@@ -128,11 +128,37 @@ class Operator(typing.NamedTuple):
         self._check(name, device, call)
         raise AssertionError(f'None passes over {name!r}, the last one')
 
+    def run(self, name: str | None, call: typing.Any, arrays, *static):
+        """Computes a call with the named implementation, or for None the one that `choose` takes.
+
+        Args:
+          name: an implementation, or None.
+          call: what the table's functions take; call.interpret tells whether Pallas kernels are interpreted.
+          arrays: those of the call, which are made to vary alike over a shard_map's axes.
+          static: what implementations take behind the arrays.
+
+        Raises:
+          UnknownError: no implementation has this name.
+          UnsupportedError: as `choose`.
+        """
+        check_name(name, self.implementations)
+        chosen = self.choose(name, call, asked_device(name, call.interpret))
+        return self.implementations[chosen].run(call, *vary_alike(arrays), *static)
+
     def _check(self, name, device, call):
         entry = self.implementations[name]
         reason = entry.unsupported(device, call)
         if reason is not None:
             raise refusal(name, reason + entry.remedy)
+
+
+def log_line(operator: str, describe: typing.Callable[[typing.Any], str]) -> typing.Callable:
+    """`Operator.log_line` that says operator, device, call (as `describe` has it), choice, and who was passed over."""
+
+    def line(device: Device, call: typing.Any, chosen: str, passed_over: str) -> str:
+        return f'{operator} on {device.kind}, {describe(call)}: {chosen}' + (f', {passed_over}' if passed_over else '')
+
+    return line
 
 
 def in_32_bits(f: typing.Callable) -> typing.Callable:

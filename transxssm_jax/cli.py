@@ -34,6 +34,7 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from pallas_kernels import chips
 from transxssm_jax import children, streams
 
 
@@ -429,8 +430,7 @@ def start(module: str, takes_signals: bool = False) -> None:
     and schedulers' signals end the process at once and quietly: nothing has begun. Under its real name, classes of the module can
     be pickled for worker processes. The environment that JAX reads when it is imported is set here, where it is not set yet.
     """
-    # JAX takes three quarters of a GPU's memory unless it is told otherwise; a training step wants the rest too.
-    os.environ.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.93')
+    os.environ.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', str(chips.GPU_MEMORY_SHARE))
     streams.prepare()
     children.stop_with_parent()
     # Raised in the middle of an extension module's import, KeyboardInterrupt could come out as another error.

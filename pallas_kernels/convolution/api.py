@@ -55,16 +55,13 @@ def causal_convolution(
       dispatch.UnsupportedError (a NotImplementedError): the named implementation cannot serve this call.
     """
     _check(u, kernel, bias, before, reach)
-    dispatch.check_name(implementation, IMPLEMENTATIONS)
     (B, L, *channels), W = u.shape, kernel.shape[0]
     if before is None:
         before = jnp.zeros((B, W - 1, *channels), u.dtype)
     if reach is None:
         reach = jnp.full((B, L), W - 1, jnp.int32)
     call = Call(u.dtype.name, B, L, math.prod(channels), W, interpret)
-    implementation = OPERATOR.choose(implementation, call, dispatch.asked_device(implementation, interpret))
-    arrays = dispatch.vary_alike((u, kernel, bias, before, reach))
-    return OPERATOR.implementations[implementation].run(call, *arrays)
+    return OPERATOR.run(implementation, call, (u, kernel, bias, before, reach))
 
 
 def tokens_in_reach(segment_ids: Int[Array, 'B J_and_L'], width: int) -> Int32[Array, 'B L']:
@@ -141,9 +138,8 @@ def _gpu_unsupported(device, call):
     return _kernel_unsupported(gpu)(device, call) or dispatch.not_hopper(device)
 
 
-def _log_line(device, call, chosen, passed_over):
-    return (f'causal_convolution on {device.kind}, {call.dtype} B={call.B} L={call.L} C={call.C} W={call.W}: {chosen}'
-            + (f', {passed_over}' if passed_over else ''))  # fmt: skip
+def _describe(call):
+    return f'{call.dtype} B={call.B} L={call.L} C={call.C} W={call.W}'
 
 
 # On TPU the kernel: by the compiler's static profile for v5e it takes a third of the cycles of XLA's form, forward and
@@ -157,7 +153,7 @@ OPERATOR = dispatch.Operator(
     },
     order={'gpu': ('mosaic_gpu', 'xla'), 'tpu': ('mosaic_tpu',)},
     everywhere=('xla',),
-    log_line=_log_line,
+    log_line=dispatch.log_line('causal_convolution', _describe),
 )
 IMPLEMENTATIONS = tuple(OPERATOR.implementations)
 

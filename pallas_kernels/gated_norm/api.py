@@ -53,11 +53,8 @@ def skip_gate_norm(
       dispatch.UnsupportedError (a NotImplementedError): the named implementation cannot serve this call.
     """
     _check(y, x, z, d, scale, num_groups)
-    dispatch.check_name(implementation, IMPLEMENTATIONS)
     call = Call(y.dtype.name, *y.shape, num_groups, interpret)
-    implementation = OPERATOR.choose(implementation, call, dispatch.asked_device(implementation, interpret))
-    arrays = dispatch.vary_alike((y, x, z, d, scale))
-    return OPERATOR.implementations[implementation].run(call, *arrays, epsilon, num_groups)
+    return OPERATOR.run(implementation, call, (y, x, z, d, scale), epsilon, num_groups)
 
 
 class Call(typing.NamedTuple):
@@ -96,10 +93,9 @@ def _gpu_unsupported(device, call):
     return reason or dispatch.not_hopper(device)
 
 
-def _log_line(device, call, chosen, passed_over):
+def _describe(call):
     B, L, H, P, G = call[1:6]
-    return (f'skip_gate_norm on {device.kind}, {call.dtype} B={B} L={L} H={H} P={P} G={G}: {chosen}'
-            + (f', {passed_over}' if passed_over else ''))  # fmt: skip
+    return f'{call.dtype} B={B} L={L} H={H} P={P} G={G}'
 
 
 # On an H100 the kernel takes half the time of XLA's form (convolution/NOTES.md).
@@ -111,7 +107,7 @@ OPERATOR = dispatch.Operator(
     },
     order={'gpu': ('mosaic_gpu', 'xla')},
     everywhere=('xla',),
-    log_line=_log_line,
+    log_line=dispatch.log_line('skip_gate_norm', _describe),
 )
 IMPLEMENTATIONS = tuple(OPERATOR.implementations)
 

@@ -51,11 +51,8 @@ def norm_and_residual(
       dispatch.UnsupportedError (a NotImplementedError): the named implementation cannot serve this call.
     """
     _check(x, scale, weight)
-    dispatch.check_name(implementation, IMPLEMENTATIONS)
     call = Call(x.dtype.name, math.prod(x.shape[:-1]), x.shape[-1], interpret)
-    implementation = OPERATOR.choose(implementation, call, dispatch.asked_device(implementation, interpret))
-    arrays = dispatch.vary_alike((x, scale, weight))
-    return OPERATOR.implementations[implementation].run(call, *arrays, epsilon)
+    return OPERATOR.run(implementation, call, (x, scale, weight), epsilon)
 
 
 class Call(typing.NamedTuple):
@@ -95,11 +92,6 @@ def _gpu_unsupported(device, call):
     return reason or dispatch.not_hopper(device)
 
 
-def _log_line(device, call, chosen, passed_over):
-    return (f'norm_and_residual on {device.kind}, {call.dtype} tokens={call.M} D={call.D}: {chosen}'
-            + (f', {passed_over}' if passed_over else ''))  # fmt: skip
-
-
 OPERATOR = dispatch.Operator(
     implementations={
         'reference': dispatch.Implementation(_run_reference),
@@ -108,7 +100,7 @@ OPERATOR = dispatch.Operator(
     },
     order={'gpu': ('mosaic_gpu', 'xla')},
     everywhere=('xla',),
-    log_line=_log_line,
+    log_line=dispatch.log_line('norm_and_residual', lambda call: f'{call.dtype} tokens={call.M} D={call.D}'),
 )
 IMPLEMENTATIONS = tuple(OPERATOR.implementations)
 

@@ -170,9 +170,7 @@ def rotary_ssd_step(
 
 def _scan(x, dt, a, b, c, rope, segment_ids, state, chunk_size, implementation, interpret):
     """Dispatches a checked call. c None: y is not wanted. Returns (y or None, final state)."""
-    dispatch.check_name(implementation, IMPLEMENTATIONS)
     call = Call(x.dtype.name, chunk_size, (*x.shape, *b.shape[2:]), interpret)
-    implementation = OPERATOR.choose(implementation, call, dispatch.asked_device(implementation, interpret))
     if rope is not None:
         rope = tuple(jnp.asarray(table if table.ndim == 3 else table[None]) for table in rope)
     run_BL = None
@@ -180,8 +178,7 @@ def _scan(x, dt, a, b, c, rope, segment_ids, state, chunk_size, implementation, 
         # Numbers of runs, because an id may come back after another one.
         starts_BL = segment_ids[:, 1:] != segment_ids[:, :-1]
         run_BL = jnp.pad(jnp.cumsum(starts_BL, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
-    arrays = dispatch.vary_alike((x, dt, a, b, c, rope, run_BL, state))
-    return OPERATOR.implementations[implementation].run(call, *arrays)
+    return OPERATOR.run(implementation, call, (x, dt, a, b, c, rope, run_BL, state))
 
 
 # --- implementations ---------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Int32
 
 from pallas_kernels.device import current_device
+from pallas_kernels.residual_norm import STATISTICS_NAME as NORM_STATISTICS
 from transxssm_jax.config import Model
 from transxssm_jax.model import costs, layers, rope
 from transxssm_jax.model.attention import save_attention_residuals
@@ -302,5 +303,5 @@ def _remat(body, policy: str, in_scan: bool):
 
 # Names of `checkpoint_name` that a remat policy keeps.
 _KEPT = {'hybrid': ('mixer_in', 'mixer_out', SSD_STATES)}
-_KEPT['matmuls'] = (*_KEPT['hybrid'], 'residual', 'mlp_in', 'norm_statistics', 'quantized')
+_KEPT['matmuls'] = (*_KEPT['hybrid'], 'residual', 'mlp_in', NORM_STATISTICS, 'quantized')
 _KEPT['none'] = (*_KEPT['matmuls'], 'norm_out', 'gathered', 'mlp_hidden', 'weight', 'quantized_weight')
