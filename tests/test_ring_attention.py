@@ -238,8 +238,6 @@ class CudnnModel:
 
         *_, mask_type, layout = cudnn._private()
         monkeypatch.setattr(cudnn, '_private', lambda: (Primitive(False), Primitive(True), mask_type, layout))
-        # One packed shape, and the blockwise form where it does not fit; test_attention_kernels.py has the choice among all.
-        monkeypatch.setattr(cudnn, 'PACKED_SHAPES', ((1, 8),))
         monkeypatch.setattr(cudnn, 'unsupported', lambda *_: None)  # float32 shows what bfloat16 would hide
 
 

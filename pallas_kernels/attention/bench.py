@@ -1,7 +1,7 @@
 """Time the implementations of causal attention on this device.
 
     python -m pallas_kernels.attention.bench [--repeats 20] [--implementations cudnn xla]
-        [--shapes 8x4096x32x32x64 2x16384x32x32x64] [--rungs]
+        [--shapes 8x4096x32x32x64 2x16384x32x32x64] [--plans]
 
 One row per implementation and kind of segments: median forward and forward + backward in
 milliseconds, TFLOP/s of forward + backward as 3.5 times the causal forward matmuls without
@@ -10,8 +10,8 @@ and ||out - reference|| / ||reference|| of the output and the worst gradient at 
 against the dense float32 reference. Inputs rotate among a few sets so that no run finds its own
 in cache. What fails prints its error in its row.
 
-`--rungs` also times cuDNN's packed form with each entry of `cudnn.PACKED_SHAPES` alone, which
-tells what its static room costs.
+`--plans` also times cuDNN's packed form with each plan of `packing.plans` alone, which tells what its
+static room and its calls cost.
 
 Shapes: B batch, L length, H heads, G key/value heads, K head width.
 """
@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.attention import causal_attention, cudnn
+from pallas_kernels.attention import causal_attention, packing
 
 SEGMENTS = {'none': None, '~1000': 1000, '~300': 300}
 SETS = 3
@@ -84,7 +84,7 @@ def errors(implementation, G, H, mean_tokens):
 
 def row(implementation, shape, mean_tokens, repeats):
     B, L, H, G, K = shape
-    # Compiled anew for every row: PACKED_SHAPES may have changed.
+    # Compiled anew for every row: the plans may have changed.
     jax.clear_caches()
     forward, both = map(jax.jit, functions(implementation))
     sets = [inputs(*shape, mean_tokens, seed) for seed in range(SETS)]
@@ -107,12 +107,21 @@ def guarded_row(label, *arguments):
     print(f'{label} {text}', flush=True)
 
 
+def rows_of_plans(text, shape, repeats):
+    plans_of = packing.plans
+    for n, _ in enumerate(plans_of(*shape[:2])):
+        packing.plans = lambda B, L, n=n: plans_of(B, L)[n : n + 1]
+        for name, mean_tokens in list(SEGMENTS.items())[1:]:
+            guarded_row(f'{text:18} {f"cudnn, plan {n}":14} {name:8}', 'cudnn', shape, mean_tokens, repeats)
+    packing.plans = plans_of
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--implementations', nargs='+', default=None)
     parser.add_argument('--shapes', nargs='+', default=['8x4096x32x32x64', '2x16384x32x32x64'])
     parser.add_argument('--repeats', type=int, default=20)
-    parser.add_argument('--rungs', action='store_true')
+    parser.add_argument('--plans', action='store_true')
     arguments = parser.parse_args()
     fused = {'gpu': ['cudnn'], 'tpu': ['splash']}.get(jax.default_backend(), [])
     implementations = arguments.implementations or [*fused, 'xla']
@@ -129,14 +138,8 @@ def main():
             for name, mean_tokens in SEGMENTS.items():
                 label = f'{text:18} {implementation:14} {name:8}'
                 guarded_row(label, implementation, shape, mean_tokens, arguments.repeats)
-        if arguments.rungs and 'cudnn' in implementations:
-            ladder = cudnn.PACKED_SHAPES
-            for rung in ladder:
-                cudnn.PACKED_SHAPES = (rung,)
-                for name, mean_tokens in list(SEGMENTS.items())[1:]:
-                    label = f'{text:18} {f"cudnn {rung}":14} {name:8}'
-                    guarded_row(label, 'cudnn', shape, mean_tokens, arguments.repeats)
-            cudnn.PACKED_SHAPES = ladder
+        if arguments.plans and 'cudnn' in implementations:
+            rows_of_plans(text, shape, arguments.repeats)
 
 
 if __name__ == '__main__':

@@ -6,16 +6,12 @@ a mask, so memory stays linear in L, and the kernel skips the blocks between doc
 packed layout only below its public API, so this file binds the two primitives itself; `_private`
 raises with a clear message if a release of JAX moves them.
 
-The packed layout treats the whole batch as one stream of B L tokens. A document is any slice of at
-most T tokens of it, and one call takes at most N documents; both are static. cuDNN's statistics and
-workspace grow with N T, whatever the number of documents in the batch, so one (N, T) that fits every
-batch would be wasteful. `PACKED_SHAPES` lists a few, cheapest first. `lax.switch` takes the first
-that fits this batch's documents, or the blockwise form of `xla.py` if none does, so the result is
-right for any segment ids. T < L works because documents may straddle the rows of the [B f, L / f]
-view of the stream.
+Such a call has room for N documents of T tokens, both static, and its statistics and workspace grow with N T, whatever
+the batch holds. `packing` has plans, which sort documents by length into calls; `lax.switch` takes the first plan that fits
+this batch's documents, or the blockwise form of `xla.py` if none does, so the result is right for any segment ids.
 
-Shapes: B batch, L length, H heads, G key/value heads, K head width, N documents per call,
-f rows that one row of length L becomes, m documents per such row (N = B f m, T = L / f).
+Shapes: B batch, L length, H heads, G key/value heads, K head width, and those of `packing`: N documents of a call, T their
+longest, f rows of the stream's view for a row of the batch, m documents for each row of the view.
 """
 
 import functools
@@ -27,12 +23,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
 
-from pallas_kernels.attention import xla
+from pallas_kernels.attention import packing, xla
 from pallas_kernels.dispatch import UnsupportedError
-
-# (f, m): up to B f m documents of up to L / f tokens. Statistics take m float32 per query and head.
-PACKED_SHAPES = ((1, 2), (1, 8), (4, 16), (1, 32))
-
 
 # What the two primitives take in jax 0.11, and what a later one takes besides, that may be None.
 _TAKEN = {
@@ -156,56 +148,20 @@ def attention(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, scale):
     return _packed(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, scale)
 
 
-def _documents(segment_ids_BL, N):
-    """(starts [N], lengths [N]) of the documents in the stream of B L tokens, int32.
-
-    Unused entries start at the end of the stream and have length 0. The result is right only for at
-    most N documents.
-    """
-    starts_T = _is_start(segment_ids_BL).reshape(-1)
-    total = starts_T.size
-    starts_N = jnp.nonzero(starts_T, size=N, fill_value=total)[0].astype(jnp.int32)
-    ends_N = jnp.append(starts_N[1:], jnp.int32(total))
-    return starts_N, ends_N - starts_N
-
-
-def _is_start(segment_ids_BL):
-    change = segment_ids_BL[:, 1:] != segment_ids_BL[:, :-1]
-    return jnp.pad(change, [(0, 0), (1, 0)], constant_values=True)
-
-
-def _shapes(B, L):
-    """The usable (f, m) of PACKED_SHAPES with their limits: [(f, m, N, T)]."""
-    return [(f, m, B * f * m, L // f) for f, m in PACKED_SHAPES if L % f == 0]
-
-
-def _choice(segment_ids_BL):
-    """Index into `_shapes` of the first that fits, or their number if none does; int32 scalar."""
-    B, L = segment_ids_BL.shape
-    starts_BL = _is_start(segment_ids_BL)
-    position_L = jnp.arange(L, dtype=jnp.int32)
-    begin_BL = lax.cummax(jnp.where(starts_BL, position_L, 0), axis=1)
-    longest = jnp.max(position_L - begin_BL) + 1
-    documents = jnp.sum(starts_BL, dtype=jnp.int32)
-    fits = [(documents <= N) & (longest <= T) for _, _, N, T in _shapes(B, L)]
-    return jnp.argmax(jnp.stack([*fits, jnp.array(True)])).astype(jnp.int32)
-
-
-def _packed_operands(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, f, m):
+def _packed_operands(q_BLHK, k_BLGK, v_BLGK, documents, call):
     """Operands of the primitives: q, k, v, (no) bias, lengths, offsets, (no) page tables."""
     B, L, H, K = q_BLHK.shape
-    G = k_BLGK.shape[2]
-    rows, N = B * f, B * f * m
-    starts_N, lengths_N = _documents(segment_ids_BL, N)
-    # cuDNN reads N + 1 offsets; the primitive learns m from their shape [rows, m + 1].
-    end = jnp.full(rows * (m + 1) - N, B * L, jnp.int32)
-    offsets = jnp.concatenate([starts_N, end]).reshape(rows, m + 1)
-    lengths = lengths_N.reshape(rows, m)
+    G, f, m = k_BLGK.shape[2], call.f, call.m
+    starts_N, lengths_N = documents.starts_and_lengths(call)
+    # cuDNN reads N + 1 offsets; the primitive learns m from their shape [B f, m + 1].
+    end = jnp.full(B * f * (m + 1) - call.N, B * L, jnp.int32)
+    offsets = jnp.concatenate([starts_N, end]).reshape(B * f, m + 1)
+    lengths = lengths_N.reshape(B * f, m)
     none = jnp.zeros(0, q_BLHK.dtype)
     return (
-        q_BLHK.reshape(rows, L // f, H, K),
-        k_BLGK.reshape(rows, L // f, G, K),
-        v_BLGK.reshape(rows, L // f, G, K),
+        q_BLHK.reshape(B * f, L // f, H, K),
+        k_BLGK.reshape(B * f, L // f, G, K),
+        v_BLGK.reshape(B * f, L // f, G, K),
         none, lengths, lengths, offsets * (H * K), offsets * (G * K), none, none,
     )  # fmt: skip
 
@@ -221,29 +177,37 @@ def _parameters(scale, mask=None):
 
 
 def _statistics_size(B, L, H):
-    return B * H * L * max([1, *(m for _, m, _, _ in _shapes(B, L))])
+    return B * H * L * max(sum(call.m for call in plan) for plan in packing.plans(B, L))
 
 
 def _pad_to(x, size):
     return jnp.pad(x.reshape(-1), (0, size - x.size))
 
 
-def _by_token(statistics_NHT, segment_ids_BL):
-    """Statistics by document -> by token, [B, H, L]."""
-    B, L = segment_ids_BL.shape
-    starts = _is_start(segment_ids_BL).reshape(-1)
-    position = jnp.arange(B * L, dtype=jnp.int32)
-    begin = lax.cummax(jnp.where(starts, position, 0))
-    document = jnp.cumsum(starts, dtype=jnp.int32) - 1
-    return statistics_NHT[document, :, position - begin].reshape(B, L, -1).swapaxes(1, 2)
+def _by_token(statistics_NHT, documents, call, B):
+    """Statistics by document -> by token, [B, H, L]; right for tokens of the call's documents."""
+    statistics = statistics_NHT[documents.entry(call), :, jnp.minimum(documents.position, call.T - 1)]
+    return statistics.reshape(B, -1, statistics_NHT.shape[1]).swapaxes(1, 2)
 
 
-def _by_document(statistics_BHL, segment_ids_BL, N, T):
+def _by_document(statistics_BHL, documents, call):
     """The inverse, [N, H, T]; entries past a document's end hold those of the next document."""
     B, H, L = statistics_BHL.shape
-    starts_N, _ = _documents(segment_ids_BL, N)
-    token_NT = jnp.minimum(starts_N[:, None] + jnp.arange(T, dtype=jnp.int32), B * L - 1)
+    starts_N, _ = documents.starts_and_lengths(call)
+    token_NT = jnp.minimum(starts_N[:, None] + jnp.arange(call.T, dtype=jnp.int32), B * L - 1)
     return statistics_BHL.swapaxes(0, 1).reshape(H, B * L)[:, token_NT].swapaxes(0, 1)
+
+
+def _merge(old, new, documents, call, axis):
+    """new where the tokens are the call's, else old; tokens are the batch and the given axis.
+
+    What a call leaves where its documents are not is undefined.
+    """
+    if old is None:
+        return new
+    tokens = [1] * new.ndim
+    tokens[0], tokens[axis] = new.shape[0], new.shape[axis]
+    return jnp.where(documents.those_of(call).reshape(tokens), new, old)
 
 
 def _forward(scale, q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, by_token=False):
@@ -255,13 +219,20 @@ def _forward(scale, q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, by_token=False):
     B, L, H, K = q_BLHK.shape
     size = _statistics_size(B, L, H)
     fwd_p = _private()[0]
+    plans = packing.plans(B, L)
 
-    def packed(f, m):
+    def packed(plan):
         def branch(q, k, v, segment_ids):
-            operands = _packed_operands(q, k, v, segment_ids, f, m)
-            out, statistics = fwd_p.bind(*operands, is_training=True, **_parameters(scale))
-            statistics = _by_token(statistics, segment_ids) if by_token else _pad_to(statistics, size)
-            return out.reshape(B, L, H, K), statistics
+            documents = packing.documents(segment_ids)
+            out, of_tokens, of_documents = None, None, []
+            for call in plan:
+                operands = _packed_operands(q, k, v, documents, call)
+                mine, statistics = fwd_p.bind(*operands, is_training=True, **_parameters(scale))
+                out = _merge(out, mine.reshape(q.shape), documents, call, 1)
+                if by_token:
+                    of_tokens = _merge(of_tokens, _by_token(statistics, documents, call, B), documents, call, 2)
+                of_documents.append(statistics.reshape(-1))
+            return out, of_tokens if by_token else _pad_to(jnp.concatenate(of_documents), size)
 
         return branch
 
@@ -269,25 +240,33 @@ def _forward(scale, q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, by_token=False):
         out, lse_BHL = xla.forward(q, k, v, (segment_ids, segment_ids), scale, xla.DEFAULT_CHUNK)
         return out, lse_BHL if by_token else _pad_to(lse_BHL, size)
 
-    branches = [packed(f, m) for f, m, _, _ in _shapes(B, L)] + [blockwise]
-    return lax.switch(_choice(segment_ids_BL), branches, q_BLHK, k_BLGK, v_BLGK, segment_ids_BL)
+    branches = [packed(plan) for plan in plans] + [blockwise]
+    chosen = packing.choice(packing.documents(segment_ids_BL), plans)
+    return lax.switch(chosen, branches, q_BLHK, k_BLGK, v_BLGK, segment_ids_BL)
 
 
 def _backward(scale, q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, out_BLHK, statistics, dout_BLHK, by_token=False):
     """(dq, dk, dv) in the shapes and dtypes of q, k, v; by_token as in `_forward`."""
     B, L, H, K = q_BLHK.shape
     bwd_p = _private()[1]
+    plans = packing.plans(B, L)
 
-    def packed(f, m):
+    def packed(plan):
         def branch(q, k, v, segment_ids, out, statistics, dout):
-            operands = _packed_operands(q, k, v, segment_ids, f, m)
-            view = operands[0].shape
-            if by_token:
-                mine = _by_document(statistics, segment_ids, B * f * m, L // f)
-            else:
-                mine = statistics[: m * B * H * L].reshape(B * f * m, H, L // f)
-            dq, dk, dv = bwd_p.bind(*operands, mine, out.reshape(view), dout.reshape(view), **_parameters(scale))
-            return dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape)
+            documents = packing.documents(segment_ids)
+            merged, begin = (None, None, None), 0
+            for call in plan:
+                operands = _packed_operands(q, k, v, documents, call)
+                view = operands[0].shape
+                if by_token:
+                    mine = _by_document(statistics, documents, call)
+                else:
+                    end = begin + call.m * B * H * L
+                    mine, begin = statistics[begin:end].reshape(call.N, H, call.T), end
+                found = bwd_p.bind(*operands, mine, out.reshape(view), dout.reshape(view), **_parameters(scale))
+                found = (x.reshape(to.shape) for x, to in zip(found, (q, k, v), strict=True))
+                merged = tuple(_merge(old, x, documents, call, 1) for old, x in zip(merged, found, strict=True))
+            return merged
 
         return branch
 
@@ -296,9 +275,9 @@ def _backward(scale, q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, out_BLHK, statistic
         delta_BHL = xla.row_products(out, dout)
         return xla.backward(q, k, v, (segment_ids, segment_ids), scale, xla.DEFAULT_CHUNK, lse_BHL, delta_BHL, dout)
 
-    branches = [packed(f, m) for f, m, _, _ in _shapes(B, L)] + [blockwise]
+    branches = [packed(plan) for plan in plans] + [blockwise]
     return lax.switch(
-        _choice(segment_ids_BL), branches,
+        packing.choice(packing.documents(segment_ids_BL), plans), branches,
         q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, out_BLHK, statistics, dout_BLHK,
     )  # fmt: skip
 
