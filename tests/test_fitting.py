@@ -126,16 +126,27 @@ def test_the_shipped_configs_are_expected_to_fit(path, chip, devices):
     assert found[0].config.model.remat in ('none', 'matmuls')
 
 
-def test_the_scheduler_is_fenced_where_gpus_cut_rows():
-    """Without the fence a step over context needs nearly twice the memory on GPUs. XLA refuses a name that it does not know."""
+def mesh_of(platform, **shape):
+    return types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=platform)]), shape=shape)
 
-    def mesh_of(platform, **shape):
-        return types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=platform)]), shape=shape)
 
+FENCE, TRITON = 'xla_gpu_experimental_scheduler_memory_fencing_threshold_bytes', 'xla_gpu_enable_triton_gemm'
+
+
+def test_what_the_compiler_is_told_on_gpus():
+    """Without the fence a step over context needs nearly twice the memory. XLA refuses a name that it does not know."""
     options = compilation.compiler_options(mesh_of('gpu', context=4))
-    assert list(options) == ['xla_gpu_experimental_scheduler_memory_fencing_threshold_bytes']
+    assert options.keys() == {TRITON, FENCE}
     jax.jit(lambda x: x + 1).lower(1.0).compile(compiler_options=options)
     with pytest.raises(jax.errors.JaxRuntimeError, match='No such compile option'):
         jax.jit(lambda x: x + 1).lower(1.0).compile(compiler_options={'xla_gpu_unheard_of': 1})
-    for other in (mesh_of('gpu', context=1, tensor=4), mesh_of('gpu'), mesh_of('tpu', context=4)):
-        assert compilation.compiler_options(other) == {}
+    for other in (mesh_of('gpu', context=1, tensor=4), mesh_of('gpu')):
+        assert compilation.compiler_options(other) == {TRITON: False}
+    assert compilation.compiler_options(mesh_of('tpu', context=4)) == {}
+
+
+def test_flags_of_the_user_stand(monkeypatch):
+    monkeypatch.setenv('XLA_FLAGS', f'--{TRITON}=true --xla_gpu_autotune_level=0')
+    assert compilation.compiler_options(mesh_of('gpu', context=4)).keys() == {FENCE}
+    monkeypatch.setenv('XLA_FLAGS', f'--{FENCE}=1')
+    assert compilation.compiler_options(mesh_of('gpu', context=4)) == {TRITON: False}
