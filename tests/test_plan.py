@@ -334,7 +334,19 @@ def test_expected_time_is_that_of_measured_steps(config, chip, seconds):
     assert sum(expected.values()) == pytest.approx(seconds, rel=0.06)
 
 
-# tensor was measured before it cut the residual stream and worked on two halves of the rows.
+@pytest.mark.parametrize('devices, remat, seconds', [(2, 'none', 0.6206), (4, 'matmuls', 0.768)])
+def test_expected_time_over_tensor_is_that_of_measured_steps(devices, remat, seconds):
+    """Rows in two halves hide a part of what is sent; in one piece, nothing does."""
+    chip, sizes = chips.GPUS['h100'], ONE | {'tensor': devices}
+    config = measured('1p3b', 8 * devices, 4096, model_remat=remat)
+    network = sum(roofline.min_comm_bytes(config, sizes).values()) / roofline.all_links(chip)
+    expected = estimate.expected_seconds(config, sizes, chip, network)
+    assert sum(expected.values()) == pytest.approx(seconds, rel=0.06)
+    assert expected['network'] == pytest.approx(0.5 * network / estimate.NETWORK_EFFICIENCY)
+    odd = estimate.expected_seconds(measured('1p3b', 1, 4096, model_remat=remat), sizes, chip, network)
+    assert odd['network'] == network / estimate.NETWORK_EFFICIENCY
+
+
 @pytest.mark.parametrize('axis, efficiency', [('data', 0.986), ('fsdp', 0.976)])
 def test_expected_scaling_is_that_of_measured_meshes(axis, efficiency):
     """Four GPUs with 8 rows each, against one: the network's share."""
