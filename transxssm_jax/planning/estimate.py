@@ -3,9 +3,9 @@
 The efficiencies were measured on Hopper (H100, H200) on 2026-11-26, in bfloat16. With them the estimate is within 6% of
 these measured steps: with the layers unrolled, on an H100, 1.3B with remat 'matmuls' in 2 and 8 microbatches of 4 x 4096
 (551 and 2,147 ms), the Transformer of the same sizes (634) and 320M in 2 of 16 x 2048 (325); in a scan, 1.3B with 8 x 4096 and
-remat 'hybrid' (632 ms on an H200, 677 on an H100) and 'dots' (588), the Transformer (690), and 320M (385). Over tensor = 2 and 4 it
-is within 6% too (16 x 4096, 'none', 621 ms; 32 x 4096, 'matmuls', 768; H100, 2026-11-28). The expected memory
-is that of 1.3B: in a scan the temporaries of 8 x 4096 tokens with 'hybrid' and 'dots', and of 1 x 65,536 with 'hybrid' (52, 68,
+remat 'hybrid' (632 ms on an H200, 677 on an H100) and 'dots' (588), the Transformer (690), and 320M (385). Over tensor=2
+and 4 it is within 6% too (16 x 4096, 'none', 621 ms; 32 x 4096, 'matmuls', 768; H100, 2026-11-28). The expected memory is that of
+1.3B: in a scan the temporaries of 8 x 4096 tokens with 'hybrid' and 'dots', and of 1 x 65,536 with 'hybrid' (52, 68,
 97 GB), as measured; unrolled those that XLA's GPU compiler counts (8 x 4096: 'hybrid' 28, 'matmuls' 50, 'none' 64; 1 x 65,536:
 'hybrid' 48, 'full' 19; over tensor=4 32 x 4096: 'matmuls' 45, 'none' 80, and 8 x 4096: 'matmuls' 12), within 10% of a step's
 whole memory. On TPUs it is that of the compiled steps of configs/pods, unrolled and in a scan, within 7%.
