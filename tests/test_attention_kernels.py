@@ -529,6 +529,24 @@ def test_packed_operands(name, monkeypatch):
     check(got, oracle(q, k, v, dout, ids, 0.25), 1e-5)
 
 
+# Documents of every length from 1 to 150 of 256 tokens: long, short, and too short for the calls of both.
+ALL_LENGTHS = documents([150, 40, 20, 12, 6, 5, 4, *[3] * 4, *[1] * 7], [33, 32, 31, 9, 8, 7, *[4] * 30, *[1] * 16])
+
+
+def test_packed_operands_of_three_calls(monkeypatch):
+    PackedModel.install(monkeypatch)
+    monkeypatch.setattr(packing, 'SHORTEST', 4)
+    plans = packing.plans(2, 256)
+    monkeypatch.setattr(packing, 'plans', lambda B, L: plans[-1:])
+    assert [call.T for call in plans[-1]] == [256, 32, 4]
+    assert all(packing.documents(ALL_LENGTHS).number(call) > 2 for call in plans[-1])
+    assert chosen_plan(ALL_LENGTHS) == 0
+    q, k, v, dout = make(L=256)
+    # Not `packed_grads`, whose compiled form is of other plans.
+    got = value_and_grads(lambda *a: cudnn.attention(*a, ALL_LENGTHS, 0.25), q, k, v, dout)
+    check(got, oracle(q, k, v, dout, ALL_LENGTHS, 0.25), 1e-5)
+
+
 @pytest.mark.parametrize('L', [1, 37, 80])
 def test_packed_ragged_length(L, monkeypatch):
     PackedModel.install(monkeypatch)
@@ -678,6 +696,22 @@ def test_cudnn_on_gpu(name, L, G):
     if name != 'none':
         ids, index = packing_of(name, L)
         assert chosen_plan(ids) == index
+    got = value_and_grads(attend('cudnn', ids), q, k, v, dout)
+    check(got, oracle(q, k, v, dout, ids, 0.25), 5e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('plan', range(4))
+def test_every_plan_on_gpu(plan, monkeypatch):
+    """Rows of 2,048 tokens have plans of one, two and three calls; all of them can take 14 documents."""
+    if jax.default_backend() != 'gpu':
+        pytest.skip('needs an NVIDIA GPU')
+    ids = documents([1500, 400, 100, 30, 10, 8], [300, 700, 600, 257, 64, 65, 33, 29])
+    ids = ids if plan else documents([2048], [2000, 48])
+    plans = packing.plans(2, 2048)
+    monkeypatch.setattr(packing, 'plans', lambda B, L: plans[plan : plan + 1])
+    assert [len(plan) for plan in plans] == [1, 1, 2, 3] and chosen_plan(ids) == 0
+    q, k, v, dout = make(L=2048, K=64, dtype=jnp.bfloat16)
     got = value_and_grads(attend('cudnn', ids), q, k, v, dout)
     check(got, oracle(q, k, v, dout, ids, 0.25), 5e-3)
 
