@@ -10,7 +10,8 @@ from ring_reduction import ring_error
 from small import packed_batch, small_config
 from test_collectives import collectives_of
 
-from transxssm_jax.model import parameters
+from pallas_kernels.device import Device
+from transxssm_jax.model import language_model, parameters
 from transxssm_jax.parallel import mesh
 from transxssm_jax.planning import roofline
 from transxssm_jax.training.gradient import MOST_ROUNDED_MEMBERS, reduction_dtypes, summed_gradient
@@ -150,6 +151,44 @@ def test_unrolled_layers_have_the_gradient_of_a_scan(dtype, tolerance, settings)
         pytest.skip('each half of the rows has its own products, whose sums are rounded apart; see the next test')
     for path, wanted, found in both_loops(model_dtype=dtype, **settings):
         assert np.linalg.norm(found - wanted) <= tolerance * np.linalg.norm(wanted), path
+
+
+GPU = Device('gpu', 'NVIDIA H100 80GB HBM3', '9.0')
+
+
+def test_gradients_that_gpus_join_as_words_are_the_same(monkeypatch):
+    settings = dict(model_num_layers=2, model_attention_period=2, model_attention_offset=1, model_layer_loop='unrolled')
+    settings |= dict(model_dtype='bfloat16', mesh_fsdp=2, train_accumulation_steps=2)
+    wanted = gradient_of(small_config(**settings), 2)
+    monkeypatch.setattr(language_model, 'current_device', lambda: GPU)
+    found = gradient_of(small_config(**settings), 2)
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+@pytest.mark.parametrize('backend', ['gpu', 'cpu'])
+@pytest.mark.parametrize('shape', [(21, 8, 6), (12, 4), (3, 5), (2, 1), (4,)])
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16', 'float32'])
+def test_the_gradient_of_a_split_stack_is_the_stack_of_gradients(backend, shape, dtype, monkeypatch):
+    """Bit for bit, also what is not finite and where a part is not whole words; and 64 bits stay inside."""
+    monkeypatch.setattr(language_model, 'current_device', lambda: Device(backend))
+    stack = np.arange(np.prod(shape)).reshape(shape).astype(dtype)
+    cotangents = np.random.default_rng(0).standard_normal(shape).astype(dtype)
+    cotangents.flat[:3] = np.inf, np.nan, -0.0
+    parts, pull = jax.vjp(language_model._split, stack)
+    (found,) = jax.jit(pull)([jax.numpy.asarray(part) for part in cotangents])
+    assert [part.tobytes() for part in map(np.asarray, parts)] == [part.tobytes() for part in stack]
+    assert (found.shape, found.dtype) == (shape, dtype) and np.asarray(found).tobytes() == cotangents.tobytes()
+    assert jax.numpy.arange(2).dtype == 'int32'
+
+
+def test_words_of_64_bits_reach_the_gpu(monkeypatch):
+    """XLA's kernel of more than ten arrays moves one number a thread: of two bytes it took three times as long as it needs."""
+    monkeypatch.setattr(language_model, 'current_device', lambda: GPU)
+    stack = jax.ShapeDtypeStruct((21, 8, 6), 'bfloat16')
+    lowered = jax.jit(lambda x: jax.vjp(language_model._split, x)[1](language_model._split(x))).lower(stack)
+    joined = [line for line in lowered.as_text().splitlines() if 'stablehlo.concatenate' in line]
+    assert sum(line.count('tensor<1x12xui64>') for line in joined) == 21
+    assert not any('bf16' in line for line in joined)
 
 
 def test_two_halves_of_the_rows_are_as_exact_as_all():

@@ -4,6 +4,7 @@ Shape legend: B batch, L length, D model, V vocabulary.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -256,12 +257,37 @@ def _unstack(state) -> list:
     leaves, tree = jax.tree.flatten(state)
 
     def single(leaf):
-        size = leaf.shape[0] * leaf.shape[1]
-        # The transpose of a split is one concatenation; that of n slices would be n padded arrays, added up.
-        parts = jax.lax.split(leaf.reshape(size, *leaf.shape[2:]), [1] * size)
-        return [part[0] for part in jax.lax.optimization_barrier(parts)]
+        return _split(leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:]))
 
     return [jax.tree.unflatten(tree, layer) for layer in zip(*map(single, leaves), strict=True)]
+
+
+@jax.custom_vjp
+def _split(stack_N: jax.Array) -> list[jax.Array]:
+    parts = jax.lax.split(stack_N, [1] * len(stack_N))
+    return [part[0] for part in jax.lax.optimization_barrier(parts)]
+
+
+def _split_backward(_, parts):
+    # One concatenation; the transpose of slices would be padded arrays, added up.
+    return (_join(parts),)
+
+
+_split.defvjp(lambda stack_N: (_split(stack_N), None), _split_backward)
+
+
+def _join(parts: list[jax.Array]) -> jax.Array:
+    """`jnp.stack`, behind a barrier. On GPUs of words of 64 bits: XLA's kernel for more than ten arrays moves one number a
+    thread, and of two bytes each it reached a third of the memory's speed (5.4 ms of a 1.3B step on an H200)."""
+    shape, dtype = parts[0].shape, parts[0].dtype
+    numbers = 8 // dtype.itemsize
+    if current_device().backend != 'gpu' or numbers == 1 or math.prod(shape) % numbers:
+        return jax.lax.concatenate([part[None] for part in jax.lax.optimization_barrier(parts)], 0)
+    with jax.enable_x64(True):
+        words = [jax.lax.bitcast_convert_type(x.reshape(1, -1, numbers), 'uint64') for x in parts]
+        # Without the barrier between them XLA takes both conversions away.
+        stack = jax.lax.concatenate(jax.lax.optimization_barrier(words), 0)
+        return jax.lax.bitcast_convert_type(stack, dtype).reshape(len(parts), *shape)
 
 
 def _consecutive(pattern: tuple[str, ...]):
