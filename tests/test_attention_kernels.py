@@ -529,7 +529,7 @@ def test_packed_operands(name, monkeypatch):
     check(got, oracle(q, k, v, dout, ids, 0.25), 1e-5)
 
 
-# Documents of every length from 1 to 150 of 256 tokens: long, short, and too short for the calls of both.
+# Documents for each of three calls, also of the lengths at which one call ends and the next begins: 33, 32, 5 and 4.
 ALL_LENGTHS = documents([150, 40, 20, 12, 6, 5, 4, *[3] * 4, *[1] * 7], [33, 32, 31, 9, 8, 7, *[4] * 30, *[1] * 16])
 
 
@@ -703,7 +703,7 @@ def test_cudnn_on_gpu(name, L, G):
 @pytest.mark.gpu
 @pytest.mark.parametrize('plan', range(4))
 def test_every_plan_on_gpu(plan, monkeypatch):
-    """Rows of 2,048 tokens have plans of one, two and three calls; all of them can take 14 documents."""
+    """Rows of 2,048 tokens have plans of one, two and three calls; the first takes 4 documents of two rows."""
     if jax.default_backend() != 'gpu':
         pytest.skip('needs an NVIDIA GPU')
     ids = documents([1500, 400, 100, 30, 10, 8], [300, 700, 600, 257, 64, 65, 33, 29])

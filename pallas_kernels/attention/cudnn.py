@@ -154,7 +154,7 @@ def _packed_operands(q_BLHK, k_BLGK, v_BLGK, documents, call):
     G, f, m = k_BLGK.shape[2], call.f, call.m
     starts_N, lengths_N = documents.starts_and_lengths(call)
     # cuDNN reads N + 1 offsets; the primitive learns m from their shape [B f, m + 1].
-    end = jnp.full(B * f * (m + 1) - call.N, B * L, jnp.int32)
+    end = jnp.full(B * f, B * L, jnp.int32)
     offsets = jnp.concatenate([starts_N, end]).reshape(B * f, m + 1)
     lengths = lengths_N.reshape(B * f, m)
     none = jnp.zeros(0, q_BLHK.dtype)
@@ -219,11 +219,10 @@ def _forward(scale, q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, by_token=False):
     B, L, H, K = q_BLHK.shape
     size = _statistics_size(B, L, H)
     fwd_p = _private()[0]
-    plans = packing.plans(B, L)
+    plans, documents = packing.plans(B, L), packing.documents(segment_ids_BL)
 
     def packed(plan):
-        def branch(q, k, v, segment_ids):
-            documents = packing.documents(segment_ids)
+        def branch(q, k, v, _, documents):
             out, of_tokens, of_documents = None, None, []
             for call in plan:
                 operands = _packed_operands(q, k, v, documents, call)
@@ -231,29 +230,28 @@ def _forward(scale, q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, by_token=False):
                 out = _merge(out, mine.reshape(q.shape), documents, call, 1)
                 if by_token:
                     of_tokens = _merge(of_tokens, _by_token(statistics, documents, call, B), documents, call, 2)
-                of_documents.append(statistics.reshape(-1))
+                else:
+                    of_documents.append(statistics.reshape(-1))
             return out, of_tokens if by_token else _pad_to(jnp.concatenate(of_documents), size)
 
         return branch
 
-    def blockwise(q, k, v, segment_ids):
+    def blockwise(q, k, v, segment_ids, _):
         out, lse_BHL = xla.forward(q, k, v, (segment_ids, segment_ids), scale, xla.DEFAULT_CHUNK)
         return out, lse_BHL if by_token else _pad_to(lse_BHL, size)
 
     branches = [packed(plan) for plan in plans] + [blockwise]
-    chosen = packing.choice(packing.documents(segment_ids_BL), plans)
-    return lax.switch(chosen, branches, q_BLHK, k_BLGK, v_BLGK, segment_ids_BL)
+    return lax.switch(packing.choice(documents, plans), branches, q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, documents)
 
 
 def _backward(scale, q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, out_BLHK, statistics, dout_BLHK, by_token=False):
     """(dq, dk, dv) in the shapes and dtypes of q, k, v; by_token as in `_forward`."""
     B, L, H, K = q_BLHK.shape
     bwd_p = _private()[1]
-    plans = packing.plans(B, L)
+    plans, documents = packing.plans(B, L), packing.documents(segment_ids_BL)
 
     def packed(plan):
-        def branch(q, k, v, segment_ids, out, statistics, dout):
-            documents = packing.documents(segment_ids)
+        def branch(q, k, v, _, documents, out, statistics, dout):
             merged, begin = (None, None, None), 0
             for call in plan:
                 operands = _packed_operands(q, k, v, documents, call)
@@ -270,15 +268,15 @@ def _backward(scale, q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, out_BLHK, statistic
 
         return branch
 
-    def blockwise(q, k, v, segment_ids, out, statistics, dout):
+    def blockwise(q, k, v, segment_ids, _, out, statistics, dout):
         lse_BHL = statistics if by_token else statistics[: B * H * L].reshape(B, H, L)
         delta_BHL = xla.row_products(out, dout)
         return xla.backward(q, k, v, (segment_ids, segment_ids), scale, xla.DEFAULT_CHUNK, lse_BHL, delta_BHL, dout)
 
     branches = [packed(plan) for plan in plans] + [blockwise]
     return lax.switch(
-        packing.choice(packing.documents(segment_ids_BL), plans), branches,
-        q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, out_BLHK, statistics, dout_BLHK,
+        packing.choice(documents, plans), branches,
+        q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, documents, out_BLHK, statistics, dout_BLHK,
     )  # fmt: skip
 
 

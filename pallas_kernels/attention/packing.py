@@ -91,11 +91,11 @@ def documents(segment_ids_BL) -> Documents:
     return Documents(first, token - begin, end - begin)
 
 
-def choice(found: Documents, plans: list[tuple[Call, ...]]) -> jnp.ndarray:
+def choice(found: Documents, candidates: list[tuple[Call, ...]]) -> jnp.ndarray:
     """Index of the first plan that all documents fit, or the number of plans; int32 scalar."""
     count = jnp.sum(found.first, dtype=jnp.int32)
     fits = []
-    for plan in plans:
+    for plan in candidates:
         numbers = [found.number(call) for call in plan]
         enough = [number <= call.N for number, call in zip(numbers, plan, strict=True)]
         fits.append(jnp.stack([*enough, sum(numbers) == count]).all())

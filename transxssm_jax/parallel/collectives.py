@@ -122,7 +122,12 @@ def num_overlapped_parts(rows: int) -> int:
     """Into how many parts of whole rows a device's batch may be cut within `sequence_parallel`, each a stream of its own, so
     that what one part sends is on its way while another is computed: 2, or 1 where the rows do not divide."""
     stream = _stream.get()
-    return 2 if stream and rows % 2 == 0 and rows // 2 * stream.length % stream.size == 0 else 1
+    return num_parts_of_rows(rows, stream.length, stream.size) if stream else 1
+
+
+def num_parts_of_rows(rows: int, length: int, tensor: int) -> int:
+    """The same of rows of so many tokens on a device, where tensor, more than 1, cuts the residual stream."""
+    return 2 if rows % 2 == 0 and rows // 2 * length % tensor == 0 else 1
 
 
 def is_axes(node) -> bool:

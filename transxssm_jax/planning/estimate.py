@@ -16,6 +16,7 @@ from pallas_kernels.chips import Chip, Tpu
 from transxssm_jax.config import Config
 from transxssm_jax.model import costs
 from transxssm_jax.model.language_model import is_unrolled
+from transxssm_jax.parallel import collectives
 from transxssm_jax.planning import roofline
 
 MATMUL_EFFICIENCY = 0.75  # share of the peak: 740 of 989 TFLOP/s
@@ -79,8 +80,10 @@ def expected_memory_bytes(config: Config, sizes: dict[str, int], chip: Chip) -> 
 
 def _in_halves(config: Config, sizes: dict[str, int], chip: Chip) -> bool:
     """Whether one half of the rows of a microbatch is worked on while the other is sent over tensor."""
-    rows = roofline.tokens_per_device(config, sizes) // config.train.num_microbatches * sizes['context']
-    return _is_unrolled(config, chip) and sizes['tensor'] > 1 and rows // config.data.seq_len % 2 == 0
+    length = config.data.seq_len // sizes['context']
+    rows = roofline.tokens_per_device(config, sizes) // config.train.num_microbatches // length
+    overlaps = _is_unrolled(config, chip) and sizes['tensor'] > 1
+    return overlaps and collectives.num_parts_of_rows(rows, length, sizes['tensor']) == 2
 
 
 def _is_unrolled(config: Config, chip: Chip) -> bool:
