@@ -64,7 +64,10 @@ def says(*parts):
             'optimizer.learning_rate=inf must be a finite number',
         ),
         (lambda c: setattr(c, 'model', Data()), 'must be Model, not Data'),
-        (lambda c: setattr(c.model, 'remat', 'ful'), "model.remat='ful' is not one of the choices; did you mean full?"),
+        (
+            lambda c: setattr(c.model, 'layer_loop', 'unroled'),
+            "model.layer_loop='unroled' is not one of the choices; did you mean unrolled?",
+        ),
         (
             lambda c: setattr(c.model, 'dtype', 'int8'),
             "model.dtype='int8' is not one of the choices; known: bfloat16, float32",
@@ -156,6 +159,16 @@ def test_settings_that_do_not_fit_each_other_are_refused(path, overrides, messag
         ({'model.pattern': '0xssd'}, "has '0xssd' where a kind of layer must be"),
         ({'model.pattern': '99999999999xssd'}, "has '99999999999xssd' where a kind of layer must be"),
         ({'model.pattern': '9999xssd'}, 'has more than 4096 layers'),
+        (
+            {'model.remat': '4xfull'},
+            "model.remat='4xfull' lists 4 layers, and model.num_layers=24; name one policy for all layers, or one for each",
+        ),
+        ({'model.remat': '20xfull,4xauto'}, "model.remat='20xfull,4xauto': 'auto' stands alone"),
+        ({'model.remat': '20xfull;4xnone'}, "has '20xfull;4xnone' where a remat policy must be"),
+        (
+            {'model.remat': '20xfull,4xnone', 'model.layer_loop': 'scan'},
+            "differs between layers, which model.layer_loop='scan' runs as one; set model.layer_loop to 'auto'",
+        ),
         ({'model.attention_encoding': 'conv1d_d'}, "model.attention_encoding='conv1d_d' is not one of the choices"),
         (
             {'model.ssd_encoding': 'conv1d'},
@@ -179,6 +192,12 @@ def test_a_pattern_is_read_as_it_is_written(text):
     assert write_pattern(parse_pattern(text)) == text
     assert parse_pattern(' 2xssd , ssd') == ('ssd',) * 3
     assert Model(pattern=text, attention_period=3).layer_pattern == parse_pattern(text)
+
+
+def test_a_remat_policy_is_of_all_layers_or_of_each():
+    assert Model(remat='full').remat_of_layers == ('full',) * 24
+    assert Model(remat='20xfull, 3xhybrid,none').remat_of_layers == ('full',) * 20 + ('hybrid',) * 3 + ('none',)
+    assert Model(remat='auto').remat_of_layers == ('hybrid',) * 24
 
 
 def test_layer_patterns():
@@ -305,7 +324,8 @@ def test_the_file_and_its_overrides_come_in_any_order(path):
         ('model.d_model', 'wide', "model.d_model='wide' must be int"),
         ('train.progress', 'maybe', "train.progress='maybe' must be bool"),
         ('optimizer.learning_rate', 'nan', 'must be a finite number'),
-        ('model.remat', 'ful', "model.remat='ful' is not one of the choices; did you mean full?"),
+        ('model.layer_loop', 'scam', "model.layer_loop='scam' is not one of the choices; did you mean scan?"),
+        ('model.remat', 'ful', "model.remat='ful': unknown policy 'ful'; did you mean full?"),
         ('train.steps', 0, 'train.steps=0 must be at least 1'),
     ],
 )

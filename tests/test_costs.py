@@ -22,6 +22,7 @@ from small import small_config
 
 from pallas_kernels import chips
 from transxssm_jax import config as config_lib
+from transxssm_jax import layer_pattern
 from transxssm_jax.config import Model
 from transxssm_jax.data.packing import Epochs, pack_row
 from transxssm_jax.model import attention, costs, mamba2, parameters, ssd
@@ -184,8 +185,7 @@ def test_an_unknown_kind_is_an_error_that_names_the_file():
 
 
 def test_every_remat_policy_states_its_costs():
-    (remat,) = (field for field in dataclasses.fields(Model) if field.name == 'remat')
-    assert {'auto', *costs.REMAT} == set(remat.metadata['choices'])
+    assert set(costs.REMAT) == set(layer_pattern.POLICIES)
 
 
 # Settings of a model that has layers of one kind only.
@@ -233,6 +233,26 @@ def test_saved_bytes_are_those_of_the_traced_step(kind, remat):
         assert 0.8 * kept < stated < kept
     else:
         assert stated == kept
+
+
+def test_layers_of_several_policies_keep_what_each_says():
+    """Unrolled: all that the backward pass gets, less the parameters and what no policy changes; and so it is stated."""
+    def kept(remat):
+        model = small_config(
+            **ALONE['ssd'], model_num_layers=4, model_layer_loop='unrolled', model_remat=remat, model_dtype='bfloat16'
+        ).model  # fmt: skip
+        graph, _ = parameters.split_model(model)
+        params = jax.eval_shape(lambda: parameters.init_params(model, 0))
+        tokens = jax.ShapeDtypeStruct((2, 128), jnp.int32)
+        pull = jax.eval_shape(lambda params, tokens: jax.vjp(lambda p: nnx.merge(graph, p)(tokens), params)[1], params, tokens)
+        found = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull))
+        return found, 4 * costs.saved_bytes(model, costs.costs_of(model, 'ssd')) * tokens.size
+
+    of_full, of_both, of_none = (np.array(kept(remat)) for remat in ('full', '3xfull,none', 'none'))
+    found, stated = of_both - of_full
+    of_all, all_stated = of_none - of_full
+    assert found == of_all / 4 > 0
+    assert stated == all_stated / 4
 
 
 @pytest.mark.parametrize('remat', costs.REMAT)

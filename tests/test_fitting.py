@@ -53,9 +53,10 @@ def test_what_the_compiler_needs_decides(monkeypatch):
     assert settings != ('none', 1)
 
 
-def test_a_compiler_that_refuses_is_asked_for_less(monkeypatch):
+@pytest.mark.parametrize('loop', ['scan', 'unrolled'])
+def test_a_compiler_that_refuses_is_asked_for_less(loop, monkeypatch):
     """As a TPU's does, without a figure: the fastest of what needs less than anything refused is taken."""
-    config = small_config(model_remat='auto', train_accumulation_steps=0)
+    config = small_config(model_remat='auto', train_accumulation_steps=0, model_layer_loop=loop)
     device_mesh, asked = mesh.build(config, jax.devices()[:1]), []
     found = fitting.choices(config, ONE, CHIPS['h100'])
     room = sorted(choice.memory for choice in found)[len(found) // 2]
@@ -75,6 +76,28 @@ def test_a_compiler_that_refuses_is_asked_for_less(monkeypatch):
     fitted = fitting.fit(config, device_mesh, compile_step)
     fits = [choice for choice in found if choice.memory <= room]
     assert asked[:-1] == sorted(asked[:-1], reverse=True) and fitted.config == fits[0].config
+
+
+def test_layers_differ_where_memory_lies_between_two_policies(monkeypatch):
+    """Unrolled; in a scan all layers are alike, and one policy serves all."""
+    settings = dict(model_num_layers=4, model_attention_period=2, model_attention_offset=1, data_seq_len=256)
+    config = small_config(**settings, model_remat='auto', model_layer_loop='unrolled', train_accumulation_steps=1)
+    found = fitting.choices(config, ONE, CHIPS['h100'])
+    assert [choice.config.model.remat for choice in found[:5]] == [
+        'none', 'matmuls,3xnone', '2xmatmuls,2xnone', '3xmatmuls,none', 'matmuls'
+    ]  # fmt: skip
+    memory = [choice.memory for choice in found]
+    assert memory == sorted(memory, reverse=True) and len(set(memory)) == len(found) == 13
+
+    def needed(config, remat):
+        return fitting.memory_of(fit(config_lib.replace(config, {'model.remat': remat}), monkeypatch, 1e12)[0].step)
+
+    fitted, _ = fit(config, monkeypatch, (needed(config, 'none') + needed(config, 'matmuls')) / 2)
+    assert fitted.config.model.remat in ('matmuls,3xnone', '2xmatmuls,2xnone', '3xmatmuls,none')
+    assert f'model.remat={fitted.config.model.remat} ' in fitted.lines[0]
+    scanned = config_lib.replace(config, {'model.layer_loop': 'auto'})
+    fitted, compiled = fit(scanned, monkeypatch, (needed(scanned, 'none') + needed(scanned, 'full')) / 2)
+    assert len(compiled) > 1 and {remat for remat, _ in compiled} <= {'none', 'matmuls', 'hybrid', 'full'}
 
 
 def test_nothing_fits(monkeypatch):
@@ -123,7 +146,7 @@ def test_the_shipped_configs_are_expected_to_fit(path, chip, devices):
     assert found
     assert all(c.config.data.global_batch == config.data.global_batch for c in found)
     # No matmul is computed again where a microbatch can be smaller instead.
-    assert found[0].config.model.remat in ('none', 'matmuls')
+    assert set(found[0].config.model.remat_of_layers) <= {'none', 'matmuls'}
 
 
 def mesh_of(platform, **shape):

@@ -274,7 +274,7 @@ def test_min_bytes_of_tensor_and_context():
     )
 
 
-@pytest.mark.parametrize('remat', costs.REMAT)
+@pytest.mark.parametrize('remat', [*costs.REMAT, '3xhybrid,5xnone', '2xfull,6xhybrid'])
 def test_executed_work_is_that_of_the_traced_step(without_kernels, remat):  # noqa: F811
     config = small_config(model_remat=remat, optimizer_z_loss=0.0)
     params = jax.eval_shape(lambda: parameters.init_params(config.model, 0))

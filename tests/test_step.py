@@ -100,7 +100,7 @@ def test_evaluation_is_in_microbatches_too():
     assert memory[16] < memory[1] / 2
 
 
-@pytest.mark.parametrize('policy', ['full', 'dots', 'hybrid'])
+@pytest.mark.parametrize('policy', ['full', 'dots', 'hybrid', '5xhybrid,2xmatmuls,none'])
 def test_remat_equals_plain(policy):
     losses, _ = losses_and_state(small_config(model_remat=policy))
     np.testing.assert_allclose(losses, one_device()[0], rtol=1e-5)

@@ -14,7 +14,7 @@ from typing import Any
 from transxssm_jax import config_rules, settings
 from transxssm_jax.config_optimizer import Optimizer
 from transxssm_jax.config_watch import Watch
-from transxssm_jax.layer_pattern import parse_pattern
+from transxssm_jax.layer_pattern import parse_pattern, parse_remat
 from transxssm_jax.settings import LARGEST_SEED, ConfigError, Section, setting
 
 GRADIENT_DTYPES = ('auto', 'bfloat16', 'float32')
@@ -123,15 +123,14 @@ class Model(Section):
     )
     remat: str = setting(
         'auto',
-        "What the backward pass recomputes: nothing; all but matmul outputs ('dots': as XLA names them, 'matmuls': each once, "
-        "in bfloat16); 'hybrid': the MLP too; 'full': whole layers. 'auto' takes the fastest that fits into the devices' "
-        'memory.',
-        choices=('auto', 'none', 'matmuls', 'dots', 'hybrid', 'full'),
+        "What the backward pass recomputes: 'none': nothing; all but matmul outputs ('dots': as XLA names them, 'matmuls': each "
+        "once, in bfloat16); 'hybrid': the MLP too; 'full': whole layers. Or a list with a word for each layer, e.g. "
+        "'6xmatmuls,18xnone'. 'auto' takes the fastest that fits into the devices' memory.",
     )
     layer_loop: str = setting(
         'auto',
         "Whether layers are one 'scan' or 'unrolled'. Unrolled, a GPU's step is a fifth faster, a TPU's needs less memory, and "
-        "both compile for longer; 'auto' unrolls on GPUs and TPUs.",
+        "both compile for longer; 'auto' unrolls on GPUs and TPUs, and where model.remat differs between layers.",
         choices=('auto', 'scan', 'unrolled'),
     )
     ssd_implementation: str = setting('auto', "Scan implementation; 'auto' picks the fastest that serves.")
@@ -154,6 +153,12 @@ class Model(Section):
         if self.attention_period == 0:
             return ('ssd',)
         return tuple('attention' if i == self.attention_offset else 'ssd' for i in range(self.attention_period))
+
+    @property
+    def remat_of_layers(self) -> tuple[str, ...]:
+        """Remat policy of each layer, in order. model.remat 'auto', where nobody has looked at the devices, is 'hybrid'."""
+        words = parse_remat('hybrid' if self.remat == 'auto' else self.remat)
+        return words * self.num_layers if len(words) == 1 else words
 
     @property
     def num_periods(self) -> int:

@@ -32,6 +32,19 @@ def check(config) -> None:
             f'model.attention_offset={model.attention_offset} must be below model.attention_period='
             f'{model.attention_period}; try {model.attention_period - 1}'
         )
+    policies = model.remat_of_layers
+    if 'auto' in policies:
+        raise ConfigError(f"model.remat={model.remat!r}: 'auto' stands alone; it chooses for all layers")
+    if len(policies) != model.num_layers:
+        raise ConfigError(
+            f'model.remat={model.remat!r} lists {len(policies)} layers, and model.num_layers={model.num_layers}; name one '
+            'policy for all layers, or one for each'
+        )
+    if len(set(policies)) > 1 and model.layer_loop == 'scan':
+        raise ConfigError(
+            f"model.remat={model.remat!r} differs between layers, which model.layer_loop='scan' runs as one; set "
+            "model.layer_loop to 'auto'"
+        )
     if not 0 < model.dt_min <= model.dt_max:
         raise ConfigError(f'model.dt_min={model.dt_min} must be positive and at most model.dt_max={model.dt_max}')
     if not 0 < model.a_min <= model.a_max:

@@ -13,6 +13,7 @@ N state, Q chunk length, V vocabulary.
 import collections
 import math
 import typing
+from collections.abc import Callable
 
 import numpy as np
 
@@ -72,21 +73,28 @@ REMAT = {
 }
 
 
-def remat_policy(model: Model) -> str:
-    """The name of the policy of model.remat; 'auto', where nobody has looked at the devices, is 'hybrid'."""
-    return 'hybrid' if model.remat == 'auto' else model.remat
+def mean_over_layers(model: Model, of: Callable[[Remat], float]) -> float:
+    """The mean of what `of` gives for the remat policy of each layer."""
+    counts = collections.Counter(model.remat_of_layers)
+    return sum(count * of(REMAT[policy]) for policy, count in counts.items()) / model.num_layers
 
 
-def remat_of(model: Model) -> Remat:
-    return REMAT[remat_policy(model)]
+def share_with_kept_weights(model: Model) -> float:
+    """Share of the layers that keep their gathered weights for the backward pass."""
+    return mean_over_layers(model, lambda remat: remat.weights)
 
 
 def saved_bytes(model: Model, costs: LayerCosts, tensor: int = 1) -> float:
-    """Bytes per token that one layer keeps for its backward pass under model.remat, on one of `tensor` shards.
+    """Bytes per token that a layer keeps for its backward pass, on one of `tensor` shards; where model.remat differs between
+    layers, their mean.
 
     The residual stream is cut over these as heads are (`collectives.sequence_parallel`).
     """
-    kept, size = remat_of(model), dtype_bytes(model)
+    return mean_over_layers(model, lambda remat: _saved_bytes(model, costs, tensor, remat))
+
+
+def _saved_bytes(model: Model, costs: LayerCosts, tensor: int, kept: Remat) -> float:
+    size = dtype_bytes(model)
     sharded = sum(getattr(costs, f'{name}_bytes') for name in kept.mixer) + size * kept.d_mlp * model.d_mlp
     halves = 2 if model.d_mlp else 1  # mixer and MLP, or a mixer alone
     whole = kept.whole * halves // 2
@@ -100,26 +108,26 @@ def saved_bytes(model: Model, costs: LayerCosts, tensor: int = 1) -> float:
     return vectors + sharded / tensor
 
 
-def sent_vectors(model: Model) -> tuple[int, int]:
-    """Vectors of width D per token and layer that tensor gathers, or sums, in a training step: (in all, of them gradients
-    that are sums). Each is sent to the other devices once, (tensor - 1) / tensor of it by each."""
+def sent_vectors(model: Model) -> tuple[float, int]:
+    """Vectors of width D per token and layer, a mean over layers, that tensor gathers, or sums, in a training step: (in all,
+    of them gradients that are sums). Each is sent to the other devices once, (tensor - 1) / tensor of it by each."""
     branches = 2 if model.d_mlp else 1
-    again = remat_of(model).sent if model.d_mlp else min(remat_of(model).sent, 1)
+    again = mean_over_layers(model, lambda remat: remat.sent if model.d_mlp else min(remat.sent, 1))
     # Of mixer and MLP alike: the input gathered and the output summed, and their gradients summed and gathered.
     return 4 * branches + again, branches
 
 
 def recomputed_flops(model: Model, costs: LayerCosts, attended: float) -> tuple[float, float]:
-    """FLOPs per token that one layer's backward pass computes again under model.remat: (of matmuls, of the kernel)."""
+    """FLOPs per token that a layer's backward pass computes again: (of matmuls, of the kernel); a mean as `saved_bytes`."""
     flops = {
         'in_proj': costs.in_proj_flops,
         'out_proj': costs.out_proj_flops,
         'gate_up': 4 * model.d_model * model.d_mlp,
         'kernel': costs.kernel_flops(attended),
     }
-    again = {name: flops[name] for name in remat_of(model).again}
-    kernel = again.pop('kernel', 0.0)
-    return sum(again.values()), kernel
+    kernel = flops.pop('kernel') * mean_over_layers(model, lambda remat: 'kernel' in remat.again)
+    matmuls = mean_over_layers(model, lambda remat: sum(flops.get(name, 0.0) for name in remat.again))
+    return matmuls, kernel
 
 
 # ---- attended tokens -------------------------------------------------------

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, Int32
 from pallas_kernels.device import current_device
 from pallas_kernels.residual_norm import STATISTICS_NAME as NORM_STATISTICS
 from transxssm_jax.config import Model
-from transxssm_jax.model import costs, layers, rope
+from transxssm_jax.model import layers, rope
 from transxssm_jax.model.attention import save_attention_residuals
 from transxssm_jax.model.loss import soft_cap
 from transxssm_jax.model.mixers import mixer_of
@@ -109,24 +109,25 @@ class LanguageModel(nnx.Module):
         streams = [embed(self.embedding[...], part_BL, self.model.dtype) for part_BL in parts_of(tokens_BL)]
         stacks = {kind: nnx.split(stack) for kind, stack in self.layers.items()}
 
-        def layer(kind):
+        @functools.cache
+        def layer(kind, policy):
             def of_one(x_BLD, state, side_inputs):
                 return nnx.merge(stacks[kind][0], state)(x_BLD, **side_inputs)
 
-            of_one = _remat(of_one, costs.remat_policy(self.model), in_scan=not unrolled)
-            # Unrolled layers of a kind are calls of one function: it is traced once, and its kernels are compiled once.
+            of_one = _remat(of_one, policy, in_scan=not unrolled)
+            # Unrolled layers of a kind and policy are calls of one function, which is traced once.
             of_one = jax.jit(of_one) if unrolled else of_one
             return lambda streams, state: [
                 of_one(x_BLD, state, inputs[kind]) for x_BLD, inputs in zip(streams, side_inputs, strict=True)
             ]
 
-        layer_of = {kind: layer(kind) for kind in stacks}
+        policies = self.model.remat_of_layers
 
         def period(streams, states):
             for kind, start, stop in _consecutive(self.model.layer_pattern):
                 states_of_run = jax.tree.map(lambda leaf: leaf[start:stop], states[kind])  # noqa: B023
                 streams, _ = jax.lax.scan(
-                    lambda streams, state: (layer_of[kind](streams, state), None),  # noqa: B023
+                    lambda streams, state: (layer(kind, policies[0])(streams, state), None),  # noqa: B023
                     streams,
                     states_of_run,
                 )
@@ -135,8 +136,9 @@ class LanguageModel(nnx.Module):
         states = {kind: state for kind, (_, state) in stacks.items()}
         if unrolled:
             state_of = {kind: iter(_unstack(_cast_matrices(state, self.model.dtype))) for kind, state in states.items()}
-            for kind in self.model.layer_pattern * self.model.num_periods:
-                streams = layer_of[kind](streams, next(state_of[kind]))
+            kinds = self.model.layer_pattern * self.model.num_periods
+            for kind, policy in zip(kinds, policies, strict=True):
+                streams = layer(kind, policy)(streams, next(state_of[kind]))
         else:
             streams, _ = jax.lax.scan(period, streams, states)
         hidden = [collectives.gather_from_stream(self.final_norm(x_BLD), 'vocab') for x_BLD in streams]
@@ -164,7 +166,8 @@ class LanguageModel(nnx.Module):
 
 def is_unrolled(model: Model, platform: str) -> bool:
     """Whether layers are unrolled on a platform of JAX ('cpu', 'gpu', 'tpu'), see model.layer_loop."""
-    return model.layer_loop == 'unrolled' or (model.layer_loop == 'auto' and platform in ('gpu', 'tpu'))
+    wanted = platform in ('gpu', 'tpu') or len(set(model.remat_of_layers)) > 1
+    return model.layer_loop == 'unrolled' or (model.layer_loop == 'auto' and wanted)
 
 
 def embed(table_VD: jax.Array, tokens_BL: jax.Array, dtype) -> jax.Array:

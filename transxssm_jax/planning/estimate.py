@@ -53,7 +53,7 @@ def expected_seconds(
     tokens = roofline.tokens_per_device(config, sizes) / sizes['tensor']
     work = {name: tokens * flops / chip.peak for name, flops in roofline.executed_flops_by_unit(config, sizes).items()}
     kernels = sum(work[kind] / layer.kernel_efficiency for kind, _, layer in costs.layer_costs(config.model))
-    factor = HBM_FACTOR_UNROLLED if _is_unrolled(config, chip) else HBM_FACTOR_SCAN
+    factor = HBM_FACTOR_UNROLLED if is_unrolled_on(config, chip) else HBM_FACTOR_SCAN
     hbm_bytes = compiled_hbm_bytes or factor * roofline.min_hbm_bytes(config, sizes)
     waited_for = WAITED_FOR_HALVES if _platform(chip) == 'gpu' and _in_halves(config, sizes, chip) else 1.0
     return {
@@ -69,7 +69,7 @@ def expected_memory_bytes(config: Config, sizes: dict[str, int], chip: Chip) -> 
     model, least = config.model, roofline.min_memory_bytes(config, sizes)
     tokens = roofline.tokens_per_device(config, sizes) // config.train.num_microbatches
     layer = costs.dtype_bytes(model) * (5 * model.d_model + 3 * model.d_mlp / sizes['tensor']) * tokens
-    if _is_unrolled(config, chip):
+    if is_unrolled_on(config, chip):
         layers = WORKING_LAYERS_UNROLLED[_platform(chip)] / (2 if _in_halves(config, sizes, chip) else 1)
     else:
         layers = WORKING_LAYERS_SCAN[_platform(chip)]
@@ -82,11 +82,12 @@ def _in_halves(config: Config, sizes: dict[str, int], chip: Chip) -> bool:
     """Whether one half of the rows of a microbatch is worked on while the other is sent over tensor."""
     length = config.data.seq_len // sizes['context']
     rows = roofline.tokens_per_device(config, sizes) // config.train.num_microbatches // length
-    overlaps = _is_unrolled(config, chip) and sizes['tensor'] > 1
+    overlaps = is_unrolled_on(config, chip) and sizes['tensor'] > 1
     return overlaps and collectives.num_parts_of_rows(rows, length, sizes['tensor']) == 2
 
 
-def _is_unrolled(config: Config, chip: Chip) -> bool:
+def is_unrolled_on(config: Config, chip: Chip) -> bool:
+    """Whether the layers of a config are unrolled there."""
     return is_unrolled(config.model, _platform(chip))
 
 

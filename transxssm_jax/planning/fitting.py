@@ -6,6 +6,7 @@ fits into the devices' memory. What the compiler says decides, the estimate only
 
 import dataclasses
 import datetime
+import itertools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -16,15 +17,18 @@ from pallas_kernels import chips
 from transxssm_jax import cli
 from transxssm_jax import config as config_lib
 from transxssm_jax.config import Config
+from transxssm_jax.layer_pattern import write_pattern
 from transxssm_jax.model.costs import REMAT
+from transxssm_jax.model.language_model import is_unrolled
 from transxssm_jax.parallel import processes
 from transxssm_jax.planning import estimate, roofline
 
 GIB = 2**30
 USABLE = 0.98  # share of the memory that arrays get: the allocator's pieces do not fill it
 STAND_IN = 'h100'  # ranks the choices on a device that is in no table
-# 'dots' keeps nearly what 'matmuls' does and computes the kernels again.
+# From the fastest to the smallest. 'dots' keeps nearly what 'matmuls' does and computes the kernels again.
 POLICIES = [policy for policy in REMAT if policy != 'dots']
+QUARTERS = (1, 2, 3)  # of the layers that have the slower of two policies, where layers may differ
 EQUAL_SECONDS = 0.01  # two choices whose expected times differ by less count as equal
 
 
@@ -82,7 +86,10 @@ def fit(
     limit, chip, sizes = usable_bytes(device_mesh), _chip(device_mesh), dict(device_mesh.shape)
     if compile_step is None:
         return Fitted(closed(config, sizes, chip, limit), None, [])
-    found = choices(config, sizes, chip) if is_open(config) else [Choice(config, 0.0, limit)]  # nothing to estimate for
+    if is_open(config):
+        found = choices(config, sizes, chip, is_unrolled(config.model, device_mesh.devices.flat[0].platform))
+    else:
+        found = [Choice(config, 0.0, limit)]  # nothing to estimate for
     expected_to_fit = [choice for choice in found if choice.memory <= limit]
     smallest = min(found, key=lambda choice: choice.memory)
 
@@ -114,15 +121,20 @@ def closed(config: Config, sizes: dict[str, int], chip: chips.Chip, limit: float
     return next(fitting, min(found, key=lambda choice: choice.memory)).config
 
 
-def choices(config: Config, sizes: dict[str, int], chip: chips.Chip) -> list[Choice]:
+def choices(config: Config, sizes: dict[str, int], chip: chips.Chip, layers_differ: bool | None = None) -> list[Choice]:
     """Every way to close what config leaves open, the one with the fastest expected step first.
 
     Args:
       config: settings; what they set is kept.
       sizes: devices along each mesh axis.
       chip: of the devices.
+      layers_differ: whether model.remat may differ between layers; by default where the chip's layers are unrolled.
     """
-    policies = POLICIES if config.model.remat == 'auto' else [config.model.remat]
+    if layers_differ is None:
+        layers_differ = estimate.is_unrolled_on(config, chip)
+    policies = _policies(config.model.num_layers, layers_differ)
+    if config.model.remat != 'auto':
+        policies = {config.model.remat: 0.0}
     rows = config.data.global_batch // (sizes['data'] * sizes['fsdp'])
     counts = [config.train.accumulation_steps]
     if not counts[0]:
@@ -140,13 +152,24 @@ def choices(config: Config, sizes: dict[str, int], chip: chips.Chip) -> list[Cho
             seconds = sum(estimate.expected_seconds(closed, sizes, chip, network[count]).values())
             found.append(Choice(closed, seconds, estimate.expected_memory_bytes(closed, sizes, chip)))
     fastest = min(choice.seconds for choice in found)
-    order = list(REMAT)
 
     def rank(choice):
         times = math.floor((choice.seconds / fastest - 1) / EQUAL_SECONDS)
-        return times, choice.config.train.accumulation_steps, order.index(choice.config.model.remat)
+        return times, choice.config.train.accumulation_steps, policies[choice.config.model.remat]
 
     return sorted(found, key=rank)
+
+
+def _policies(num_layers: int, layers_differ: bool) -> dict[str, float]:
+    """What model.remat may be, with its place from the fastest, 0, to the smallest."""
+    found = {policy: float(place) for place, policy in enumerate(POLICIES)}
+    if layers_differ:
+        for place, (faster, slower) in enumerate(itertools.pairwise(POLICIES)):
+            for count in {round(quarter / 4 * num_layers) for quarter in QUARTERS} - {0, num_layers}:
+                # The last layers keep more: the backward pass begins with them, while all that is kept is there.
+                layers = [slower] * count + [faster] * (num_layers - count)
+                found[write_pattern(layers)] = place + count / num_layers
+    return found
 
 
 def usable_bytes(device_mesh: jax.sharding.Mesh) -> float:

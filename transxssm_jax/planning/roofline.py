@@ -63,7 +63,7 @@ def min_comm_bytes(config: Config, sizes: dict[str, int]) -> dict[str, float]:
     """
     model, microbatches = config.model, config.train.num_microbatches
     f, c, t = sizes['fsdp'], sizes['context'], sizes['tensor']
-    params, passes = 0.0, 1 if costs.remat_of(model).weights else 2
+    params, passes = 0.0, 2 - costs.share_with_kept_weights(model)
     for size, axes in _leaves(config, sizes):
         if 'fsdp' in axes:
             params += passes * microbatches * BFLOAT16 * size / (t if 'tensor' in axes else 1) * (f - 1) / f
@@ -188,8 +188,7 @@ def min_memory_bytes(config: Config, sizes: dict[str, int]) -> dict[str, float]:
     V, D = model.vocab_size // t, model.d_model
     head = V * D * (BFLOAT16 + FLOAT32) + min(train.loss_chunk_tokens, tokens) * V * FLOAT32
     saved = per_token * tokens
-    if costs.remat_of(model).weights:
-        saved += costs.dtype_bytes(model) * params * sizes['fsdp']
+    saved += costs.share_with_kept_weights(model) * costs.dtype_bytes(model) * params * sizes['fsdp']
     return dict(state=state_copies_bytes(config, sizes), gradients=FLOAT32 * params, saved=saved, head=head)
 
 
