@@ -3,8 +3,8 @@
 python -m transxssm_jax.train --config=configs/1p3b.py --workdir=DIR --config.data.path=PREPARED
 
 Recipe of the paper's table 4; learning rate 2e-4, warmup over 10% of the steps.
-Measured, 8 rows a step (2026-11-28): 65,300 tokens/s, 53% MFU, on one H100, 67,100 on an H200; with model.quantization=fp8,
-remat 'none' and two microbatches, 69,200 on an H100. Compilation takes 30 to 60 s. The whole run: not measured.
+Measured (2026-11-28): 66,400 tokens/s, 54% MFU, on one H100 with 8 rows a step, 70,200 on an H200 with 16; with
+model.quantization=fp8 74,300 and 81,900. Compilation takes 30 to 60 s. The whole run: not measured.
 """
 
 from transxssm_jax.config import Config, Data, Model, Optimizer, Train

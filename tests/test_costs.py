@@ -9,7 +9,6 @@ and not what an implementation does:
   within a chunk, counted one by one.
 """
 
-import dataclasses
 import math
 import pathlib
 
@@ -228,7 +227,7 @@ def test_saved_bytes_are_those_of_the_traced_step(kind, remat):
     residuals = jax.tree.leaves(jax.eval_shape(pull, params, tokens))
     stacked = [leaf for leaf in residuals if math.prod(leaf.shape[:2]) == 8 and leaf.shape not in shapes]
     kept = sum(leaf.size * leaf.dtype.itemsize for leaf in stacked)
-    stated = costs.saved_bytes(model, costs.costs_of(model, kind)) * 2 * 128 * 8
+    stated = costs.saved_bytes(model, kind) * 2 * 128 * 8
     if kind != 'attention' and remat != 'full':
         assert 0.8 * kept < stated < kept
     else:
@@ -237,6 +236,7 @@ def test_saved_bytes_are_those_of_the_traced_step(kind, remat):
 
 def test_layers_of_several_policies_keep_what_each_says():
     """Unrolled: all that the backward pass gets, less the parameters and what no policy changes; and so it is stated."""
+
     def kept(remat):
         model = small_config(
             **ALONE['ssd'], model_num_layers=4, model_layer_loop='unrolled', model_remat=remat, model_dtype='bfloat16'
@@ -244,9 +244,11 @@ def test_layers_of_several_policies_keep_what_each_says():
         graph, _ = parameters.split_model(model)
         params = jax.eval_shape(lambda: parameters.init_params(model, 0))
         tokens = jax.ShapeDtypeStruct((2, 128), jnp.int32)
-        pull = jax.eval_shape(lambda params, tokens: jax.vjp(lambda p: nnx.merge(graph, p)(tokens), params)[1], params, tokens)
+        pull = jax.eval_shape(
+            lambda params, tokens: jax.vjp(lambda p: nnx.merge(graph, p)(tokens), params)[1], params, tokens
+        )
         found = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull))
-        return found, 4 * costs.saved_bytes(model, costs.costs_of(model, 'ssd')) * tokens.size
+        return found, 4 * costs.saved_bytes(model, 'ssd') * tokens.size
 
     of_full, of_both, of_none = (np.array(kept(remat)) for remat in ('full', '3xfull,none', 'none'))
     found, stated = of_both - of_full
@@ -286,7 +288,7 @@ def test_saved_bytes_of_a_tensor_shard_are_those_of_its_trace(remat):
     with jax.set_mesh(mesh.build(config)):
         whole = parameters.on_shards(of_block, model, (rows,), rows)
         jax.eval_shape(whole, params, jax.ShapeDtypeStruct((8, 128), jnp.int32))
-    assert costs.saved_bytes(model, costs.costs_of(model, 'attention'), tensor=2) * 2 * 128 * 8 == found[0]
+    assert costs.saved_bytes(model, 'attention', tensor=2) * 2 * 128 * 8 == found[0]
 
 
 # ---- the tokens that documents leave ---------------------------------------

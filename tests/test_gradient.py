@@ -6,12 +6,14 @@ import re
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from ring_reduction import ring_error
 from small import packed_batch, small_config
 from test_collectives import collectives_of
 
 from pallas_kernels.device import Device
 from transxssm_jax.model import language_model, parameters
+from transxssm_jax.model.mixers import mixer_of
 from transxssm_jax.parallel import mesh
 from transxssm_jax.planning import roofline
 from transxssm_jax.training.gradient import MOST_ROUNDED_MEMBERS, reduction_dtypes, summed_gradient
@@ -189,6 +191,33 @@ def test_words_of_64_bits_reach_the_gpu(monkeypatch):
     joined = [line for line in lowered.as_text().splitlines() if 'stablehlo.concatenate' in line]
     assert sum(line.count('tensor<1x12xui64>') for line in joined) == 21
     assert not any('bf16' in line for line in joined)
+
+
+def test_cublas_can_add_up_the_gradients_of_an_input():
+    """XLA has it add to a product whatever is on the product's right, and looks no further where the left is a sum already."""
+    model = small_config(model_dtype='bfloat16').model
+    mixer = mixer_of('ssd')(model, rngs=nnx.Rngs(0))
+    u = jax.numpy.ones((2, 8, model.d_model), 'bfloat16')
+    outputs, pull = jax.vjp(mixer.in_proj, u)
+    cotangents = jax.tree.map(lambda y: (y / 3).astype(y.dtype), outputs)
+    jaxpr = jax.make_jaxpr(pull)(cotangents).jaxpr
+    made_by = {variable: equation for equation in jaxpr.eqns for variable in equation.outvars}
+
+    def origin(variable):
+        equation = made_by[variable]
+        return origin(equation.invars[0]) if equation.primitive.name == 'reshape' else equation.primitive.name
+
+    sums = [
+        e.invars for e in jaxpr.eqns if e.primitive.name in ('add', 'add_any') and e.outvars[0].aval.shape == u.shape
+    ]
+    assert len(outputs) == 4 and [[origin(v) for v in pair] for pair in sums] == [
+        ['dot_general', 'dot_general'], ['dot_general', 'add'], ['dot_general', 'add']
+    ]  # fmt: skip
+    wanted = sum(
+        np.asarray(jax.vjp(lambda u, i=i: mixer.in_proj(u)[i], u)[1](cotangents[i])[0], np.float64) for i in range(4)
+    )
+    found = np.asarray(pull(cotangents)[0], np.float64)
+    assert np.linalg.norm(found - wanted) < 1e-2 * np.linalg.norm(wanted)
 
 
 def test_two_halves_of_the_rows_are_as_exact_as_all():

@@ -123,9 +123,8 @@ class Model(Section):
     )
     remat: str = setting(
         'auto',
-        "What the backward pass recomputes: 'none': nothing; all but matmul outputs ('dots': as XLA names them, 'matmuls': each "
-        "once, in bfloat16); 'hybrid': the MLP too; 'full': whole layers. Or a list with a word for each layer, e.g. "
-        "'6xmatmuls,18xnone'. 'auto' takes the fastest that fits into the devices' memory.",
+        "What the backward pass recomputes: 'none': nothing; 'matmuls': all but products ('dots': but what XLA calls so); "
+        "'hybrid': the MLP too; 'full': layers. Or a word for each layer, '6xmatmuls,18xnone'. 'auto': the fastest that fits.",
     )
     layer_loop: str = setting(
         'auto',

@@ -73,10 +73,11 @@ REMAT = {
 }
 
 
-def mean_over_layers(model: Model, of: Callable[[Remat], float]) -> float:
-    """The mean of what `of` gives for the remat policy of each layer."""
-    counts = collections.Counter(model.remat_of_layers)
-    return sum(count * of(REMAT[policy]) for policy, count in counts.items()) / model.num_layers
+def mean_over_layers(model: Model, of: Callable[[Remat], float], kind: str = '') -> float:
+    """The mean of what `of` gives for the remat policies of the layers, or of those of one kind."""
+    kinds = model.layer_pattern * model.num_periods
+    policies = [policy for policy, own in zip(model.remat_of_layers, kinds, strict=True) if own == kind or not kind]
+    return sum(count * of(REMAT[policy]) for policy, count in collections.Counter(policies).items()) / len(policies)
 
 
 def share_with_kept_weights(model: Model) -> float:
@@ -84,13 +85,14 @@ def share_with_kept_weights(model: Model) -> float:
     return mean_over_layers(model, lambda remat: remat.weights)
 
 
-def saved_bytes(model: Model, costs: LayerCosts, tensor: int = 1) -> float:
-    """Bytes per token that a layer keeps for its backward pass, on one of `tensor` shards; where model.remat differs between
-    layers, their mean.
+def saved_bytes(model: Model, kind: str, tensor: int = 1) -> float:
+    """Bytes per token that a layer of a kind keeps for its backward pass, on one of `tensor` shards; where model.remat differs
+    between these layers, their mean.
 
-    The residual stream is cut over these as heads are (`collectives.sequence_parallel`).
+    The residual stream is cut over the shards as heads are (`collectives.sequence_parallel`).
     """
-    return mean_over_layers(model, lambda remat: _saved_bytes(model, costs, tensor, remat))
+    costs = costs_of(model, kind)
+    return mean_over_layers(model, lambda remat: _saved_bytes(model, costs, tensor, remat), kind)
 
 
 def _saved_bytes(model: Model, costs: LayerCosts, tensor: int, kept: Remat) -> float:
@@ -117,16 +119,17 @@ def sent_vectors(model: Model) -> tuple[float, int]:
     return 4 * branches + again, branches
 
 
-def recomputed_flops(model: Model, costs: LayerCosts, attended: float) -> tuple[float, float]:
+def recomputed_flops(model: Model, kind: str, attended: float) -> tuple[float, float]:
     """FLOPs per token that a layer's backward pass computes again: (of matmuls, of the kernel); a mean as `saved_bytes`."""
+    costs = costs_of(model, kind)
     flops = {
         'in_proj': costs.in_proj_flops,
         'out_proj': costs.out_proj_flops,
         'gate_up': 4 * model.d_model * model.d_mlp,
         'kernel': costs.kernel_flops(attended),
     }
-    kernel = flops.pop('kernel') * mean_over_layers(model, lambda remat: 'kernel' in remat.again)
-    matmuls = mean_over_layers(model, lambda remat: sum(flops.get(name, 0.0) for name in remat.again))
+    kernel = flops.pop('kernel') * mean_over_layers(model, lambda remat: 'kernel' in remat.again, kind)
+    matmuls = mean_over_layers(model, lambda remat: sum(flops.get(name, 0.0) for name in remat.again), kind)
     return matmuls, kernel
 
 

@@ -3,6 +3,7 @@
 Shape legend: B batch, L length, D model, F mlp.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -176,10 +177,25 @@ class InputProjections(nnx.Module):
         """What the norm gave, [B, L, D] -> one [B, L, *outputs] per map, in the order of `outputs`."""
         projections = [getattr(self, name) for name in self.names]
         axes = dict.fromkeys(axis for projection in projections for axis in projection.output_axes)
-        u_BLD = collectives.gather_from_stream(u_BLD, *axes)
+        copies = _copies(collectives.gather_from_stream(u_BLD, *axes), len(projections))
         return tuple(
-            projection.apply_to_copy(u_BLD, name in self.float32) for name, projection in zip(self.names, projections)
+            projection.apply_to_copy(u_BLD, name in self.float32)
+            for name, projection, u_BLD in zip(self.names, projections, copies, strict=True)
         )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _copies(x: jax.Array, number: int) -> tuple[jax.Array, ...]:
+    """x for each of several maps. Its gradient is summed with each map's own on the left: so XLA has cuBLAS add the sum of
+    the maps before to the product. With it on the right, as autodiff writes it, every other sum is a pass of its own."""
+    return (x,) * number
+
+
+def _copies_backward(number, _, cotangents):
+    return (functools.reduce(lambda total, own: own + total, cotangents),)
+
+
+_copies.defvjp(lambda x, number: (_copies(x, number), None), _copies_backward)
 
 
 class SwiGLU(nnx.Module):

@@ -160,7 +160,7 @@ def executed_flops_by_unit(config: Config, sizes: dict[str, int]) -> dict[str, f
     result = {'matmul': costs.train_flops_per_token(model, attended)}
     for kind, count, layer in costs.layer_costs(model):
         forward = layer.kernel_flops(attended)
-        matmul_again, kernel_again = costs.recomputed_flops(model, layer, attended)
+        matmul_again, kernel_again = costs.recomputed_flops(model, kind, attended)
         added = layer.context_flops if sizes['context'] > 1 else 0
         result['matmul'] += count * (matmul_again - 3 * forward)
         result[kind] = count * (3 * forward + kernel_again + added)
@@ -184,7 +184,7 @@ def min_memory_bytes(config: Config, sizes: dict[str, int]) -> dict[str, float]:
     model, train, t = config.model, config.train, sizes['tensor']
     params = params_per_device(config, sizes)
     tokens = tokens_per_device(config, sizes) // train.num_microbatches
-    per_token = sum(count * costs.saved_bytes(model, layer, t) for _, count, layer in costs.layer_costs(model))
+    per_token = sum(count * costs.saved_bytes(model, kind, t) for kind, count, _ in costs.layer_costs(model))
     V, D = model.vocab_size // t, model.d_model
     head = V * D * (BFLOAT16 + FLOAT32) + min(train.loss_chunk_tokens, tokens) * V * FLOAT32
     saved = per_token * tokens
