@@ -64,6 +64,11 @@ def says(*parts):
             'optimizer.learning_rate=inf must be a finite number',
         ),
         (lambda c: setattr(c, 'model', Data()), 'must be Model, not Data'),
+        (lambda c: setattr(c.model, 'remat', 'ful'), "model.remat='ful': unknown policy 'ful'; did you mean full?"),
+        (
+            lambda c: setattr(c.model, 'pattern', '7xssm'),
+            "model.pattern='7xssm': unknown mixer 'ssm'; did you mean ssd?",
+        ),
         (
             lambda c: setattr(c.model, 'layer_loop', 'unroled'),
             "model.layer_loop='unroled' is not one of the choices; did you mean unrolled?",

@@ -9,6 +9,7 @@ import pytest
 from pallas_kernels.chips import CHIPS
 from tests.small import small_config
 from transxssm_jax import config as config_lib
+from transxssm_jax.model import language_model
 from transxssm_jax.parallel import mesh
 from transxssm_jax.planning import fitting
 from transxssm_jax.training import compilation
@@ -58,7 +59,7 @@ def test_a_compiler_that_refuses_is_asked_for_less(loop, monkeypatch):
     """As a TPU's does, without a figure: the fastest of what needs less than anything refused is taken."""
     config = small_config(model_remat='auto', train_accumulation_steps=0, model_layer_loop=loop)
     device_mesh, asked = mesh.build(config, jax.devices()[:1]), []
-    found = fitting.choices(config, ONE, CHIPS['h100'])
+    found = fitting.choices(config, ONE, CHIPS['h100'], loop == 'unrolled')
     room = sorted(choice.memory for choice in found)[len(found) // 2]
 
     def compile_step(closed):
@@ -82,7 +83,7 @@ def test_layers_differ_where_memory_lies_between_two_policies(monkeypatch):
     """Unrolled; in a scan all layers are alike, and one policy serves all."""
     settings = dict(model_num_layers=4, model_attention_period=2, model_attention_offset=1, data_seq_len=256)
     config = small_config(**settings, model_remat='auto', model_layer_loop='unrolled', train_accumulation_steps=1)
-    found = fitting.choices(config, ONE, CHIPS['h100'])
+    found = fitting.choices(config, ONE, CHIPS['h100'], True)
     assert [choice.config.model.remat for choice in found[:5]] == [
         'none', 'matmuls,3xnone', '2xmatmuls,2xnone', '3xmatmuls,none', 'matmuls'
     ]  # fmt: skip
@@ -98,6 +99,16 @@ def test_layers_differ_where_memory_lies_between_two_policies(monkeypatch):
     scanned = config_lib.replace(config, {'model.layer_loop': 'auto'})
     fitted, compiled = fit(scanned, monkeypatch, (needed(scanned, 'none') + needed(scanned, 'full')) / 2)
     assert len(compiled) > 1 and {remat for remat, _ in compiled} <= {'none', 'matmuls', 'hybrid', 'full'}
+
+
+def test_a_run_that_compiles_no_step_has_alike_layers_in_a_scan(monkeypatch):
+    """Of a finished run, by the estimate alone; whatever memory there is, a CPU's layers stay a scan."""
+    config = small_config(model_remat='auto', train_accumulation_steps=1)
+    device_mesh = mesh.build(config, jax.devices()[:1])
+    for choice in fitting.choices(config, ONE, CHIPS['h100'], True):
+        monkeypatch.setattr(fitting, 'usable_bytes', lambda device_mesh: choice.memory)  # noqa: B023
+        model = fitting.fit(config, device_mesh, None).config.model
+        assert len(set(model.remat_of_layers)) == 1 and not language_model.is_unrolled(model, 'cpu')
 
 
 def test_nothing_fits(monkeypatch):
@@ -142,7 +153,7 @@ def test_the_time_that_a_run_should_take_is_told(monkeypatch):
 def test_the_shipped_configs_are_expected_to_fit(path, chip, devices):
     config = config_lib.load(path)
     sizes = mesh.axis_sizes(config, devices)
-    found = [c for c in fitting.choices(config, sizes, CHIPS[chip]) if c.memory <= CHIPS[chip].usable]
+    found = [c for c in fitting.choices(config, sizes, CHIPS[chip], True) if c.memory <= CHIPS[chip].usable]
     assert found
     assert all(c.config.data.global_batch == config.data.global_batch for c in found)
     # No matmul is computed again where a microbatch can be smaller instead.

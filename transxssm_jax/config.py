@@ -38,11 +38,7 @@ class Model(Section):
         8, 'Groups of K and V in attention; divides num_heads.', minimum=1, maximum=1 << 14, of_checkpoint=True
     )
     num_ssd_groups: int = setting(
-        8,
-        'Groups of B and C in ssd and mamba2; divides num_heads.',
-        minimum=1,
-        maximum=1 << 14,
-        of_checkpoint=True,
+        8, 'Groups of B and C in ssd and mamba2; divides num_heads.', minimum=1, maximum=1 << 14, of_checkpoint=True
     )
     d_state: int = setting(
         128, 'State size N of the state-space layer; a multiple of 16.', minimum=16, maximum=1 << 14, of_checkpoint=True
@@ -55,6 +51,7 @@ class Model(Section):
         "Layers of a period, e.g. '7xmamba2,attention'; empty: ssd, with attention where attention_period and "
         'attention_offset place it.',
         of_checkpoint=True,
+        parse=parse_pattern,
     )
     attention_period: int = setting(
         8,
@@ -125,6 +122,7 @@ class Model(Section):
         'auto',
         "What the backward pass recomputes: 'none': nothing; 'matmuls': all but products ('dots': but what XLA calls so); "
         "'hybrid': the MLP too; 'full': layers. Or a word for each layer, '6xmatmuls,18xnone'. 'auto': the fastest that fits.",
+        parse=parse_remat,
     )
     layer_loop: str = setting(
         'auto',

@@ -28,7 +28,7 @@ from transxssm_jax import config as config_lib
 from transxssm_jax.cli import ExitCode, Flag
 from transxssm_jax.config import Config, ConfigError
 from transxssm_jax.parallel import mesh
-from transxssm_jax.planning import fitting, plan_search
+from transxssm_jax.planning import estimate, fitting, plan_search
 from transxssm_jax.planning.report import compiled_report, refused_report, report, show, show_chips
 from transxssm_jax.planning.topology import DoesNotFitError, Progress, Topology, compile_step
 
@@ -69,7 +69,9 @@ def _plan_one(config: Config, topology: Topology, as_json: bool) -> int:
     # What does not divide is refused before the compiler is looked for.
     sizes = mesh.axis_sizes(config, topology.num_devices)
     if fitting.is_open(config):
-        config = fitting.closed(config, sizes, topology.chip, topology.chip.usable)
+        config = fitting.closed(
+            config, sizes, topology.chip, topology.chip.usable, estimate.is_unrolled_on(config, topology.chip)
+        )
         print(f'expected to fit, and taken here: {fitting.shown(config)}', file=sys.stderr, flush=True)
     if not isinstance(topology.chip, Tpu):
         result = report(config, topology)

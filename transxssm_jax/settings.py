@@ -10,7 +10,7 @@ import os
 import pathlib
 import runpy
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from transxssm_jax import cli
@@ -24,7 +24,16 @@ class ConfigError(cli.UserError, ValueError):
 
 
 def setting(
-    default, meaning: str, *, choices=(), minimum=None, maximum=None, is_path=False, is_place=False, of_checkpoint=False
+    default,
+    meaning: str,
+    *,
+    choices=(),
+    minimum=None,
+    maximum=None,
+    is_path=False,
+    is_place=False,
+    of_checkpoint=False,
+    parse: Callable[[str], Any] | None = None,
 ):
     """One setting: its default, what it means, and which values are allowed.
 
@@ -37,6 +46,7 @@ def setting(
       is_path: whether a leading ~ is the home directory.
       is_place: whether it may be a URL of an object store besides.
       of_checkpoint: whether a run can only be resumed with the same value.
+      parse: reads a text that is not empty, and raises ConfigError where it cannot.
     """
     if maximum is None and type(default) is int:
         maximum = LARGEST_INT
@@ -48,6 +58,7 @@ def setting(
         is_path=is_path,
         is_place=is_place,
         of_checkpoint=of_checkpoint,
+        parse=parse,
     )
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -64,9 +75,7 @@ class Section:
     @classmethod
     def _known(cls, name) -> tuple[str, dataclasses.Field]:
         """(prefix of the dotted name, field) of a setting."""
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        is_root = any(dataclasses.is_dataclass(field.type) for field in fields.values())
-        prefix = '' if is_root else cls.__name__.lower() + '.'
+        prefix, fields = _fields_of(cls)  # type: ignore[arg-type]  # mypy: a class is not Hashable
         if name not in fields:
             raise ConfigError(f'unknown setting {prefix}{cli.shorten(str(name))}{_nearest(str(name), fields)}')
         return prefix, fields[name]
@@ -79,6 +88,14 @@ class Section:
                 f'{{{prefix + name!r}: ...}})'
             )
         object.__setattr__(self, name, checked(prefix + name, field, value))
+
+
+@functools.cache
+def _fields_of(section: type) -> tuple[str, dict[str, dataclasses.Field]]:
+    """(prefix of the dotted names, name -> field) of a section's settings; a config is copied for every choice of `fitting`."""
+    fields = {field.name: field for field in dataclasses.fields(section)}
+    is_root = any(dataclasses.is_dataclass(field.type) for field in fields.values())
+    return '' if is_root else section.__name__.lower() + '.', fields
 
 
 def checked(name: str, field: dataclasses.Field, value):
@@ -106,6 +123,8 @@ def checked(name: str, field: dataclasses.Field, value):
         cli.check_range(name, value, field.metadata.get('minimum'), field.metadata.get('maximum'), ConfigError)
     if isinstance(value, str) and '\0' in value:
         raise ConfigError(f'{name}={cli.shorten(_shown(value))} must not hold a null character')
+    if value and (parse := field.metadata.get('parse')):
+        parse(value)
     is_place = field.metadata.get('is_place', False)
     return cli.expand_path(name, str(value), ConfigError, is_place) if field.metadata.get('is_path') else value
 

@@ -26,8 +26,8 @@ from transxssm_jax.planning import estimate, roofline
 GIB = 2**30
 USABLE = 0.98  # share of the memory that arrays get: the allocator's pieces do not fill it
 STAND_IN = 'h100'  # ranks the choices on a device that is in no table
-# From the fastest to the smallest. 'dots' keeps nearly what 'matmuls' does and computes the kernels again.
-POLICIES = [policy for policy in REMAT if policy != 'dots']
+# From the fastest policy to the one that keeps least. 'dots' keeps nearly what 'matmuls' does and computes the kernels again.
+FASTEST_FIRST = [policy for policy in REMAT if policy != 'dots']
 QUARTERS = (1, 2, 3)  # of the layers that have the slower of two policies, where layers may differ
 EQUAL_SECONDS = 0.01  # two choices whose expected times differ by less count as equal
 
@@ -84,12 +84,11 @@ def fit(
       DoesNotFitError: no choice fits; the message says what is needed and what there is.
     """
     limit, chip, sizes = usable_bytes(device_mesh), _chip(device_mesh), dict(device_mesh.shape)
+    unrolled = is_unrolled(config.model, device_mesh.devices.flat[0].platform)
     if compile_step is None:
-        return Fitted(closed(config, sizes, chip, limit), None, [])
-    if is_open(config):
-        found = choices(config, sizes, chip, is_unrolled(config.model, device_mesh.devices.flat[0].platform))
-    else:
-        found = [Choice(config, 0.0, limit)]  # nothing to estimate for
+        return Fitted(closed(config, sizes, chip, limit, unrolled), None, [])
+    # Where nothing is open, there is nothing to estimate for.
+    found = choices(config, sizes, chip, unrolled) if is_open(config) else [Choice(config, 0.0, limit)]
     expected_to_fit = [choice for choice in found if choice.memory <= limit]
     smallest = min(found, key=lambda choice: choice.memory)
 
@@ -111,30 +110,28 @@ def fit(
     raise DoesNotFitError(_refusal(config, smallest, least, limit))
 
 
-def closed(config: Config, sizes: dict[str, int], chip: chips.Chip, limit: float) -> Config:
+def closed(config: Config, sizes: dict[str, int], chip: chips.Chip, limit: float, unrolled: bool) -> Config:
     """config with what it leaves open chosen by the estimate alone: the fastest choice that is expected to fit into `limit`
     bytes per device, or else the smallest. Arguments as for `choices`."""
     if not is_open(config):
         return config
-    found = choices(config, sizes, chip)
+    found = choices(config, sizes, chip, unrolled)
     fitting = (choice for choice in found if choice.memory <= limit)
     return next(fitting, min(found, key=lambda choice: choice.memory)).config
 
 
-def choices(config: Config, sizes: dict[str, int], chip: chips.Chip, layers_differ: bool | None = None) -> list[Choice]:
+def choices(config: Config, sizes: dict[str, int], chip: chips.Chip, unrolled: bool) -> list[Choice]:
     """Every way to close what config leaves open, the one with the fastest expected step first.
 
     Args:
       config: settings; what they set is kept.
       sizes: devices along each mesh axis.
       chip: of the devices.
-      layers_differ: whether model.remat may differ between layers; by default where the chip's layers are unrolled.
+      unrolled: whether the layers are unrolled, so that each may have a policy of its own.
     """
-    if layers_differ is None:
-        layers_differ = estimate.is_unrolled_on(config, chip)
-    policies = _policies(config.model.num_layers, layers_differ)
-    if config.model.remat != 'auto':
-        policies = {config.model.remat: 0.0}
+    policies = {config.model.remat: 0.0}
+    if config.model.remat == 'auto':
+        policies = _policies(config.model.num_layers, unrolled)
     rows = config.data.global_batch // (sizes['data'] * sizes['fsdp'])
     counts = [config.train.accumulation_steps]
     if not counts[0]:
@@ -160,11 +157,11 @@ def choices(config: Config, sizes: dict[str, int], chip: chips.Chip, layers_diff
     return sorted(found, key=rank)
 
 
-def _policies(num_layers: int, layers_differ: bool) -> dict[str, float]:
+def _policies(num_layers: int, unrolled: bool) -> dict[str, float]:
     """What model.remat may be, with its place from the fastest, 0, to the smallest."""
-    found = {policy: float(place) for place, policy in enumerate(POLICIES)}
-    if layers_differ:
-        for place, (faster, slower) in enumerate(itertools.pairwise(POLICIES)):
+    found = {policy: float(place) for place, policy in enumerate(FASTEST_FIRST)}
+    if unrolled:
+        for place, (faster, slower) in enumerate(itertools.pairwise(FASTEST_FIRST)):
             for count in {round(quarter / 4 * num_layers) for quarter in QUARTERS} - {0, num_layers}:
                 # The last layers keep more: the backward pass begins with them, while all that is kept is there.
                 layers = [slower] * count + [faster] * (num_layers - count)
